@@ -1,0 +1,1340 @@
+"""Can a small net learn a Lyapunov function for the Collatz map: V(T(n)) < V(n) for odd n, T(n) = (3n+1)/2^k?
+
+    python collatz.py                                        # DEFAULT_LINE
+    python collatz.py --lookahead 20 --seed 1                # more foresight, fewer violations
+    python collatz.py --model closed --lookahead 150 --exhaustive 2097152    # no training: 0 violations, every odd n < 2^21
+    python collatz.py --recipe original --curriculum --steps 3000 --split original   # the experiment that stalled
+    python collatz.py --score 27,703 --checkpoint logs/kept/collatz/window10/best.pt
+
+V(n) may use log2 n, the residue of n modulo a power of 3, and the next `--lookahead` values of k. The original experiment stalled
+at 80 of 429 violations on five test trajectories. Here the net stands inside a maximum over the window (class Lyapunov), so that it
+learns which steps to give up. A run writes logs/collatz/NAME/: args.json, run.txt, collatz.py, metrics.csv, last.pt, best.pt,
+summary.json, report.json and pictures. Descends from gabrielberger1000/collatz_lyapunov.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import checkpoint, devices, metrics, plots, run
+from common.evaluation import count_parameters, eval_mode, format_rate
+from common.run import UserError, integer, real
+
+SCRIPT = "collatz.py"
+LOG2_3 = math.log2(3)
+RESIDUE_DIGITS = 12                # n mod 3^12 is the most that a V may know of the past of n
+RESIDUE = 3**RESIDUE_DIGITS
+TEST_SEEDS = (111, 27, 703, 26623, 626331)   # of the original; 24 + 41 + 62 + 113 + 189 = 429 odd steps
+RECORD_SEEDS = (837799, 63728127, 319804831, 8528817511, 12327829503, 1410123943, 3743559068799)  # long or high; 2104 steps
+ORIGINAL_SEEDS = (
+    27, 31, 41, 47, 54, 55, 71, 73, 91, 97, 103, 111, 127, 155, 159, 171, 231, 237, 267, 303, 319, 351, 359, 391, 447, 479, 607, 703,
+    871, 1161, 2223, 2463, 2919, 3711, 6171, 10971, 13255, 17647, 23529, 26623, 34239, 35655, 52527, 77031, 106239, 142587, 156159,
+    216367, 230631, 410011, 511935, 626331, 837799, 1117065)  # its training list; without the five test seeds it has 49
+EVAL_ROWS, EVAL_SEED = 50_000, 42  # of the original evaluation set
+EVAL_COLUMNS = ("n", "t1", "is_growth", "sigma_n", "max_n", "w_expansion")
+BIT_RANGES = ((2, 16), (17, 32), (33, 64), (65, 128), (129, 1 << 30))
+QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.5, 0.95)
+LOOKAHEADS = (5, 10, 20, 30, 50, 70, 100)  # of the picture of violations against lookahead
+sys.set_int_max_str_digits(0)      # numbers of any size may be scored
+
+# What --recipe sets; a flag on the command line wins.
+RECIPES = {
+    "window": {},
+    "original": {
+        "base": "none", "features": "original", "layers": "128,128,128", "loss": "hinge", "margin": 0.05, "target_type": "fixed",
+        "batch_size": 1024, "hard_ratio": 0.25, "hard_weight": 2.0, "growth_weight": 10.0, "segment": 1, "pool": 500_000,
+        "optimizer": "adamw", "schedule": "plateau", "lr": 1e-3, "weight_decay": 0.01, "clip": 0.0, "steps": 3000,
+    },
+}
+
+
+# ---- Flags
+
+def odd_number(text: str, where: str) -> int:
+    """An odd number > 1 of any size. Raises UserError that says where it stands and what is wrong."""
+    text = text.strip()
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{where}: {text[:40]!r} is not a whole number > 1 written in digits")
+    n = int(text)
+    if n < 3 or n % 2 == 0:
+        raise UserError(f"{where}: {text[:40]} is not an odd number > 1 (T is defined on odd numbers and ends at 1)")
+    return n
+
+
+def odd_numbers(text: str) -> list[int]:
+    """An argparse type: odd numbers > 1, separated by commas."""
+    try:
+        numbers = [odd_number(t, "number") for t in text.split(",")]
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"a number stands there twice: {text[:60]}")
+    return numbers
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """An argparse type: hidden widths, separated by commas."""
+    parts = text.split(",")
+    if not all(t.strip().isdecimal() and 1 <= int(t) <= 1 << 20 for t in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected widths like 64,64 (for no hidden layer: --model linear)")
+    return tuple(int(t) for t in parts)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--recipe", choices=sorted(RECIPES), default="window",
+                   help="defaults for the flags below: window is ours; original repeats the original experiment")
+
+    g = p.add_argument_group("data")
+    g.add_argument("--lookahead", type=integer(1), default=10, help="L: how many k of T = (3n+1)/2^k V(n) may use")
+    g.add_argument("--split", choices=["honest", "original"], default="honest",
+                   help="honest: no number of any evaluation is trained on; original: trajectories of its seeds run into the test's")
+    g.add_argument("--max-bits", type=integer(8, 4096), default=128, help="bit length of the largest training numbers")
+    g.add_argument("--test-seeds", type=odd_numbers, default=list(TEST_SEEDS), help="whose trajectories are the test")
+    g.add_argument("--pool", type=integer(1), default=60_000, help="random numbers to draw training steps from")
+    g.add_argument("--train-seeds", type=integer(1), default=600, help="random trajectories to draw training steps from")
+    g.add_argument("--refresh", type=integer(0), default=0, help="draw new pools after this many steps; 0: never")
+    g.add_argument("--segment", type=integer(1, 1024), default=24, help="steps that a chain from a trajectory holds")
+    g.add_argument("--hard-ratio", type=real(0, 1), default=0.5, help="share of chains, and of the loss, from trajectories")
+    g.add_argument("--curriculum", action="store_true", help="start with few trajectories, the easy ones, and add the others")
+    g.add_argument("--ramp-len", type=integer(1), default=1000, help="curriculum: steps until all trajectories are in use")
+    g.add_argument("--start-seeds", type=integer(0), default=1, help="curriculum: trajectories in use at step 0")
+    g.add_argument("--mine-negatives", action="store_true", help="look for numbers with low margins and train on them more often")
+    g.add_argument("--mine-interval", type=integer(1), default=50, help="mining: steps between searches")
+    g.add_argument("--mine-count", type=integer(1, 5000), default=50, help="mining: numbers kept of each search")
+    g.add_argument("--mine-start", type=integer(0), default=200, help="mining: first step")
+
+    g = p.add_argument_group("model")
+    g.add_argument("--model", choices=["closed", "linear", "mlp"], default="mlp", help="closed: window maximum, no training")
+    g.add_argument("--base", choices=["none", "log", "closed", "window"], default="window",
+                   help="what the net is added to: nothing, log2 n, the closed form, or each log2 T^j(n) inside the closed form")
+    g.add_argument("--layers", type=widths, default="64,64", help="hidden widths of mlp")
+    g.add_argument("--features", choices=["window", "original"], default="window", help="what the net sees")
+    g.add_argument("--sees", type=integer(1), default=1, help="base window: values of k that the net sees at each number")
+    g.add_argument("--digits", type=integer(1, RESIDUE_DIGITS), default=10, help="the net sees statistics of n mod 3^DIGITS")
+    g.add_argument("--table-digits", type=integer(1, RESIDUE_DIGITS), default=6, help="and an embedding of n mod 3^this")
+    g.add_argument("--tie-break", type=real(0, 0.4, above=True), default=1e-3, help="bits a step by which an old maximum sinks")
+    g.add_argument("--mod3", action="store_true", help="one bit more where 3 | n: such n have no predecessor")
+
+    g = p.add_argument_group("loss")
+    g.add_argument("--loss", choices=["ramp", "hinge"], default="ramp", help="bounded, or the original's ranking loss")
+    g.add_argument("--margin", type=real(0), default=0.0, help="by how much V should fall (bits; nats with base none)")
+    g.add_argument("--tau-start", type=real(0, above=True), default=0.3, help="ramp: temperature at step 0, bits")
+    g.add_argument("--tau-end", type=real(0, above=True), default=0.05, help="ramp: temperature from 70 %% of the steps on")
+    g.add_argument("--growth-weight", type=real(0), default=1.0, help="weight of steps where T(n) > n")
+    g.add_argument("--hard-weight", type=real(0), default=1.0, help="weight of steps from trajectories")
+    g.add_argument("--use-t4", action="store_true", help="also ask V(T^4(n)) < V(n), weight 0.5")
+    g.add_argument("--use-t8", action="store_true", help="also ask V(T^8(n)) < V(n), weight 0.2")
+    g.add_argument("--target-type", choices=["none", "fixed", "adaptive"], default="none",
+                   help="anchor loss: pull V to log n + beta drift, beta 0.35 or learned")
+    g.add_argument("--decay-start", type=integer(0), default=1000, help="anchor: step from which its weight falls")
+    g.add_argument("--decay-len", type=integer(1), default=5000, help="anchor: steps over which it falls to 0.001")
+
+    g = p.add_argument_group("optimization")
+    g.add_argument("--steps", "--epochs", type=integer(1), default=1000, help="optimizer steps (the original's epochs)")
+    g.add_argument("--batch-size", type=integer(1), default=512, help="chains per step")
+    g.add_argument("--lr", type=real(0, above=True), default=3e-3, help="peak learning rate of AdamW; Muon's is 5 times that")
+    g.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the hidden matrices")
+    g.add_argument("--schedule", choices=["linear", "plateau"], default="linear", help="plateau: halve when the loss stalls")
+    g.add_argument("--weight-decay", type=real(0), default=0.0, help="of AdamW")
+    g.add_argument("--clip", type=real(0), default=1.0, help="gradient norm; 0: no clipping")
+
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--eval-csv", metavar="PATH", help="evaluation rows; default: the original's 50,000, made in memory")
+    g.add_argument("--eval-interval", type=integer(1), default=1000, help="steps between evaluations on the test sets")
+    g.add_argument("--quick-eval-interval", type=integer(1), default=100, help="steps between validations and saves")
+    g.add_argument("--eval-trajectories", type=integer(1), default=200, help="random 128-bit trajectories of the evaluation")
+    g.add_argument("--validation-rows", type=integer(1), default=4000, help="numbers for choosing best.pt")
+    g.add_argument("--validation-trajectories", type=integer(1), default=60, help="trajectories for choosing best.pt")
+    g.add_argument("--exhaustive", type=integer(4), metavar="N", help="at the end, check every odd n < N")
+
+    g = p.add_argument_group("instead of training")
+    g.add_argument("--checkpoint", metavar="PATH", help="evaluate this trained V, or use it with --score or --exhaustive")
+    g.add_argument("--score", metavar="N,N|FILE", help="print n, T(n), V(n), V(T(n)) and the margin as CSV")
+    g.add_argument("--analyze-seeds", type=odd_numbers, metavar="N,N", help="print length and height of these trajectories")
+    g.add_argument("--make-eval", metavar="PATH", help="write the original's evaluation set as CSV")
+    g.add_argument("--plot", nargs="+", metavar="RUN", type=Path, help="draw the pictures of these runs again")
+    run.add_run_arguments(p)
+
+    p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].recipe])
+    args = run.parse(p, argv)
+    if args.sees > args.lookahead:
+        p.error(f"argument --sees: {args.sees} values of k with --lookahead {args.lookahead}")
+    if args.mod3 and args.model != "closed":
+        p.error("argument --mod3: for --model closed; a net learns this from the residue")
+    n_seeds = sum(n not in args.test_seeds for n in ORIGINAL_SEEDS) if args.recipe == "original" else args.train_seeds
+    if args.curriculum and args.start_seeds > n_seeds:
+        p.error(f"argument --start-seeds: {args.start_seeds} of {n_seeds} training seeds")
+    if args.batch_size - int(args.hard_ratio * args.batch_size) > args.pool:
+        p.error(f"argument --batch-size: more random numbers in a batch than the --pool of {args.pool} has")
+    if args.tau_end > args.tau_start:
+        p.error("argument --tau-end: above --tau-start")
+    if args.mine_negatives and args.hard_ratio == 0:
+        p.error("argument --mine-negatives: mined numbers join the trajectories' part, and --hard-ratio is 0")
+    need = (args.lookahead + 2) * 16 * (EVAL_ROWS + args.validation_rows) + (args.lookahead + 2) * 10 * (args.pool + 12 * args.train_seeds)
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
+    if need > 0.6 * have:
+        p.error(f"argument --lookahead: {args.lookahead} needs about {need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here")
+    return args
+
+
+# ---- Problem: the Syracuse map, exact
+
+def syracuse(n: int) -> tuple[int, int]:
+    """T(n) = (3n+1)/2^k and k, for odd n > 0 of any size."""
+    x = 3 * n + 1
+    k = (x & -x).bit_length() - 1
+    return x >> k, k
+
+
+def trajectory(n: int) -> list[int]:
+    """n, T(n), ..., 1: the odd numbers on the way to 1, exact."""
+    path = [n]
+    while path[-1] != 1:
+        path.append(syracuse(path[-1])[0])
+    return path
+
+
+def analyze(n: int) -> dict[str, int | float]:
+    """Odd steps, total stopping time (halvings counted too), maximum odd value and its ratio to n, exact."""
+    path = trajectory(n)
+    halvings = sum(syracuse(m)[1] for m in path[:-1])
+    return {"n": n, "odd_steps": len(path) - 1, "total_stopping_time": len(path) - 1 + halvings,
+            "max_odd": max(path), "excursion_ratio": max(path) / n}
+
+
+def odd_part(n: int) -> int:
+    return n // (n & -n)
+
+
+def to_limbs(numbers: Sequence[int]) -> np.ndarray:
+    """Non-negative Python integers of any size as 32-bit limbs, least significant first: (limbs, N) uint64."""
+    width = 4 * max(1, -(-max(n.bit_length() for n in numbers) // 32))
+    raw = b"".join(n.to_bytes(width, "little") for n in numbers)
+    return np.ascontiguousarray(np.frombuffer(raw, "<u4").reshape(len(numbers), -1).T.astype(np.uint64))
+
+
+def from_limbs(limbs: np.ndarray) -> list[int]:
+    """The inverse of to_limbs."""
+    raw, width = np.ascontiguousarray(limbs.T.astype("<u4")).tobytes(), 4 * len(limbs)
+    return [int.from_bytes(raw[i:i + width], "little") for i in range(0, len(raw), width)]
+
+
+@cache
+def halving_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """16 steps of f(x) = x/2 or (3x+1)/2 at once: f^16(2^16 a + b) = factor[b] a + rest[b] (Terras 1976).
+
+    Bit i of parity[b] is the parity of f^i(b), which depends on b alone; the gaps between its ones are the k of T.
+    """
+    rest = np.arange(1 << 16, dtype=np.uint64)
+    factor, parity = np.ones_like(rest), np.zeros(1 << 16, np.uint16)
+    for i in range(16):
+        odd = rest % 2 == 1
+        parity |= odd.astype(np.uint16) << i
+        rest = np.where(odd, 3 * rest + 1, rest) // 2
+        factor = np.where(odd, 3 * factor, factor)
+    return parity, factor, rest
+
+
+def k_sequence(limbs: np.ndarray, m: int) -> np.ndarray:
+    """k_1 .. k_m of odd numbers: T^j(n) = (3 T^(j-1)(n) + 1) / 2^(k_j). limbs (W, N) -> (N, m) int32, exact."""
+    parity, factor, rest = halving_table()
+    low16, low32, s16, s32 = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF), np.uint64(16), np.uint64(32)
+    n_rows = limbs.shape[1]
+    rows, ones, words, x = np.arange(n_rows), np.zeros(n_rows, np.int64), [], limbs
+    while len(rows):  # rows that have not shown m + 1 odd numbers yet
+        b = (x[0] & low16).astype(np.int64)
+        word = np.zeros(n_rows, "<u2")
+        word[rows] = parity[b]
+        words.append(word)
+        ones[rows] += np.bitwise_count(parity[b])
+        carry, y = rest[b], np.empty((len(x) + 1, len(rows)), np.uint64)
+        for i in range(len(x)):
+            limb = x[i] >> s16
+            if i + 1 < len(x):
+                limb |= (x[i + 1] & low16) << s16
+            carry = carry + limb * factor[b]  # < 2^32 3^16 + 2^64 / 2^32: no overflow
+            y[i], carry = carry & low32, carry >> s32
+        y[-1] = carry
+        keep = ones[rows] <= m
+        rows, x = rows[keep], y[:, keep]
+        while len(x) > 1 and not x[-1].any():
+            x = x[:-1]
+    bits = np.unpackbits(np.stack(words, axis=1).view(np.uint8), axis=1, bitorder="little").view(bool)
+    first = np.cumsum(ones) - ones
+    at = np.flatnonzero(bits)[first[:, None] + np.arange(m + 1)]  # where the first m + 1 odd numbers stand
+    at = at.T.astype(np.int32)
+    return (at[1:] - at[:-1]).T  # step by step in memory, as the loops over steps below read it
+
+
+def log2_limbs(limbs: np.ndarray) -> np.ndarray:
+    """log2 of positive numbers of any size from their three top limbs: (W, N) -> (N,) float64, relative error 2^-52."""
+    at = len(limbs) - 1 - np.argmax(limbs[::-1] > 0, axis=0)
+    columns = np.arange(limbs.shape[1])
+    top = [np.where(at >= i, limbs[np.maximum(at - i, 0), columns], 0).astype(np.float64) for i in range(3)]
+    return np.log2(top[0] + top[1] * 2.0**-32 + top[2] * 2.0**-64) + 32.0 * at
+
+
+def log2_path(lg0: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """log2 T^j(n), j = 0..m, from log2 n (N,) and k (N, m): log2 T = log2 n + log2(3 + 1/n) - k. -> (N, m+1) float64."""
+    out, kt = np.empty((k.shape[1] + 1, len(lg0))), k.T
+    out[0], inverse, huge = lg0, np.exp2(-lg0), lg0.max(initial=0) > 1000  # 1/n: rounding to 0 is exact enough, but not for ever
+    for j in range(len(kt)):
+        s = 3.0 + inverse
+        out[j + 1] = out[j] + np.log2(s) - kt[j]
+        inverse = np.exp2(-out[j + 1]) if huge else np.ldexp(inverse, kt[j]) / s
+    return out.T
+
+
+def modular_path(limbs: np.ndarray, k: np.ndarray, modulus: int) -> np.ndarray:
+    """T^j(n) modulo an odd number < 2^31, j = 0..m: (W, N) and (N, m) -> (N, m+1) unsigned, exact."""
+    r = np.zeros(limbs.shape[1], np.uint64)
+    for limb in limbs[::-1]:
+        r = ((r << np.uint64(32)) | limb) % np.uint64(modulus)
+    exact = np.uint32 if 3 * modulus**2 < 1 << 32 else np.uint64  # 3 r + 1 < 3 modulus, times 2^-k < modulus
+    half = np.ones(int(k.max(initial=0)) + 1, exact)
+    for i in range(1, len(half)):
+        half[i] = int(half[i - 1]) * ((modulus + 1) // 2) % modulus  # 2^-i
+    out = np.empty((k.shape[1] + 1, len(r)), exact)
+    out[0] = r
+    for j, factor in enumerate(half[k.T]):
+        x = (3 * out[j] + 1) * factor
+        out[j + 1] = x - x // modulus * modulus  # 4 times as fast as %
+    return out.T
+
+
+def fingerprint(limbs: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Residues of T^j(n) modulo two primes near 2^31 in one uint64: equal numbers always agree, different ones below 2^61
+    never. (N, m+1). Membership in a set is tested on it, so that a number that is in the set cannot slip through."""
+    return modular_path(limbs, k, 2147483647) << np.uint64(31) | modular_path(limbs, k, 2147483629)
+
+
+@dataclass
+class Paths:
+    """n, T(n), ..., T^m(n) for N numbers: what every V is a function of."""
+    k: np.ndarray    # (N, m) int32
+    lg: np.ndarray   # (N, m+1) float64, log2 T^j(n)
+    res: np.ndarray  # (N, m+1) int32, T^j(n) modulo RESIDUE
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def __getitem__(self, rows) -> Paths:
+        return Paths(self.k[rows], self.lg[rows], self.res[rows])
+
+
+def paths(limbs: np.ndarray, m: int, chunk: int = 8192) -> Paths:
+    """The first m steps of N odd numbers, limbs (W, N), in chunks that stay in the processor's cache."""
+    n = limbs.shape[1]
+    out = Paths(np.empty((m, n), np.int32).T, np.empty((m + 1, n)).T, np.empty((m + 1, n), np.int32).T)
+    for lo in range(0, n, chunk):
+        part, rows = limbs[:, lo:lo + chunk], slice(lo, lo + chunk)
+        out.k[rows] = k_sequence(part, m)
+        out.lg[rows] = log2_path(log2_limbs(part), out.k[rows])
+        out.res[rows] = modular_path(part, out.k[rows], RESIDUE)
+    return out
+
+
+def full_paths(limbs: np.ndarray, beyond: int) -> Paths:
+    """Paths long enough that every number has come to 1 and stayed there for `beyond` steps (T(1) = 1)."""
+    m = 64
+    while True:
+        p = paths(limbs, m + beyond)
+        if (p.lg[:, m] < 0.5).all():
+            m = int((p.lg > 0.5).sum(axis=1).max()) + beyond
+            return Paths(p.k[:, :m], p.lg[:, :m + 1], p.res[:, :m + 1])
+        m *= 2
+
+
+
+# ---- Data: evaluation sets, what they forbid, training pools
+
+def random_odd(rng: np.random.Generator, n: int, min_bits: int, max_bits: int) -> np.ndarray:
+    """n random odd numbers > 1 whose bit length is uniform in [min_bits, max_bits], as limbs (W, n)."""
+    bits = rng.integers(min_bits, max_bits + 1, n)
+    limb = 32 * np.arange(-(-max_bits // 32))[:, None]
+    x = rng.integers(0, 1 << 32, (len(limb), n), dtype=np.uint64)
+    x &= (np.uint64(1) << np.clip(bits - limb, 0, 32).astype(np.uint64)) - np.uint64(1)
+    x[(bits - 1) // 32, np.arange(n)] |= np.uint64(1) << ((bits - 1) % 32).astype(np.uint64)  # the top bit
+    x[0] |= np.uint64(1)
+    return x
+
+
+@dataclass
+class Rows:
+    """Evaluation numbers: limbs (W, N), and per number the weight 1 + log10(max(1, highest number on its way / n))."""
+    limbs: np.ndarray
+    weight: np.ndarray
+
+
+def eval_numbers(rows: int = EVAL_ROWS, seed: int = EVAL_SEED) -> list[int]:
+    """The original evaluation set: distinct odd numbers of 2..128 bits, bit length uniform, from Python's own generator."""
+    rng, seen = random.Random(seed), {}
+    while len(seen) < rows:
+        bits = rng.randint(2, 128)
+        n = rng.randint(2 ** (bits - 1), 2**bits - 1)
+        seen[n + 1 - n % 2] = None
+    return list(seen)
+
+
+def peak_log2(limbs: np.ndarray) -> np.ndarray:
+    """log2 of the highest number, even ones counted, on the way of each odd number > 1 to 1. (W, N) -> (N,)"""
+    peak, m, rows = np.empty(limbs.shape[1]), 128, np.arange(limbs.shape[1])
+    while len(rows):
+        left = []
+        for part in np.array_split(rows, max(1, len(rows) // 4096)):
+            x = limbs[:, part]
+            lg = log2_path(log2_limbs(x), k_sequence(x, m))
+            top = lg[:, :-1].max(axis=1)
+            peak[part] = np.where(top < 1000, np.log2(3 * np.exp2(np.minimum(top, 1000)) + 1), top + LOG2_3)
+            left.append(part[lg[:, -1] > 0.5])
+        rows, m = np.concatenate(left), 2 * m
+    return peak
+
+
+def default_rows() -> Rows:
+    """The original evaluation set in memory; weights as in the CSV, rounded to its 4 decimals."""
+    limbs = to_limbs(eval_numbers())
+    return Rows(limbs, np.round(1 + (peak_log2(limbs) - log2_limbs(limbs)) * math.log10(2), 4))
+
+
+def make_eval_csv(path: str) -> None:
+    """Write the original evaluation set with its columns, computed with Python integers. Raises OSError."""
+    with open(path, "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(EVAL_COLUMNS)
+        for n in tqdm(eval_numbers(), desc=path, unit="row"):
+            steps = trajectory(n)
+            halvings = sum(syracuse(m)[1] for m in steps[:-1])
+            peak = max(n, 3 * max(steps[:-1]) + 1)
+            out.writerow([n, steps[1], steps[1] > n, len(steps) - 1 + halvings, peak, f"{1 + math.log10(max(1, peak / n)):.4f}"])
+
+
+def read_eval_csv(path: str) -> Rows:
+    """Read an evaluation CSV and verify it. Raises UserError naming the line: column missing, t1 not T(n), n repeated,
+    weight not finite or below 1."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; make it with: python collatz.py --make-eval {path}")
+    numbers, weight, seen = [], [], set()
+    with open(path, newline="") as f:
+        table = csv.DictReader(f)
+        missing = [c for c in ("n", "t1", "w_expansion") if c not in (table.fieldnames or [])]
+        if missing:
+            raise UserError(f"{path}: no column {missing[0]!r}; it needs {', '.join(EVAL_COLUMNS)}")
+        for row in table:
+            where = f"{path}, line {table.line_num}"
+            n = odd_number(row["n"] or "", where)
+            try:
+                t1, w = int(row["t1"]), float(row["w_expansion"])
+            except (TypeError, ValueError):
+                raise UserError(f"{where}: t1 {row['t1']!r} or w_expansion {row['w_expansion']!r} is not a number") from None
+            if t1 != syracuse(n)[0]:
+                raise UserError(f"{where}: t1 = {t1}, but T({n}) = {syracuse(n)[0]}")
+            if n in seen:
+                raise UserError(f"{where}: {n} stands there twice")
+            if not (math.isfinite(w) and w >= 1):
+                raise UserError(f"{where}: w_expansion {w} is not a finite number >= 1")
+            if row.get("is_growth") is not None and (row["is_growth"].strip().lower() in ("true", "1")) != (t1 > n):
+                raise UserError(f"{where}: is_growth {row['is_growth']!r}, but n = {n}, t1 = {t1}")
+            seen.add(n)
+            numbers.append(n)
+            weight.append(w)
+    if not numbers:
+        raise UserError(f"{path}: no rows")
+    return Rows(to_limbs(numbers), np.array(weight))
+
+
+@dataclass
+class Exam:
+    """Everything that a V is examined on. Sets of numbers have lookahead + 1 steps; walks go on until after 1."""
+    rows: Paths                # the evaluation set
+    weight: np.ndarray         # of its rows
+    walks: dict[str, Paths]    # test, record: trajectories of these seeds; random: of random 128-bit numbers
+    validation_rows: Paths     # numbers and trajectories of their own, for choosing best.pt
+    validation_walks: Paths
+    forbidden: np.ndarray      # sorted fingerprints of all of them: what the honest split keeps out of training
+
+
+def make_exam(args: argparse.Namespace) -> Exam:
+    """Build the evaluation sets. They do not depend on --seed, so all runs are compared on the same numbers."""
+    rows = read_eval_csv(args.eval_csv) if args.eval_csv else default_rows()
+    rng, m = np.random.default_rng(EVAL_SEED), args.lookahead + 1
+    validation_rows = random_odd(rng, args.validation_rows, 2, 128)
+    start = {"test": to_limbs(args.test_seeds), "record": to_limbs(RECORD_SEEDS),
+             "random": random_odd(rng, args.eval_trajectories, 128, 128),
+             "validation": random_odd(rng, args.validation_trajectories, 8, 128)}
+    walks = {name: full_paths(limbs, beyond=m) for name, limbs in start.items()}
+    keys = [fingerprint(limbs, walks[name].k).ravel() for name, limbs in start.items()]
+    keys += [fingerprint(x, np.empty((x.shape[1], 0), np.int32)).ravel() for x in (rows.limbs, validation_rows)]
+    return Exam(paths(rows.limbs, m), rows.weight, walks, paths(validation_rows, m), walks.pop("validation"),
+                np.unique(np.concatenate(keys)))
+
+
+def member(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Which keys stand in the sorted array `of`; shape of keys."""
+    at = np.minimum(np.searchsorted(of, keys), max(0, len(of) - 1))
+    return of[at] == keys if len(of) else np.zeros(keys.shape, bool)
+
+
+@dataclass
+class Chains:
+    """Training data: chains n, T(n), ... of numbers with what V needs to know of them, ready for the device."""
+    k: torch.Tensor      # (N, C+L) uint8, at most 255
+    lg: torch.Tensor     # (N, C+L+1) float32
+    res: torch.Tensor    # (N, C+L+1) int32
+    ok: torch.Tensor     # (N, C+L) bool: neither T^j(n) nor T^(j+1)(n) is forbidden, and T^j(n) > 1
+    first: np.ndarray    # trajectories only, (seeds+1,): the chains of seed i are first[i] .. first[i+1]-1
+    counts: np.ndarray | int = 0  # numbers that may be trained on, numbers excluded, forbidden numbers among the former
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def __getitem__(self, rows) -> Chains:
+        return Chains(self.k[rows], self.lg[rows], self.res[rows], self.ok[rows], self.first)
+
+    def join(self, other: Chains) -> Chains:
+        return Chains(*(torch.cat([getattr(self, f), getattr(other, f)]) for f in ("k", "lg", "res", "ok")), self.first)
+
+    def to(self, device: torch.device) -> Chains:
+        return Chains(self.k.to(device), self.lg.to(device), self.res.to(device), self.ok.to(device), self.first)
+
+
+def chains(p: Paths, keys: np.ndarray, args: argparse.Namespace, exam: Exam, first: np.ndarray) -> Chains:
+    """Chains of paths (N, m steps) with the fingerprints (N, m+1) of their numbers; the honest split masks what is forbidden."""
+    bad = member(keys, exam.forbidden)
+    bad = bad[:, :-1] | bad[:, 1:]
+    real = p.lg[:, :-1] > 0.5
+    ok = real & ~bad if args.split == "honest" else real
+    counts = np.array([ok.sum(), (real & ~ok).sum(), (ok & bad).sum()])
+    return Chains(torch.from_numpy(np.minimum(p.k, 255).astype(np.uint8)), torch.from_numpy(p.lg.astype(np.float32)),
+                  torch.from_numpy(p.res), torch.from_numpy(ok), first, counts)
+
+
+def random_chains(rng: np.random.Generator, n: int, length: int, args: argparse.Namespace, exam: Exam) -> Chains:
+    """Chains of `length` steps from random odd numbers of 2..max_bits bits (original recipe: 3..max_bits-3, as it had)."""
+    lo, hi = (3, args.max_bits - 3) if args.recipe == "original" else (2, args.max_bits)
+    limbs = random_odd(rng, n, lo, hi)
+    p = paths(limbs, length + args.lookahead)
+    return chains(p, fingerprint(limbs, p.k), args, exam, np.zeros(0, int))
+
+
+def trajectory_chains(limbs: np.ndarray, rng: np.random.Generator, length: int, stride: int, args: argparse.Namespace,
+                      exam: Exam) -> Chains:
+    """Chains of `length` steps that cover the trajectories of the given seeds, one every `stride` steps."""
+    m = length + args.lookahead
+    parts, keys, counts = [], [], []
+    for lo in range(0, limbs.shape[1], 512):
+        part = limbs[:, lo:lo + 512]
+        p = full_paths(part, beyond=m)
+        key = fingerprint(part, p.k)
+        n_steps = (p.lg > 0.5).sum(axis=1)
+        at = [np.arange(rng.integers(min(stride, s)), s, stride) for s in n_steps]
+        counts += [len(a) for a in at]
+        row, at = np.repeat(np.arange(len(at)), counts[-len(at):]), np.concatenate(at)
+        span = at[:, None] + np.arange(m + 1)
+        parts.append(Paths(p.k[row[:, None], span[:, :-1]], p.lg[row[:, None], span], p.res[row[:, None], span]))
+        keys.append(key[row[:, None], span])
+    p = Paths(*(np.concatenate([getattr(q, f) for q in parts]) for f in ("k", "lg", "res")))
+    return chains(p, np.concatenate(keys), args, exam, np.concatenate([[0], np.cumsum(counts)]))
+
+
+# ---- Model. B chains, P nodes n, T(n), ... on each, L lookahead, q values of k that the net sees, J = L - q, F features
+
+@dataclass
+class Config:
+    """All that is needed to rebuild a model; stored in its checkpoint."""
+    lookahead: int = 10
+    base: str = "window"          # none: V = net; log: log2 n + net; closed: closed form + net; window: net inside the maximum
+    layers: tuple[int, ...] | None = (64, 64)  # hidden widths; () is linear; None: no net
+    features: str = "window"      # window or original
+    sees: int = 1                 # q: values of k that the net sees; the maximum runs over the L - q nodes behind
+    digits: int = 10              # the net sees statistics of the past of n given n mod 3^digits,
+    table_digits: int = 6         # and an embedding of n mod 3^table_digits
+    tie_break: float = 1e-3       # bits a step: an old maximum sinks by this much, so that standing still is a decrease
+    mod3: bool = False            # add 1 bit when 3 | n: such n have no predecessor, so nothing is lost
+
+    @property
+    def window(self) -> int:
+        """J: V(n) is the maximum over the J + 1 nodes n .. T^J(n)."""
+        return self.lookahead - self.sees if self.base == "window" else 0
+
+
+def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
+    layers = []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def original_features(lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
+    """The original's 6 + L inputs: log10 n / 40, n mod 3, 9, 27, 81, the drift over the window / 10, and the k / 10."""
+    drift = k.shape[-1] * LOG2_3 - k.float().sum(-1)
+    x = [lg[..., 0] * (math.log10(2) / 40), *(res % m / (m - 1) for m in (3, 9, 27, 81)), drift / 10]
+    return torch.cat([torch.stack(x, -1), k.clamp(max=10) / 10], -1)
+
+
+@cache
+def residue_statistics(digits: int) -> np.ndarray:
+    """What n mod 3^digits tells of the past of n on a long trajectory: (3^digits, 3 + digits) float32.
+
+    Columns: log2 of the stationary density relative to uniform (clipped to +-4, halved); P(last k = 1); P(last k = 2);
+    E[log2 n - log2 of the node j steps ago] / 2, j = 1..digits. Exact recursion over n = (3m + 1) / 2^k, P(k) = 2^-k,
+    k < 40 (the Syracuse random variables of Tao, arXiv:1909.03562, section 1.3).
+    """
+    density, rise = np.ones(1), np.zeros((1, 0))
+    for d in range(1, digits + 1):
+        size = 3**d
+        n, mass, first, up = np.arange(size), np.zeros(size), np.zeros((size, 2)), np.zeros((size, d))
+        for k in range(1, 40):
+            m3 = n * pow(2, k, size) % size - 1  # 3m mod 3^d
+            w = np.where(m3 % 3 == 0, 2.0**-k * density[m3 // 3 % (size // 3)], 0.0)
+            mass += w
+            if k <= 2:
+                first[:, k - 1] = w
+            up += w[:, None] * (LOG2_3 - k + np.pad(rise[m3 // 3 % (size // 3)], ((0, 0), (1, 0))))
+        some = np.maximum(mass, 1e-30)[:, None]
+        first, rise, density = first / some, up / some, 3 * mass
+    log_density = np.clip(np.log2(np.maximum(density, 1e-9)), -4, 4) / 2
+    return np.concatenate([log_density[:, None], first, rise / 2], axis=1).astype(np.float32)
+
+
+class Lyapunov(nn.Module):
+    """V for chains of numbers. Given nodes n .. T^(P-1+L)(n), V at the first P of them.
+
+    base window:  W_i = log2 T^i(n) + net(T^i(n)) + tie_break i,   V(T^i(n)) = max_{0<=j<=J} W_{i+j} - tie_break i.
+    Every node's W is one number that all V share, so V can only fail to decrease where a new W tops the last J + 1 ones:
+    the net decides how often that happens. Without a net this is the closed form (window maximum with a time tie-break).
+    The other bases have J = 0 and a net that sees all L values of k.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        q, wide = config.sees, config.layers
+        self.beta = nn.Parameter(torch.tensor(0.35)) if config.features == "original" else None  # of the anchor's target
+        if wide is None:
+            return
+        if config.features == "original":
+            self.layers = mlp([6 + q, *wide, 1], lambda: nn.LeakyReLU(0.1))
+            return
+        n_features = 3 + 5 * q + 3 + config.digits
+        self.register_buffer("statistics", torch.from_numpy(residue_statistics(config.digits)), persistent=False)
+        self.table = nn.Embedding(4 * 3**config.table_digits, 1)  # residue and k_1 (1, 2, 3, more): the linear part
+        self.layers = mlp([n_features, *wide, 1], nn.GELU)
+        self.embedding = nn.Embedding(3**config.table_digits, wide[0]) if wide else None
+        nn.init.zeros_(self.table.weight)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+        if wide:
+            nn.init.normal_(self.embedding.weight, std=0.3)
+
+    def net(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
+        """The net at each node. lg (..., q+1), k (..., q), res (...) -> (...)"""
+        if self.config.features == "original":
+            x = original_features(lg, k, res)
+            return self.layers(x).squeeze(-1)
+        rise = lg[..., 1:] - lg[..., :1]
+        small = k.clamp(max=10)
+        x = torch.cat([
+            lg[..., :1] / 64 - 1, torch.log2(lg[..., :1] + 1) / 3 - 1, torch.relu(rise.amax(-1, keepdim=True)) / 2, rise / 4,
+            small / 5 - 0.4, (k == 1).float(), (k == 2).float(), (k == 3).float(), self.statistics[res % len(self.statistics)],
+        ], dim=-1)  # (..., F)
+        r = res % 3**self.config.table_digits
+        y = self.table(r * 4 + k[..., 0].clamp(max=4).long() - 1)
+        if self.embedding is None:
+            return (y + self.layers(x)).squeeze(-1)
+        h = self.layers[0](x) + self.embedding(r)
+        return (y + self.layers[1:](h)).squeeze(-1)
+
+    def clock(self, lg: torch.Tensor) -> torch.Tensor:
+        """tie_break times the steps taken so far; it stands still at 1. lg (B, M) -> (B, M)"""
+        steps = torch.cumsum(lg[:, :-1] > 0.5, 1)  # log2 of 1 is 0, of the next odd number 1.58
+        return F.pad(steps, (1, 0)).to(lg.dtype) * self.config.tie_break
+
+    def forward(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
+        """W at the first P + J nodes (see the class). lg (B, P+L), k (B, P-1+L), res (B, P+L) -> (B, P+J), dtype of lg.
+
+        The net computes in float32 on its own device; what is added to it keeps the precision and device of lg.
+        """
+        c = self.config
+        nodes = lg.shape[1] - c.sees  # P + J
+        clock = self.clock(lg)
+        if c.base == "closed":
+            w = (lg + clock).unfold(1, c.lookahead + 1, 1).amax(-1) - clock[:, :nodes]
+        else:
+            w = lg[:, :nodes] + (clock[:, :nodes] if c.base == "window" else 0)
+        if c.layers is None:
+            return w
+        at = next(self.parameters()).device
+        near = lg.to(at, torch.float32).unfold(1, c.sees + 1, 1)  # (B, P+J, q+1)
+        u = self.net(near, k.to(at).unfold(1, c.sees, 1)[:, :nodes], res[:, :nodes].to(at)).to(lg.device, lg.dtype)
+        return F.softplus(u) + 1e-6 if c.base == "none" else w + u
+
+    def value(self, p: Paths) -> np.ndarray:
+        """V at the first P nodes of each path with P-1+L values of k: (N, P) float64, positive.
+
+        log2(1 + 2^x) makes any x positive and keeps the sign of every margin; at large x it is x.
+        """
+        c, out = self.config, []
+        chunk = max(1, 16384 // (p.lg.shape[1] - c.lookahead))
+        with eval_mode(self):
+            for lo in range(0, len(p), chunk):
+                q = p[lo:lo + chunk]
+                lg = torch.from_numpy(np.ascontiguousarray(q.lg))
+                w = self(lg, torch.from_numpy(np.minimum(q.k, 255)), torch.from_numpy(np.ascontiguousarray(q.res)))
+                x = w.unfold(1, c.window + 1, 1).amax(-1)
+                if c.base == "window":
+                    x = x - self.clock(lg)[:, :x.shape[1]]
+                if c.mod3:
+                    x = x + torch.from_numpy(q.res[:, :x.shape[1]] % 3 == 0)
+                out.append((x if c.base == "none" else torch.logaddexp2(x, torch.zeros_like(x))).numpy())
+        return np.concatenate(out)
+
+
+# ---- Loss, optimizer
+
+def top(x: torch.Tensor, tau: float) -> torch.Tensor:
+    """Maximum over the last axis; soft at temperature tau > 0, so that every entry near the top gets a gradient."""
+    if x.shape[-1] == 1 or tau == 0:
+        return x.amax(-1)
+    return tau * torch.logsumexp(x / tau, -1)
+
+
+def gaps(w: torch.Tensor, window: int, s: int, n: int, tau: float) -> torch.Tensor:
+    """By how much V falls from node i to node i+s, i < n, told by the W that the two maxima do not share. (B, P+J) -> (B, n)
+
+    With J = 0 it is V(i) - V(i+s). With a window it is top(W_i .. W_(i+J)) - top(of the s newest): negative exactly where V rises.
+    """
+    old = w.unfold(1, window + 1, 1)[:, :n]
+    new = w[:, max(window + 1, s):].unfold(1, min(s, window + 1), 1)[:, :n]
+    return top(old, tau) - top(new, tau)
+
+
+def edge_loss(gap: torch.Tensor, args: argparse.Namespace, tau: float) -> torch.Tensor:
+    """hinge: max(0, margin - gap), the original's ranking loss; ramp: sigmoid((margin - gap) / tau), which is bounded, so that
+    an edge that cannot be saved costs no more than 1."""
+    return F.relu(args.margin - gap) if args.loss == "hinge" else torch.sigmoid((args.margin - gap) / tau)
+
+
+def tau_at(step: int, args: argparse.Namespace) -> float:
+    """Temperature of ramp and soft maximum: tau-start to tau-end, geometric over the first 70 % of the steps. 0 for hinge."""
+    if args.loss == "hinge":
+        return 0.0
+    return args.tau_start * (args.tau_end / args.tau_start) ** min(1.0, step / (0.7 * args.steps))
+
+
+def anchor_weight(step: int, args: argparse.Namespace) -> float:
+    """Weight of the anchor loss: 1, then from --decay-start on 1 -> 0.001, geometric over --decay-len steps, as the original."""
+    return 0.001 ** min(1.0, max(0.0, (step - args.decay_start) / args.decay_len))
+
+
+def batch_loss(model: Lyapunov, parts: list[tuple[Chains, int, float, float]], args: argparse.Namespace, step: int) -> torch.Tensor:
+    """Loss of a batch. Each part: chains, edges counted on each, share of the loss, weight of its edges."""
+    c, tau = model.config, tau_at(step, args)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for data, n, share, weight in parts:
+        w = model(data.lg, data.k, data.res)
+        for s, coefficient in jumps(args):
+            ok = data.ok.unfold(1, s + c.window + 1, 1)[:, :n].all(-1)  # no number is forbidden that the two V look at
+            loss = edge_loss(gaps(w, c.window, s, n, tau), args, tau) * ok
+            if s == 1:
+                loss = loss * torch.where(data.k[:, :n] == 1, args.growth_weight, 1.0) * weight  # k = 1: T(n) > n
+            total = total + share * coefficient * loss.sum() / ok.sum().clamp(min=1)
+        if args.target_type != "none":
+            scale = math.log(2) if c.base == "none" else 1.0  # the original's V is in nats
+            drift = data.lg.new_tensor(c.lookahead * LOG2_3) - data.k[:, :c.lookahead].float().sum(1)
+            target = data.lg[:, 0] * scale + model.beta * drift
+            ok = data.ok[:, :c.window + 1].all(-1)
+            miss = (w[:, :c.window + 1].amax(-1) - target).square() * ok
+            total = total + share * anchor_weight(step, args) * miss.sum() / ok.sum().clamp(min=1)
+    return total
+
+
+def jumps(args: argparse.Namespace) -> list[tuple[int, float]]:
+    """The s for which V(T^s(n)) < V(n) is asked, with the original's coefficients."""
+    return [(1, 1.0)] + [(4, 0.5)] * args.use_t4 + [(8, 0.2)] * args.use_t8
+
+
+def make_optimizers(model: Lyapunov, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW; with muon, Muon for the hidden matrices (the notes: worth 3-4 times the steps) and AdamW for the rest."""
+    tables = [p for name, p in model.named_parameters() if name.startswith("table")]
+    hidden = [m.weight for m in model.layers[1:-1] if isinstance(m, nn.Linear)] if args.optimizer == "muon" else []
+    taken = {id(p) for p in [*tables, *hidden]}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [{"params": rest, "lr": args.lr}] + [{"params": tables, "lr": 3 * args.lr, "weight_decay": 0.0}] * bool(tables)
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.999 if args.recipe == "original" else 0.98), weight_decay=args.weight_decay)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=5 * args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(step: int, args: argparse.Namespace) -> float:
+    """Learning rate over its peak at a step: 30 steps of warm-up, flat to 40 %, then linear to 0."""
+    return min(1.0, (step + 1) / 30) * min(1.0, (1 - step / args.steps) / 0.6)
+
+
+class Plateau:
+    """ReduceLROnPlateau(factor 0.5, patience 2000) on the loss of every batch, as the original. The noise of that loss decides,
+    and it can only lower the rate: this is why the original's curves go flat."""
+
+    def __init__(self):
+        self.best, self.bad, self.factor = math.inf, 0, 1.0
+
+    def step(self, loss: float) -> None:
+        self.bad = 0 if loss < self.best * (1 - 1e-4) else self.bad + 1
+        self.best = min(self.best, loss)
+        if self.bad > 2000:
+            self.factor, self.bad = self.factor / 2, 0
+
+
+# ---- Training data of a step
+
+@dataclass
+class Pools:
+    """What batches are drawn from: chains of trajectories, by seed; chains of random numbers; mined chains."""
+    hard: Chains
+    random: Chains
+    mined: Chains | None = None
+
+
+def make_pools(args: argparse.Namespace, exam: Exam, turn: int = 0, mined: Chains | None = None) -> Pools:
+    """Pools of the `turn`-th refresh. Under the honest split, forbidden numbers are masked in them."""
+    rng = np.random.default_rng([args.seed, 1, turn])
+    beyond = max(s for s, _ in jumps(args)) - 1
+    if args.recipe == "original":
+        seeds = [odd_part(n) for n in ORIGINAL_SEEDS if n not in args.test_seeds]
+        limbs = to_limbs(seeds)
+    else:
+        limbs = random_odd(rng, args.train_seeds, 8, args.max_bits)
+        if args.curriculum:  # short trajectories first
+            length = (full_paths(limbs, beyond=0).lg > 0.5).sum(1)
+            limbs = limbs[:, np.argsort(length, kind="stable")]
+    return Pools(trajectory_chains(limbs, rng, args.segment + beyond, args.segment, args, exam),
+                 random_chains(rng, args.pool, 1 + beyond, args, exam), mined)
+
+
+def active_seeds(step: int, n_seeds: int, args: argparse.Namespace) -> int:
+    """How many of the training seeds are in use: all, or with --curriculum from start-seeds to all over ramp-len steps."""
+    if not args.curriculum:
+        return n_seeds
+    return int(args.start_seeds + (n_seeds - args.start_seeds) * min(1.0, step / args.ramp_len))
+
+
+def draw(pools: Pools, args: argparse.Namespace, step: int, rng: np.random.Generator) -> list[tuple[Chains, int, float, float]]:
+    """The parts of one batch, for batch_loss. A random active seed, then a random chain of it; or a mined chain."""
+    n_hard = int(args.hard_ratio * args.batch_size)
+    seed = rng.integers(0, 1 << 62, n_hard) % max(1, active_seeds(step, len(pools.hard.first) - 1, args))
+    lo, hi = pools.hard.first[seed], pools.hard.first[seed + 1]
+    hard = pools.hard[lo + (rng.random(n_hard) * (hi - lo)).astype(np.int64)]
+    rand = pools.random[rng.integers(0, len(pools.random), args.batch_size - n_hard)]
+    if pools.mined is not None:
+        n_mined = int(0.3 * n_hard)
+        hard = hard[slice(n_mined, None)].join(pools.mined[rng.integers(0, len(pools.mined), n_mined)])
+    if active_seeds(step, 1 << 30, args) == 0:  # no seed yet: random numbers alone (the original fell back to a test seed)
+        return [(rand, 1, 1.0, 1.0)]
+    return [(part, n, share, weight) for part, n, share, weight in
+            ((hard, args.segment, args.hard_ratio, args.hard_weight), (rand, 1, 1 - args.hard_ratio, 1.0)) if len(part)]
+
+
+def mine(model: Lyapunov, pools: Pools, args: argparse.Namespace, exam: Exam, rng: np.random.Generator) -> Chains:
+    """The mined list with the mine-count chains added, of 5000 candidates (half of them from trajectories, half new random
+    numbers), whose first step has the lowest margin; the list keeps the newest 1000."""
+    beyond = max(s for s, _ in jumps(args)) - 1
+    fresh = random_chains(rng, 2500, args.segment + beyond, args, exam)
+    found = pools.hard[rng.integers(0, len(pools.hard), 2500)].join(fresh)
+    device = next(model.parameters()).device
+    with eval_mode(model):
+        part = found.to(device)
+        w = model(part.lg, part.k, part.res)
+        gap = gaps(w, model.config.window, 1, 1, 0.0)[:, 0]
+        gap = torch.where(part.ok[:, :model.config.window + 2].all(-1), gap, math.inf)
+    worst = found[torch.argsort(gap).cpu()[:args.mine_count]]
+    return worst if pools.mined is None else pools.mined.join(worst)[slice(-1000, None)]
+
+
+# ---- Evaluation: what the figures mean
+
+def holds(v: np.ndarray, v_next: np.ndarray) -> np.ndarray:
+    """Where V decreases. A tie or a NaN is a violation."""
+    return v - v_next > 0
+
+
+def rates(ok: np.ndarray, weight: np.ndarray, growth: np.ndarray) -> dict[str, float]:
+    """Pass rates over evaluation rows: plain, weighted by 1 + log10(excursion), the same where T(n) > n."""
+    def mean(x: np.ndarray, w: np.ndarray) -> float:
+        return float((x * w).sum() / w.sum()) if w.sum() else math.nan
+    one = np.ones_like(weight)
+    return {"pass_rate": mean(ok, one), "weighted_pass_rate": mean(ok, weight),
+            "growth_pass_rate": mean(ok[growth], one[growth]), "growth_weighted_pass_rate": mean(ok[growth], weight[growth])}
+
+
+def walk_steps(value: Callable[[Paths], np.ndarray], walks: Paths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """V along full paths (N, P), where V falls (N, P-1), and which steps n -> T(n) count: n > 1 (N, P-1)."""
+    v = value(walks)
+    return v, holds(v[:, :-1], v[:, 1:]), walks.lg[:, :v.shape[1] - 1] > 0.5
+
+
+LOGGED = ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted_pass_rate", "violations_total", "on_trajectory_pass_rate")
+
+
+def evaluate(value: Callable[[Paths], np.ndarray], exam: Exam, full: bool = True) -> dict:
+    """All figures of V, a function of Paths that returns V at their first nodes. full=False leaves out the slow tables."""
+    lg, growth = exam.rows.lg, exam.rows.k[:, 0] == 1
+    v = value(exam.rows)
+    ok = holds(v[:, 0], v[:, 1])
+    out = rates(ok, exam.weight, growth)
+    steps = {name: walk_steps(value, walks) for name, walks in exam.walks.items()}
+    fails = [int((~o & c).sum()) for o, c in zip(*steps["test"][1:], strict=True)]
+    seeds = [round(2**x) for x in exam.walks["test"].lg[:, 0]]
+    out |= {"violations": dict(zip(map(str, seeds), fails, strict=True)), "violations_total": sum(fails)}
+    _, o, c = steps["random"]
+    out["on_trajectory_pass_rate"] = float(o[c].mean())
+    _, o, c = steps["record"]
+    out["record_violations"] = int((~o & c).sum())
+    if not full:
+        return out
+    free = exam.rows.res[:, 0] % 3 == 0
+    out["not_divisible_by_3"] = rates(ok[~free], exam.weight[~free], growth[~free])
+    bits = np.floor(lg[:, 0]).astype(int) + 1
+    out["by_bits"] = {f"{lo}-{hi}": [int((ok & b).sum()), int(b.sum())]
+                      for lo, hi in BIT_RANGES if (b := (bits >= lo) & (bits <= hi)).any()}
+    _, o, c = steps["random"]
+    big = c & (exam.walks["random"].lg[:, :c.shape[1]] > 16)
+    out["on_trajectory_above_16_bits"], out["on_trajectory_steps"] = float(o[big].mean()), int(c.sum())
+    out["records"] = {str(n): [int((~o & c).sum()), int(c.sum())] for n, o, c in zip(RECORD_SEEDS, *steps["record"][1:], strict=True)}
+    v_test, o, c = steps["test"]
+    drop = np.where(c, v_test[:, :-1] - v_test[:, 1:], np.inf)
+    out["steps"] = dict(zip(map(str, seeds), c.sum(1).tolist(), strict=True))
+    out["worst_margin"] = dict(zip(map(str, seeds), drop.min(1).tolist(), strict=True))
+    # bits: V scaled so that its regression on log2 n has slope 1; a V that does not grow with n has no scale
+    slope = float(np.polyfit(lg[:, 0], v[:, 0], 1)[0]) if np.isfinite(v).all() else math.nan
+    scale = slope if slope > 0.01 else math.nan
+    margins = (v[:, 0] - v[:, 1]) / scale
+    out |= {"slope": slope, "v_min": float(min(v.min(), v_test.min())),
+            "v_above_log2n": [float(x) for x in np.quantile(v[:, 0] / scale - lg[:, 0], [0, 1])],
+            "margin_quantiles": dict(zip(map(str, QUANTILES), np.quantile(margins, QUANTILES).tolist(), strict=True))}
+    return out
+
+
+def linear_mean(p: Paths, lookahead: int) -> np.ndarray:
+    """The baseline V(n) = mean of log2 T^j(n), j <= L: it fails where T^(L+1)(n) >= n."""
+    return np.lib.stride_tricks.sliding_window_view(p.lg, lookahead + 1, axis=1).mean(-1)
+
+
+def baselines(lookahead: int) -> dict[str, Callable[[Paths], np.ndarray]]:
+    """V that need no training."""
+    closed = Config(lookahead, layers=None, sees=0)
+    return {"linear mean": lambda p: linear_mean(p, lookahead), "closed form": Lyapunov(closed).value,
+            "closed + mod 3": Lyapunov(replace(closed, mod3=True)).value}
+
+
+def lower_bound(lookahead: int) -> float:
+    """Least share of violations on trajectories of a V that is smooth in log n and knows only k_1..k_L.
+
+    For iid k, the windows of L + 1 values split into rotation classes; a class that rises needs a violation in each turn. So
+    P(k_1 + ... + k_(L+1) <= (L+1) log2 3) / (L+1), where the sum is at most s iff s coin flips show L + 1 heads.
+    """
+    m = lookahead + 1
+    s = math.floor(m * LOG2_3)
+    return sum(math.comb(s, heads) for heads in range(m, s + 1)) / 2**s / m
+
+
+def by_lookahead(walks: Paths, lookaheads: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Violation rates on trajectories of the baselines, and the bounds without and with n mod 3^8, by lookahead."""
+    out = {}
+    for m in lookaheads:
+        if m + 1 < walks.k.shape[1]:
+            row = {"bound": lower_bound(m), "bound_with_residues": lower_bound(m + RESIDUE_DIGITS)}
+            for name, value in baselines(m).items():
+                _, ok, counts = walk_steps(value, walks)
+                row[name] = float(1 - ok[counts].mean())
+            out[str(m)] = row
+    return out
+
+
+def format_report(title: str, out: dict, rows: dict[str, dict]) -> str:
+    """The table that a run ends with. rows: V by name -> its figures, this run's own among them."""
+    bound = lower_bound(out["lookahead"]), lower_bound(out["lookahead"] + RESIDUE_DIGITS)
+    n_rows = sum(n for _, n in out["by_bits"].values())
+    seeds = list(out["violations"])
+    lines = ["", title, f"  {'V':<16}{'violations':>11}  {' '.join(f'{s:>7}' for s in seeds)}    pass   wtd   growth  gr-wtd   3∤n    on traj.  records"]
+    total = sum(out["steps"].values())
+    for name, r in rows.items():
+        cells = " ".join(f"{r['violations'][s]:>7}" for s in seeds)
+        p = [r["pass_rate"], r["weighted_pass_rate"], r["growth_pass_rate"], r["growth_weighted_pass_rate"],
+             r["not_divisible_by_3"]["pass_rate"], r["on_trajectory_pass_rate"]]
+        lines.append(f"  {name:<16}{r['violations_total']:>7}/{total}  {cells}  " + " ".join(f"{100 * x:7.3f}" for x in p)
+                     + f"  {r['record_violations']:>5}")
+    lines += ["  steps           " + " " * 13 + " ".join(f"{out['steps'][s]:>7}" for s in seeds),
+              "  worst margin    " + " " * 13 + " ".join(f"{out['worst_margin'][s]:>7.3f}" for s in seeds),
+              f"  pass rate {format_rate(round(out['pass_rate'] * n_rows), n_rows)}; by bits of n: "
+              + ", ".join(f"{b} {100 * k / n:.2f}%" for b, (k, n) in out["by_bits"].items()),
+              f"  on trajectories {format_rate(round(out['on_trajectory_pass_rate'] * out['on_trajectory_steps']), out['on_trajectory_steps'])}"
+              f", above 16 bits {100 * out['on_trajectory_above_16_bits']:.2f}%; at most {100 * (1 - bound[0]):.2f}% for V of k alone,"
+              f" {100 * (1 - bound[1]):.2f}% with n mod 3^{RESIDUE_DIGITS}",
+              "  margins in bits, quantiles: " + ", ".join(f"{float(q):g}: {m:.4f}" for q, m in out["margin_quantiles"].items()),
+              f"  V: smallest {out['v_min']:.4g}, slope on log2 n {out['slope']:.4f}, above log2 n by {out['v_above_log2n'][0]:.2f}"
+              f" to {out['v_above_log2n'][1]:.2f} bits"]
+    return "\n".join(lines)
+
+
+# ---- Training
+
+def model_config(args: argparse.Namespace) -> Config:
+    layers = {"closed": None, "linear": (), "mlp": args.layers}[args.model]
+    base = "window" if args.model == "closed" else args.base
+    sees = 0 if layers is None else args.sees if base == "window" else args.lookahead
+    return Config(args.lookahead, base, layers, args.features, sees, args.digits, args.table_digits, args.tie_break, args.mod3)
+
+
+def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
+    """The model of a checkpoint, on the CPU, and the checkpoint. Raises UserError when it cannot be rebuilt."""
+    path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    saved = checkpoint.load(path, SCRIPT)
+    try:
+        config = Config(**saved["config"])
+        sound = (1 <= config.lookahead <= 1 << 20 and 0 <= config.sees <= config.lookahead and config.features in ("window", "original")
+                 and 1 <= config.digits <= RESIDUE_DIGITS and 1 <= config.table_digits <= RESIDUE_DIGITS and config.base in ("none", "log", "closed", "window") and sum(config.layers or ()) <= 1 << 20)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: its config is not that of a V of this script: {saved.get('config')}")
+    model = Lyapunov(config)
+    checkpoint.load_weights(model, saved["model"], path)
+    return model, saved
+
+
+def load(path: str | os.PathLike) -> Callable[[int | Sequence[int]], float | np.ndarray]:
+    """The trained V of a checkpoint or run folder: V(27), or V([27, 703]) as a float64 array. For odd numbers of any size.
+
+    Raises UserError for a bad checkpoint or a number that is not odd and positive.
+    """
+    model, _ = load_model(path)
+
+    def V(n):
+        numbers = [n] if isinstance(n, int) else list(n)
+        for m in numbers:
+            if not isinstance(m, int) or m < 1 or m % 2 == 0:
+                raise UserError(f"V is defined on odd numbers > 0, not on {m!r}")
+        v = model.value(paths(to_limbs(numbers), model.config.lookahead))[:, 0]
+        return float(v[0]) if isinstance(n, int) else v
+    return V
+
+
+def validate(model: Lyapunov, exam: Exam) -> dict[str, float]:
+    """Pass rates on the validation numbers and trajectories, and their mean, by which best.pt is chosen."""
+    v = model.value(exam.validation_rows)
+    rows = float(holds(v[:, 0], v[:, 1]).mean())
+    _, ok, counts = walk_steps(model.value, exam.validation_walks)
+    walks = float(ok[counts].mean())
+    return {"val_pass_rate": rows, "val_on_trajectory_pass_rate": walks, "val": (rows + walks) / 2}
+
+
+def train(args: argparse.Namespace) -> dict:
+    """One run: train, choose the best checkpoint on validation, evaluate it, draw, and return the summary."""
+    devices.refuse_ranks(SCRIPT)
+    saved = checkpoint.load(args.resume, SCRIPT) if args.resume else None
+    if saved is not None:
+        if "optimizers" not in saved:
+            raise UserError(f"{args.resume} holds weights alone; --resume needs a last.pt (or use --init-from)")
+        args = run.resumed_args(args, saved["args"], args.resume)
+    device = devices.get_device(args.device)
+    devices.set_threads(args.threads)
+    devices.set_seed(args.seed)
+    config = model_config(args)
+    model = Lyapunov(config)
+    if args.init_from and not saved:
+        checkpoint.load_weights(model, load_model(args.init_from)[1]["model"], args.init_from)
+    trains = config.layers is not None
+    folder = run.open_run(args, __file__)
+    clock = run.Clock(args.max_minutes, *(saved[k] for k in ("seconds", "cpu_seconds")) if saved else ())
+    exam = make_exam(args)
+    model.to(device)
+    n_params = count_parameters(model)
+    counts = np.zeros(3, int)
+    if trains:
+        pools, turn = None, -1
+        optimizers, plateau = make_optimizers(model, args), Plateau()
+        rng = np.random.default_rng([args.seed, 2])
+        best, loss_sum, loss_n, logged, start = -1.0, torch.zeros((), device=device), 0, -1, 0
+        norm, begun = math.nan, clock.seconds()
+        if saved:
+            checkpoint.load_weights(model, saved["model"], args.resume)
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            plateau.__dict__.update(saved["plateau"])
+            rng.bit_generator.state = saved["data_rng"]
+            checkpoint.set_rng_state(saved["rng"])
+            best, loss_n, logged, start = (saved[k] for k in ("best", "loss_n", "logged", "step"))
+            loss_sum = saved["loss_sum"].to(device)
+        log = metrics.Metrics(folder / "metrics.csv", logged if saved else None,
+                              metrics.open_tracker(args.tracker, folder, vars(args)))
+
+    def weights() -> dict:
+        return {"script": SCRIPT, "format": 1, "step": step, "model": {k: v.cpu() for k, v in model.state_dict().items()},
+                "config": asdict(config), "args": {k: v for k, v in vars(args).items() if k != "given"}}
+
+    def save() -> None:
+        if not torch.isfinite(loss_sum):
+            raise UserError(f"the loss is not finite at step {step}; the last good checkpoint is {folder / 'last.pt'}. "
+                            "Try a lower --lr or --clip 1")
+        mined = pools.mined and {k: v for k, v in vars(pools.mined).items() if k != "first"}
+        checkpoint.save(folder / "last.pt", {
+            **weights(), "optimizers": [o.state_dict() for o in optimizers], "plateau": vars(plateau), "best": best, "ema": None,
+            "rng": checkpoint.rng_state(), "data_rng": rng.bit_generator.state, "loss_sum": loss_sum.cpu(), "loss_n": loss_n,
+            "logged": logged, "mined": mined, "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds()})
+
+    with run.StopSignal() as stop:
+        for step in range(start, args.steps + 1) if trains else ():
+            now = step // args.refresh if args.refresh else 0
+            if now != turn:
+                pools = make_pools(args, exam, now, mined=pools.mined if pools else None)
+                if saved and turn < 0 and saved["mined"]:
+                    pools.mined = Chains(**saved["mined"], first=pools.hard.first)
+                counts, turn = counts + pools.hard.counts + pools.random.counts, now
+                if step == start:
+                    print(f"{devices.describe(device)} | 1 rank | {n_params} parameters | lookahead {args.lookahead} | {args.split} split | "
+                          f"{len(pools.hard)} + {len(pools.random)} chains, {counts[0]} numbers, {counts[1]} more excluded, "
+                          f"{counts[2]} leaked | {folder}", flush=True)
+            last = step == args.steps or stop.number or clock.expired()
+            if logged < step and (step % args.quick_eval_interval == 0 or step == args.steps):
+                row = {"step": step, "loss": float(loss_sum / loss_n) if loss_n else math.nan, **validate(model, exam)}
+                full = step % args.eval_interval == 0 or step == args.steps
+                figures = evaluate(model.value, exam, full=False) if full else {}
+                row |= {k: figures.get(k, math.nan) for k in LOGGED}
+                row |= {"seeds": active_seeds(step, len(pools.hard.first) - 1, args), "mined": len(pools.mined or ()),
+                        "lr": optimizers[0].param_groups[0]["lr"], "grad": float(norm), "sec": clock.seconds()}
+                log.write(row)
+                print(metrics.format_row(row), flush=True)
+                loss_sum, loss_n, logged = loss_sum * 0, 0, step
+                if row["val"] > best:
+                    best = row["val"]
+                    checkpoint.save(folder / "best.pt", {**weights(), "validation": best})
+                save()
+                if step == args.quick_eval_interval and step < args.steps:
+                    print(f"about {(clock.seconds() - begun) / step * (args.steps - step):.0f} s of training left", flush=True)
+            elif last:
+                save()
+            if last:
+                break
+            if args.mine_negatives and step >= args.mine_start and step % args.mine_interval == 0:
+                pools.mined = mine(model, pools, args, exam, rng)
+            parts = [(part.to(device), *rest) for part, *rest in draw(pools, args, step, rng)]
+            factor = plateau.factor if args.schedule == "plateau" else lr_factor(step, args)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+                optimizer.zero_grad(set_to_none=True)
+            with devices.autocast(device, args.precision):
+                loss = batch_loss(model, parts, args, step)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
+            for optimizer in optimizers:
+                optimizer.step()
+            loss_sum, loss_n = loss_sum + loss.detach(), loss_n + 1
+            if args.schedule == "plateau":
+                plateau.step(loss.item())
+        if stop.number:
+            print(f"stopped at step {step}; go on with: python collatz.py --resume {folder}", flush=True)
+            sys.exit(128 + stop.number)
+    if trains:
+        model, chosen = load_model(folder / "best.pt")
+        best_step, stopped_early = chosen["step"], step < args.steps
+    else:
+        step = best_step = 0
+        stopped_early = False
+        print(f"{devices.describe(device)} | 1 rank | {n_params} parameters | lookahead {args.lookahead} | no training | {folder}")
+        checkpoint.save(folder / "best.pt", weights())
+    model.to(device)
+    figures = evaluate(model.value, exam)
+    compare = {name: evaluate(value, exam) for name, value in baselines(args.lookahead).items()}
+    summary = {"script": SCRIPT, "name": folder.name, "seed": args.seed, "n_params": n_params, "seconds": clock.seconds(),
+               "cpu_seconds": clock.cpu_seconds(), "command": run.command(), "split": args.split, "lookahead": args.lookahead,
+               "steps": step, "best_step": best_step, "stopped_early": stopped_early, "n_train_numbers": int(counts[0]),
+               "n_excluded": int(counts[1]), "n_leaked": int(counts[2]), "lower_bound": lower_bound(args.lookahead), **figures}
+    if args.exhaustive:
+        summary["exhaustive"] = exhaustive(model, args.exhaustive)
+    report = {"curves": curves(model, exam), "histogram": histogram(model, exam, figures["slope"]),
+              "by_lookahead": by_lookahead(exam.walks["random"], LOOKAHEADS), "baselines": compare}
+    run.write_json(folder / "report.json", report)
+    run.write_json(folder / "summary.json", summary)
+    draw_pictures(folder, [folder])
+    title = f"{args.model} V, lookahead {args.lookahead}, {args.split} split, step {best_step} chosen on validation"
+    print(format_report(title, summary, {**compare, folder.name[:16]: figures}))
+    print(f"{summary['violations_total']} of {sum(figures['steps'].values())} violations on the test seeds, {clock.seconds():.0f} s, {folder}")
+    return summary
+
+
+# ---- Pictures
+
+def curves(model: Lyapunov, exam: Exam) -> dict[str, dict[str, list]]:
+    """V and log2 n along each test seed's trajectory, and where V fails to fall."""
+    v, ok, counts = walk_steps(model.value, exam.walks["test"])
+    lg = exam.walks["test"].lg
+    return {str(round(2 ** lg[i, 0])): {"log2_n": lg[i, :n + 1].tolist(), "v": v[i, :n + 1].tolist(), "ok": ok[i, :n].tolist()}
+            for i, n in enumerate(counts.sum(1))}
+
+
+def histogram(model: Lyapunov, exam: Exam, slope: float) -> dict[str, list]:
+    """Margins in bits over the evaluation rows."""
+    v = model.value(exam.rows)
+    margin = (v[:, 0] - v[:, 1]) / (slope if slope > 0.01 else 1.0)
+    n, edges = np.histogram(np.clip(np.nan_to_num(margin, nan=-4), -4, 8), bins=np.linspace(-4, 8, 121))
+    return {"edges": edges.tolist(), "counts": n.tolist()}
+
+
+def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
+    """Draw the pictures of the run in `folder` from its files; its lookahead picture shows the nets of all runs given."""
+    summary, report = (run.read_json(folder / f) for f in ("summary.json", "report.json"))
+    made = []
+    shown = [s for s in ("27", "626331") if s in report["curves"]] or list(report["curves"])[:2]
+    fig, axes = plots.new_figure(1, len(shown))
+    for ax, seed in zip(fig.axes, shown, strict=True):
+        c = report["curves"][seed]
+        bad = [i for i, ok in enumerate(c["ok"]) if not ok]
+        ax.plot(c["log2_n"], color="0.6", lw=1, label="log2 n")
+        ax.plot(c["v"], color="tab:blue", lw=1.5, label="V")
+        ax.plot([i + 1 for i in bad], [c["v"][i + 1] for i in bad], "o", color="tab:red", ms=5, label=f"V rose ({len(bad)} of {len(c['ok'])} steps)")
+        ax.set(title=f"trajectory of {seed}", xlabel="odd step", ylabel="bits")
+        ax.legend(frameon=False)
+    made.append(plots.save_figure(fig, folder / "trajectories.png"))
+
+    fig, ax = plots.new_figure()
+    table = report["by_lookahead"]
+    for name, style in (("linear mean", "C7^-"), ("closed form", "C0s-"), ("bound_with_residues", "k:"), ("bound", "k--")):
+        points = [(int(m), row[name]) for m, row in table.items() if row[name] > 0]
+        ax.plot(*zip(*points, strict=True), style, ms=4, label=name.replace("_", " "))
+    for other in runs:
+        s = run.read_json(other / "summary.json")
+        ax.plot(s["lookahead"], max(1 - s["on_trajectory_pass_rate"], 1e-6), "*", ms=12, label=s["name"])
+    ax.set(yscale="log", xlabel="lookahead L", ylabel="violations per step of random trajectories", title="what foresight buys")
+    ax.legend(frameon=False)
+    made.append(plots.save_figure(fig, folder / "lookahead.png"))
+
+    fig, ax = plots.new_figure()
+    h = report["histogram"]
+    ax.stairs(h["counts"], h["edges"], fill=True)
+    ax.axvline(0, color="tab:red", lw=1)
+    ax.set(yscale="log", xlabel="margin V(n) - V(T(n)), bits", ylabel="evaluation rows", title="left of the line V fails")
+    made.append(plots.save_figure(fig, folder / "margins.png"))
+
+    fig, ax = plots.new_figure()
+    fails = {b: 1 - k / n for b, (k, n) in summary["by_bits"].items()}
+    closed = {b: 1 - k / n for b, (k, n) in report["baselines"]["closed form"]["by_bits"].items()}
+    x = np.arange(len(fails))
+    ax.bar(x - 0.2, [100 * closed[b] for b in fails], 0.4, label="closed form", color="0.7")
+    ax.bar(x + 0.2, [100 * fails[b] for b in fails], 0.4, label=summary["name"])
+    ax.set(xticks=x, xticklabels=list(fails), xlabel="bits of n", ylabel="violations, % of evaluation rows")
+    ax.legend(frameon=False)
+    made.append(plots.save_figure(fig, folder / "bits.png"))
+
+    if (folder / "metrics.csv").is_file():
+        rows = metrics.read(folder)
+        fig, axes = plots.new_figure(1, 2)
+        for ax, keys in zip(axes, (["loss"], ["val_pass_rate", "val_on_trajectory_pass_rate", "pass_rate", "on_trajectory_pass_rate"]), strict=True):
+            for key in keys:
+                points = [(r["step"], r[key]) for r in rows if key in r and math.isfinite(r[key])]
+                if points:
+                    ax.plot(*zip(*points, strict=True), marker=".", lw=1.2, label=key.replace("_", " "))
+            ax.set(xlabel="step")
+            ax.legend(frameon=False)
+        made.append(plots.save_figure(fig, folder / "training.png"))
+    return made
+
+
+# ---- Use of a trained V
+
+def exhaustive(model: Lyapunov, limit: int, chunk: int = 1 << 15) -> dict:
+    """Check V(T(n)) < V(n) for every odd n, 3 <= n < limit: how many, how many violations, the first of them."""
+    n_checked, violations, first = 0, 0, []
+    for lo in tqdm(range(3, limit, 2 * chunk), desc="exhaustive", unit="chunk", disable=None):
+        n = np.arange(lo, min(lo + 2 * chunk, limit), 2, dtype=np.uint64)
+        limbs = np.stack([n & np.uint64(0xFFFFFFFF), n >> np.uint64(32)])
+        v = model.value(paths(limbs, model.config.lookahead + 1))
+        bad = n[~holds(v[:, 0], v[:, 1])]
+        n_checked, violations, first = n_checked + len(n), violations + len(bad), (first + bad[:5].tolist())[:5]
+    print(f"every odd n < {limit}: {violations} violations among {n_checked}" + (f", the first at {first}" if first else ""))
+    return {"limit": limit, "n": n_checked, "violations": violations, "first": first}
+
+
+def read_numbers(text: str) -> list[int]:
+    """Numbers from a list `27,703`, or from a file with one or more on a line. Raises UserError naming the line."""
+    if not Path(text).is_file():
+        if not all(c.isdigit() or c in ", -" for c in text):
+            raise UserError(f"--score {text[:60]}: neither a file nor odd numbers separated by commas")
+        return [odd_number(t, "--score") for t in text.split(",")]
+    numbers = []
+    for i, line in enumerate(Path(text).read_text().splitlines(), 1):
+        numbers += [odd_number(t, f"{text}, line {i}") for t in line.replace(",", " ").split()]
+    if not numbers:
+        raise UserError(f"{text}: no numbers")
+    return numbers
+
+
+def score(model: Lyapunov, numbers: list[int]) -> None:
+    """Write n, t1 = T(n), V(n), V(T(n)) and their difference as CSV to standard output."""
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["n", "t1", "v", "v_t1", "margin"])
+    for lo in range(0, len(numbers), 4096):
+        part = numbers[lo:lo + 4096]
+        v = model.value(paths(to_limbs(part), model.config.lookahead + 1))
+        out.writerows([n, syracuse(n)[0], float(a), float(b), float(a - b)] for n, (a, b) in zip(part, v, strict=True))
+
+
+def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> dict:
+    """Figures of a checkpoint by the code that training uses, on the sets of its run (--eval-csv of args, if it has one)."""
+    model, saved = load_model(path)
+    own = argparse.Namespace(**{**vars(parse_args([])), **saved["args"], "lookahead": model.config.lookahead})
+    own.eval_csv = getattr(args, "eval_csv", None)
+    model.to(devices.get_device(getattr(args, "device", "cpu")))
+    return {"script": SCRIPT, "n_params": count_parameters(model), "lookahead": model.config.lookahead, "split": own.split,
+            "step": saved["step"], **evaluate(model.value, make_exam(own))}
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    args = parse_args(argv)
+    with run.one_line_errors(SCRIPT):
+        devices.set_threads(args.threads)
+        if args.make_eval:
+            return make_eval_csv(args.make_eval)
+        if args.analyze_seeds:
+            print(f"{'n':>12} {'odd steps':>10} {'total stopping time':>20} {'maximum odd value':>20} {'ratio to n':>12}")
+            for n in args.analyze_seeds:
+                a = analyze(n)
+                print(f"{n:>12} {a['odd_steps']:>10} {a['total_stopping_time']:>20} {a['max_odd']:>20} {a['excursion_ratio']:>12.1f}")
+            return None
+        if args.plot:
+            for folder in args.plot:
+                print(*draw_pictures(folder, args.plot), sep="\n")
+            return None
+        if args.score:
+            numbers = read_numbers(args.score)
+            if not args.checkpoint and args.model != "closed":
+                raise UserError("--score needs --checkpoint RUN/best.pt (or --model closed)")
+            return score(load_model(args.checkpoint)[0] if args.checkpoint else Lyapunov(model_config(args)), numbers)
+        if args.checkpoint:
+            out = evaluate_checkpoint(args.checkpoint, args)
+            print(format_report(f"{args.checkpoint}, lookahead {out['lookahead']}, {out['split']} split", out, {"this V": out}))
+            return out
+        return train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Checkpoints: a dict of plain types and tensors, saved atomically and read without running code."""
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.run import UserError, write_atomic
+
+
+def save(path: str | os.PathLike, checkpoint: dict) -> None:
+    """Save a checkpoint of plain types and tensors. Raises OSError when the disk is full or not writable."""
+    buffer = io.BytesIO()  # torch's own file writer hides OSError behind RuntimeError
+    torch.save(checkpoint, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load(path: str | os.PathLike, script: str | None = None) -> dict:
+    """The checkpoint at `path` (a file, or a run folder: its last.pt), tensors on the CPU.
+
+    Read with weights_only=True, so a pickle that would run code is refused.
+    Raises UserError: missing, empty, cut short, not a checkpoint, or written by another script than `script`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "last.pt"
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as e:
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        if isinstance(e, pickle.UnpicklingError) and "nsupported" in str(e):
+            reason = ["it holds more than plain data, and loading that could run code"]
+        raise UserError(f"{path}: not a readable checkpoint ({reason[0][:100]})") from None
+    if not isinstance(checkpoint, dict) or "script" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this project (no field 'script')")
+    if script is not None and checkpoint["script"] != script:
+        raise UserError(f"{path}: a checkpoint of {checkpoint['script']}, not of {script}")
+    return checkpoint
+
+
+def load_weights(module: torch.nn.Module, state: dict, path: str | os.PathLike) -> None:
+    """Load a state dict strictly. Raises UserError that names the first tensor missing, extra, misshapen or not finite."""
+    own = module.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            raise UserError(f"{path}: tensor {name} is {'missing' if name in own else 'not of this model'}")
+        if not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape:
+            got = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
+            raise UserError(f"{path}: tensor {name} is {got}, this model wants {tuple(own[name].shape)}")
+        if not torch.isfinite(state[name]).all():
+            raise UserError(f"{path}: tensor {name} is not finite")
+    module.load_state_dict(state)
+
+
+def rng_state() -> dict:
+    """State of the global generators of Python, numpy, torch and CUDA, as plain types."""
+    version, internal, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what `rng_state` returned. CUDA states are put back only where as many devices are there."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
