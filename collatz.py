@@ -105,11 +105,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="honest: no number of any evaluation is trained on; original: trajectories of its seeds run into the test's")
     g.add_argument("--max-bits", type=integer(8, 4096), default=128, help="bit length of the largest training numbers")
     g.add_argument("--test-seeds", type=odd_numbers, default=list(TEST_SEEDS), help="whose trajectories are the test")
-    g.add_argument("--pool", type=integer(1), default=60_000, help="random numbers to draw training steps from")
-    g.add_argument("--train-seeds", type=integer(1), default=600, help="random trajectories to draw training steps from")
+    g.add_argument("--pool", type=integer(1), default=200_000, help="random numbers to draw training steps from")
+    g.add_argument("--train-seeds", type=integer(1), default=2000, help="random trajectories to draw training steps from")
     g.add_argument("--refresh", type=integer(0), default=0, help="draw new pools after this many steps; 0: never")
     g.add_argument("--segment", type=integer(1, 1024), default=24, help="steps that a chain from a trajectory holds")
-    g.add_argument("--hard-ratio", type=real(0, 1), default=0.5, help="share of chains, and of the loss, from trajectories")
+    g.add_argument("--hard-ratio", type=real(0, 1), default=0.7, help="share of chains, and of the loss, from trajectories")
     g.add_argument("--curriculum", action="store_true", help="start with few trajectories, the easy ones, and add the others")
     g.add_argument("--ramp-len", type=integer(1), default=1000, help="curriculum: steps until all trajectories are in use")
     g.add_argument("--start-seeds", type=integer(0), default=1, help="curriculum: trajectories in use at step 0")
@@ -125,15 +125,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--layers", type=widths, default="64,64", help="hidden widths of mlp")
     g.add_argument("--features", choices=["window", "original"], default="window", help="what the net sees")
     g.add_argument("--sees", type=integer(1), default=1, help="base window: values of k that the net sees at each number")
-    g.add_argument("--digits", type=integer(1, RESIDUE_DIGITS), default=10, help="the net sees statistics of n mod 3^DIGITS")
-    g.add_argument("--table-digits", type=integer(1, RESIDUE_DIGITS), default=6, help="and an embedding of n mod 3^this")
+    g.add_argument("--digits", type=integer(1, RESIDUE_DIGITS), default=12, help="the net sees statistics of n mod 3^DIGITS")
+    g.add_argument("--embed-digits", type=integer(1, RESIDUE_DIGITS), default=4, help="and an embedding of n mod 3^this")
     g.add_argument("--tie-break", type=real(0, 0.4, above=True), default=1e-3, help="bits a step by which an old maximum sinks")
     g.add_argument("--mod3", action="store_true", help="one bit more where 3 | n: such n have no predecessor")
 
     g = p.add_argument_group("loss")
     g.add_argument("--loss", choices=["ramp", "hinge"], default="ramp", help="bounded, or the original's ranking loss")
     g.add_argument("--margin", type=real(0), default=0.0, help="by how much V should fall (bits; nats with base none)")
-    g.add_argument("--tau-start", type=real(0, above=True), default=0.3, help="ramp: temperature at step 0, bits")
+    g.add_argument("--tau-start", type=real(0, above=True), default=3.0, help="ramp: temperature at step 0, bits")
     g.add_argument("--tau-end", type=real(0, above=True), default=0.05, help="ramp: temperature from 70 %% of the steps on")
     g.add_argument("--growth-weight", type=real(0), default=1.0, help="weight of steps where T(n) > n")
     g.add_argument("--hard-weight", type=real(0), default=1.0, help="weight of steps from trajectories")
@@ -145,21 +145,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--decay-len", type=integer(1), default=5000, help="anchor: steps over which it falls to 0.001")
 
     g = p.add_argument_group("optimization")
-    g.add_argument("--steps", "--epochs", type=integer(1), default=1000, help="optimizer steps (the original's epochs)")
+    g.add_argument("--steps", "--epochs", type=integer(1), default=400, help="optimizer steps (the original's epochs)")
     g.add_argument("--batch-size", type=integer(1), default=512, help="chains per step")
     g.add_argument("--lr", type=real(0, above=True), default=3e-3, help="peak learning rate of AdamW; Muon's is 5 times that")
-    g.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the hidden matrices")
+    g.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="muon: for the hidden matrices")
     g.add_argument("--schedule", choices=["linear", "plateau"], default="linear", help="plateau: halve when the loss stalls")
     g.add_argument("--weight-decay", type=real(0), default=0.0, help="of AdamW")
     g.add_argument("--clip", type=real(0), default=1.0, help="gradient norm; 0: no clipping")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval-csv", metavar="PATH", help="evaluation rows; default: the original's 50,000, made in memory")
-    g.add_argument("--eval-interval", type=integer(1), default=1000, help="steps between evaluations on the test sets")
+    g.add_argument("--eval-interval", type=integer(1), default=200, help="steps between evaluations on the test sets")
     g.add_argument("--quick-eval-interval", type=integer(1), default=100, help="steps between validations and saves")
     g.add_argument("--eval-trajectories", type=integer(1), default=200, help="random 128-bit trajectories of the evaluation")
-    g.add_argument("--validation-rows", type=integer(1), default=4000, help="numbers for choosing best.pt")
-    g.add_argument("--validation-trajectories", type=integer(1), default=60, help="trajectories for choosing best.pt")
+    g.add_argument("--validation-rows", type=integer(1), default=10_000, help="numbers for choosing best.pt")
+    g.add_argument("--validation-trajectories", type=integer(1), default=100, help="trajectories for choosing best.pt")
     g.add_argument("--exhaustive", type=integer(4), metavar="N", help="at the end, check every odd n < N")
 
     g = p.add_argument_group("instead of training")
@@ -270,8 +270,9 @@ def k_sequence(limbs: np.ndarray, m: int) -> np.ndarray:
             carry = carry + limb * factor[b]  # < 2^32 3^16 + 2^64 / 2^32: no overflow
             y[i], carry = carry & low32, carry >> s32
         y[-1] = carry
-        keep = ones[rows] <= m
-        rows, x = rows[keep], y[:, keep]
+        x, keep = y, ones[rows] <= m
+        if not keep.all():
+            rows, x = rows[keep], y[:, keep]
         while len(x) > 1 and not x[-1].any():
             x = x[:-1]
     bits = np.unpackbits(np.stack(words, axis=1).view(np.uint8), axis=1, bitorder="little").view(bool)
@@ -514,14 +515,17 @@ class Chains:
 
 
 def chains(p: Paths, keys: np.ndarray, args: argparse.Namespace, exam: Exam, first: np.ndarray) -> Chains:
-    """Chains of paths (N, m steps) with the fingerprints (N, m+1) of their numbers; the honest split masks what is forbidden."""
+    """Chains of paths (N, m steps) with the fingerprints (N, m+1) of their numbers; the honest split masks what is forbidden.
+
+    Only numbers at which the net is evaluated are kept: the window of the last V ends before the last numbers of a path.
+    """
+    used = p.k.shape[1] - model_config(args).sees + 1
     bad = member(keys, exam.forbidden)
-    bad = bad[:, :-1] | bad[:, 1:]
-    real = p.lg[:, :-1] > 0.5
+    bad, real = bad[:, :used] | np.pad(bad[:, 1:], ((0, 0), (0, 1)))[:, :used], p.lg[:, :used] > 0.5
     ok = real & ~bad if args.split == "honest" else real
-    counts = np.array([ok.sum(), (real & ~ok).sum(), (ok & bad).sum()])
+    distinct = [len(np.unique(keys[:, :used][mask])) for mask in (ok, real & ~ok, ok & bad)]
     return Chains(torch.from_numpy(np.minimum(p.k, 255).astype(np.uint8)), torch.from_numpy(p.lg.astype(np.float32)),
-                  torch.from_numpy(p.res), torch.from_numpy(ok), first, counts)
+                  torch.from_numpy(p.res), torch.from_numpy(ok), first, np.array(distinct))
 
 
 def random_chains(rng: np.random.Generator, n: int, length: int, args: argparse.Namespace, exam: Exam) -> Chains:
@@ -562,10 +566,11 @@ class Config:
     layers: tuple[int, ...] | None = (64, 64)  # hidden widths; () is linear; None: no net
     features: str = "window"      # window or original
     sees: int = 1                 # q: values of k that the net sees; the maximum runs over the L - q nodes behind
-    digits: int = 10              # the net sees statistics of the past of n given n mod 3^digits,
-    table_digits: int = 6         # and an embedding of n mod 3^table_digits
+    digits: int = 12              # the net sees statistics of the past of n given n mod 3^digits,
+    embed_digits: int = 4         # and an embedding of n mod 3^embed_digits
     tie_break: float = 1e-3       # bits a step: an old maximum sinks by this much, so that standing still is a decrease
     mod3: bool = False            # add 1 bit when 3 | n: such n have no predecessor, so nothing is lost
+    anchor: bool = False          # has the scalar beta of the anchor loss
 
     @property
     def window(self) -> int:
@@ -625,7 +630,7 @@ class Lyapunov(nn.Module):
         super().__init__()
         self.config = config
         q, wide = config.sees, config.layers
-        self.beta = nn.Parameter(torch.tensor(0.35)) if config.features == "original" else None  # of the anchor's target
+        self.beta = nn.Parameter(torch.tensor(0.35)) if config.anchor else None
         if wide is None:
             return
         if config.features == "original":
@@ -633,10 +638,8 @@ class Lyapunov(nn.Module):
             return
         n_features = 3 + 5 * q + 3 + config.digits
         self.register_buffer("statistics", torch.from_numpy(residue_statistics(config.digits)), persistent=False)
-        self.table = nn.Embedding(4 * 3**config.table_digits, 1)  # residue and k_1 (1, 2, 3, more): the linear part
         self.layers = mlp([n_features, *wide, 1], nn.GELU)
-        self.embedding = nn.Embedding(3**config.table_digits, wide[0]) if wide else None
-        nn.init.zeros_(self.table.weight)
+        self.embedding = nn.Embedding(3**config.embed_digits, wide[0]) if wide else None
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
         if wide:
@@ -653,12 +656,10 @@ class Lyapunov(nn.Module):
             lg[..., :1] / 64 - 1, torch.log2(lg[..., :1] + 1) / 3 - 1, torch.relu(rise.amax(-1, keepdim=True)) / 2, rise / 4,
             small / 5 - 0.4, (k == 1).float(), (k == 2).float(), (k == 3).float(), self.statistics[res % len(self.statistics)],
         ], dim=-1)  # (..., F)
-        r = res % 3**self.config.table_digits
-        y = self.table(r * 4 + k[..., 0].clamp(max=4).long() - 1)
+        r = res % 3**self.config.embed_digits
         if self.embedding is None:
-            return (y + self.layers(x)).squeeze(-1)
-        h = self.layers[0](x) + self.embedding(r)
-        return (y + self.layers[1:](h)).squeeze(-1)
+            return self.layers(x).squeeze(-1)
+        return self.layers[1:](self.layers[0](x) + self.embedding(r)).squeeze(-1)
 
     def clock(self, lg: torch.Tensor) -> torch.Tensor:
         """tie_break times the steps taken so far; it stands still at 1. lg (B, M) -> (B, M)"""
@@ -771,12 +772,12 @@ def jumps(args: argparse.Namespace) -> list[tuple[int, float]]:
 
 def make_optimizers(model: Lyapunov, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """AdamW; with muon, Muon for the hidden matrices (the notes: worth 3-4 times the steps) and AdamW for the rest."""
-    tables = [p for name, p in model.named_parameters() if name.startswith("table")]
+    if model.beta is not None:
+        model.beta.requires_grad_(args.target_type == "adaptive")
     hidden = [m.weight for m in model.layers[1:-1] if isinstance(m, nn.Linear)] if args.optimizer == "muon" else []
-    taken = {id(p) for p in [*tables, *hidden]}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [{"params": rest, "lr": args.lr}] + [{"params": tables, "lr": 3 * args.lr, "weight_decay": 0.0}] * bool(tables)
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.999 if args.recipe == "original" else 0.98), weight_decay=args.weight_decay)]
+    taken = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.999 if args.recipe == "original" else 0.98), weight_decay=args.weight_decay)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=5 * args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     for optimizer in optimizers:
@@ -826,7 +827,11 @@ def make_pools(args: argparse.Namespace, exam: Exam, turn: int = 0, mined: Chain
         if args.curriculum:  # short trajectories first
             length = (full_paths(limbs, beyond=0).lg > 0.5).sum(1)
             limbs = limbs[:, np.argsort(length, kind="stable")]
-    return Pools(trajectory_chains(limbs, rng, args.segment + beyond, args.segment, args, exam),
+    hard = trajectory_chains(limbs, rng, args.segment + beyond, args.segment, args, exam)
+    if int(args.hard_ratio * args.batch_size) > len(hard):
+        raise UserError(f"--batch-size {args.batch_size}: more chains from trajectories in a batch than the {len(hard)} there are "
+                        "(raise --train-seeds or lower --hard-ratio)")
+    return Pools(hard,
                  random_chains(rng, args.pool, 1 + beyond, args, exam), mined)
 
 
@@ -921,7 +926,7 @@ def evaluate(value: Callable[[Paths], np.ndarray], exam: Exam, full: bool = True
     out["records"] = {str(n): [int((~o & c).sum()), int(c.sum())] for n, o, c in zip(RECORD_SEEDS, *steps["record"][1:], strict=True)}
     v_test, o, c = steps["test"]
     drop = np.where(c, v_test[:, :-1] - v_test[:, 1:], np.inf)
-    out["steps"] = dict(zip(map(str, seeds), c.sum(1).tolist(), strict=True))
+    out["odd_steps"] = dict(zip(map(str, seeds), c.sum(1).tolist(), strict=True))
     out["worst_margin"] = dict(zip(map(str, seeds), drop.min(1).tolist(), strict=True))
     # bits: V scaled so that its regression on log2 n has slope 1; a V that does not grow with n has no scale
     slope = float(np.polyfit(lg[:, 0], v[:, 0], 1)[0]) if np.isfinite(v).all() else math.nan
@@ -975,14 +980,14 @@ def format_report(title: str, out: dict, rows: dict[str, dict]) -> str:
     n_rows = sum(n for _, n in out["by_bits"].values())
     seeds = list(out["violations"])
     lines = ["", title, f"  {'V':<16}{'violations':>11}  {' '.join(f'{s:>7}' for s in seeds)}    pass   wtd   growth  gr-wtd   3∤n    on traj.  records"]
-    total = sum(out["steps"].values())
+    total = sum(out["odd_steps"].values())
     for name, r in rows.items():
         cells = " ".join(f"{r['violations'][s]:>7}" for s in seeds)
         p = [r["pass_rate"], r["weighted_pass_rate"], r["growth_pass_rate"], r["growth_weighted_pass_rate"],
              r["not_divisible_by_3"]["pass_rate"], r["on_trajectory_pass_rate"]]
         lines.append(f"  {name:<16}{r['violations_total']:>7}/{total}  {cells}  " + " ".join(f"{100 * x:7.3f}" for x in p)
                      + f"  {r['record_violations']:>5}")
-    lines += ["  steps           " + " " * 13 + " ".join(f"{out['steps'][s]:>7}" for s in seeds),
+    lines += ["  steps           " + " " * 13 + " ".join(f"{out['odd_steps'][s]:>7}" for s in seeds),
               "  worst margin    " + " " * 13 + " ".join(f"{out['worst_margin'][s]:>7.3f}" for s in seeds),
               f"  pass rate {format_rate(round(out['pass_rate'] * n_rows), n_rows)}; by bits of n: "
               + ", ".join(f"{b} {100 * k / n:.2f}%" for b, (k, n) in out["by_bits"].items()),
@@ -1001,7 +1006,8 @@ def model_config(args: argparse.Namespace) -> Config:
     layers = {"closed": None, "linear": (), "mlp": args.layers}[args.model]
     base = "window" if args.model == "closed" else args.base
     sees = 0 if layers is None else args.sees if base == "window" else args.lookahead
-    return Config(args.lookahead, base, layers, args.features, sees, args.digits, args.table_digits, args.tie_break, args.mod3)
+    return Config(args.lookahead, base, layers, args.features, sees, args.digits, args.embed_digits, args.tie_break, args.mod3,
+                  anchor=layers is not None and (args.target_type != "none" or args.features == "original"))
 
 
 def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
@@ -1011,7 +1017,7 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     try:
         config = Config(**saved["config"])
         sound = (1 <= config.lookahead <= 1 << 20 and 0 <= config.sees <= config.lookahead and config.features in ("window", "original")
-                 and 1 <= config.digits <= RESIDUE_DIGITS and 1 <= config.table_digits <= RESIDUE_DIGITS and config.base in ("none", "log", "closed", "window") and sum(config.layers or ()) <= 1 << 20)
+                 and 1 <= config.digits <= RESIDUE_DIGITS and 1 <= config.embed_digits <= RESIDUE_DIGITS and config.base in ("none", "log", "closed", "window") and sum(config.layers or ()) <= 1 << 20)
     except (KeyError, TypeError):
         sound = False
     if not sound:
@@ -1178,7 +1184,7 @@ def train(args: argparse.Namespace) -> dict:
     draw_pictures(folder, [folder])
     title = f"{args.model} V, lookahead {args.lookahead}, {args.split} split, step {best_step} chosen on validation"
     print(format_report(title, summary, {**compare, folder.name[:16]: figures}))
-    print(f"{summary['violations_total']} of {sum(figures['steps'].values())} violations on the test seeds, {clock.seconds():.0f} s, {folder}")
+    print(f"{summary['violations_total']} of {sum(figures['odd_steps'].values())} violations on the test seeds, {clock.seconds():.0f} s, {folder}")
     return summary
 
 
@@ -1254,7 +1260,8 @@ def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
                 if points:
                     ax.plot(*zip(*points, strict=True), marker=".", lw=1.2, label=key.replace("_", " "))
             ax.set(xlabel="step")
-            ax.legend(frameon=False)
+            if ax.lines:
+                ax.legend(frameon=False)
         made.append(plots.save_figure(fig, folder / "training.png"))
     return made
 

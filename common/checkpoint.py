@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import random
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +32,17 @@ def load(path: str | os.PathLike, script: str | None = None) -> dict:
         raise UserError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as e:
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        if isinstance(e, pickle.UnpicklingError) and "nsupported" in str(e):
-            reason = ["it holds more than plain data, and loading that could run code"]
-        raise UserError(f"{path}: not a readable checkpoint ({reason[0][:100]})") from None
-    if not isinstance(checkpoint, dict) or "script" not in checkpoint:
+    except Exception as e:  # foreign bytes trip the unpickler in a dozen ways, IndexError and struct.error among them
+        reason = "cut short, damaged, or not written by torch.save"
+        if isinstance(e, (RuntimeError, PermissionError)):
+            reason = (str(e).splitlines() or [reason])[0][:100]
+        elif "GLOBAL" in str(e) or "Unsupported class" in str(e):
+            reason = "it holds more than plain data, and loading that could run code"
+        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("script"), str):
         raise UserError(f"{path}: not a checkpoint of this project (no field 'script')")
     if script is not None and checkpoint["script"] != script:
-        raise UserError(f"{path}: a checkpoint of {checkpoint['script']}, not of {script}")
+        raise UserError(f"{path}: a checkpoint of {checkpoint['script']!r}, not of {script!r}")
     return checkpoint
 
 
@@ -55,7 +55,7 @@ def load_weights(module: torch.nn.Module, state: dict, path: str | os.PathLike) 
         if not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape:
             got = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
             raise UserError(f"{path}: tensor {name} is {got}, this model wants {tuple(own[name].shape)}")
-        if not torch.isfinite(state[name]).all():
+        if not torch.isfinite(state[name].to(own[name].dtype)).all():  # a float64 may be too large for the model
             raise UserError(f"{path}: tensor {name} is not finite")
     module.load_state_dict(state)
 

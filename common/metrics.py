@@ -18,22 +18,23 @@ def read(path: str | os.PathLike) -> list[dict[str, float]]:
     path = path / "metrics.csv" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such metrics file")
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
     try:
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]
         return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(io.StringIO(whole))]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, csv.Error):
         raise UserError(f"{path}: not a metrics file") from None
 
 
 def _cell(value: float) -> str:
-    return str(value) if isinstance(value, int) else repr(float(value))
+    return str(int(value)) if isinstance(value, int) else repr(float(value))
 
 
 class Metrics:
     """Appends rows to a CSV whose columns are fixed by its first row, and to a tracker if there is one.
 
     With keep_until=s, rows of steps up to s stay and later ones are dropped (resume); without, the file is new.
+    Raises UserError when the file that is resumed is no metrics file.
     """
 
     def __init__(self, path: str | os.PathLike, keep_until: int | None = None, tracker=None):
@@ -41,10 +42,14 @@ class Metrics:
         self.columns: list[str] = []
         kept = ""
         if keep_until is not None and self.path.is_file():
-            header, *lines = self.path.read_text().splitlines(keepends=True)
-            self.columns = header.strip().split(",")
-            at = self.columns.index("step")
-            kept = header + "".join(x for x in lines if x.endswith("\n") and float(x.split(",")[at]) <= keep_until)
+            try:
+                whole = [x for x in self.path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+                if whole:  # not so if the run was killed before its first row
+                    self.columns = whole[0].strip().split(",")
+                    at = self.columns.index("step")
+                    kept = whole[0] + "".join(x for x in whole[1:] if float(x.split(",")[at]) <= keep_until)
+            except (ValueError, IndexError):
+                raise UserError(f"{self.path}: not a metrics file") from None
         write_atomic(self.path, kept.encode())
 
     def write(self, row: dict[str, float]) -> None:
@@ -64,14 +69,14 @@ class Metrics:
 
 
 def format_row(row: dict[str, float]) -> str:
-    """The log line of a row: `step   1000 | loss 0.0312 | violations_total 80 | lr 5.00e-04 | sec 63.2`."""
+    """The log line of a row, NaN left out: `step   1000 | loss 0.0312 | violations   80 | lr 5.00e-04 | sec   63.2`."""
     def cell(key: str, value: float) -> str:
         if key == "step":
             return f"{value:6d}"
         if isinstance(value, int):
             return f"{value:4d}"
         return f"{value:.2e}" if key.startswith("lr") else f"{value:6.1f}" if key == "sec" else f"{value:.4f}"
-    return " | ".join(f"{key} {cell(key, value)}" for key, value in row.items())
+    return " | ".join(f"{key} {cell(key, value)}" for key, value in row.items() if value == value)
 
 
 def open_tracker(kind: str, folder: str | os.PathLike, args: dict):

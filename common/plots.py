@@ -21,10 +21,13 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: floa
 
 
 def save_figure(fig, path: Path) -> Path:
-    """Write the figure as a picture and close it; returns the path."""
+    """Write the figure as a picture and close it; returns the path. Raises UserError for a format that is not known."""
     import matplotlib.pyplot as plt
+    plt.close(fig)  # only forgets it: it can still be drawn
+    known = fig.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise UserError(f"{path}: the name of a picture ends in one of {', '.join(known)}")
     fig.savefig(path, dpi=120)
-    plt.close(fig)
     return path
 
 
@@ -39,7 +42,8 @@ def curves(runs: list[Path], key: str, x: str, out: Path, log: bool = False) -> 
     fig, ax = new_figure()
     for run, rows in zip(runs, tables, strict=True):
         points = [(row[x], row[key]) for row in rows if x in row and key in row]
-        ax.plot(*zip(*points, strict=True), label=run.name if run.is_dir() else run.parent.name, marker=".", lw=1.2)
+        name = (run if run.is_dir() else run.parent).resolve().name
+        ax.plot(*zip(*points, strict=True), label=name, marker=".", lw=1.2)
     if log:
         ax.set_yscale("log")
     ax.set(xlabel=x, ylabel=key)

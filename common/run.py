@@ -84,7 +84,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, threads: int = 1) -> None
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse argv; `given` in the namespace lists the flags that stood on the command line."""
     args = parser.parse_args(argv)
-    unset = object()
+    unset = []  # told by identity; a list, so that action="append" can copy it
     blank = argparse.Namespace(**{a.dest: unset for a in parser._actions})
     parser.parse_args(argv, namespace=blank)
     args.given = sorted(k for k, v in vars(blank).items() if v is not unset)
@@ -104,12 +104,16 @@ def resumed_args(args: argparse.Namespace, saved: dict, path: str) -> argparse.N
 
 # ---- folder
 
+def _folder_of(path: str) -> Path:
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def run_folder(args: argparse.Namespace, script: str) -> Path:
     """The folder of a run of `script` (its file name): --out-dir, the folder that is resumed, or logs/SCRIPT/NAME."""
     if args.out_dir is not None:
         return Path(args.out_dir)
     if args.resume is not None and args.name is None:
-        return Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        return _folder_of(args.resume)
     name = args.name or f"{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
     return Path("logs") / Path(script).stem / name
 
@@ -120,7 +124,8 @@ def open_run(args: argparse.Namespace, script_file: str) -> Path:
     Raises UserError when the folder holds another run and this one does not resume it; OSError when it cannot be written.
     """
     folder = run_folder(args, script_file)
-    if args.resume is None and any((folder / f).exists() for f in ("metrics.csv", "last.pt", "summary.json")):
+    own = args.resume is not None and folder.resolve() == _folder_of(args.resume).resolve()
+    if not own and any((folder / f).exists() for f in ("metrics.csv", "last.pt", "summary.json")):
         raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or go on with --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", {k: v for k, v in vars(args).items() if k != "given"})
@@ -191,13 +196,16 @@ def write_json(path: str | os.PathLike, value: dict) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """Read a JSON object. Raises UserError when it is missing or not JSON."""
+    """Read a JSON object. Raises UserError when it is missing or not one."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is its folder that of a finished run?") from None
     except ValueError as e:
         raise UserError(f"{path}: not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
 
 
 # ---- the end of a run

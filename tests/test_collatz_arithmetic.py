@@ -1,0 +1,154 @@
+"""The vectorised arithmetic of collatz.py against Python integers, and its data against the original's."""
+import hashlib
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import collatz
+from common.run import UserError
+
+SPECIAL = [1, 3, 5, 27, 2**16 + 1, 2**32 - 1, 2**32 + 1, 2**64 - 1, 2**127 - 1, 2**128 - 1, (4**63 - 1) // 3, 2**2000 - 1]
+odd = st.integers(2, 300).flatmap(lambda bits: st.integers(2 ** (bits - 1), 2**bits - 1)).map(lambda n: n | 1)
+
+
+def check_paths(numbers: list[int], m: int) -> None:
+    p = collatz.paths(collatz.to_limbs(numbers), m)
+    for i, n in enumerate(numbers):
+        for j in range(m + 1):
+            assert p.res[i, j] == n % collatz.RESIDUE
+            assert p.lg[i, j] == pytest.approx(math.log2(n), rel=1e-14, abs=1e-12)
+            if j < m:
+                n, k = collatz.syracuse(n)
+                assert p.k[i, j] == k
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.lists(odd, min_size=1, max_size=20), st.integers(1, 60))
+def test_paths_equal_python_integers(numbers, m):
+    check_paths(numbers, m)
+
+
+@pytest.mark.parametrize("n", SPECIAL, ids=lambda n: f"{n.bit_length()}bits")
+def test_paths_of_special_numbers(n):
+    check_paths([n], 50)
+
+
+def test_a_huge_number_comes_down_to_1_exactly():
+    n = 2**1100 - 1  # climbs to 1743 bits, beyond a float's range, and falls through all of it
+    steps = len(collatz.trajectory(n)) - 1
+    p = collatz.paths(collatz.to_limbs([n]), steps + 3)
+    assert p.lg[0, steps] == pytest.approx(0, abs=1e-9) and p.lg[0, steps - 1] > 1
+    assert (p.k[0, steps:] == 2).all() and (p.res[0, steps:] == 1).all()
+
+
+def test_numbers_of_different_sizes_in_one_call_and_over_chunks():
+    numbers = [3, 2**300 + 1, 5, 2**31 - 1] * 5
+    a, b = (collatz.paths(collatz.to_limbs(numbers), 9, chunk=c) for c in (3, 1000))
+    assert (a.k == b.k).all() and (a.lg == b.lg).all() and (a.res == b.res).all()
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.lists(st.integers(0, 2**200), min_size=1, max_size=8))
+def test_limbs_round_trip(numbers):
+    assert collatz.from_limbs(collatz.to_limbs(numbers)) == numbers
+
+
+def test_fingerprint_follows_the_map():
+    limbs = collatz.random_odd(np.random.default_rng(0), 50, 2, 200)
+    keys = collatz.fingerprint(limbs, collatz.k_sequence(limbs, 20))
+    for n, row in zip(collatz.from_limbs(limbs), keys.tolist(), strict=True):
+        for key in row:
+            assert key == (n % 2147483647) << 31 | n % 2147483629
+            n, _ = collatz.syracuse(n)
+
+
+def test_random_odd_has_uniform_bit_lengths():
+    numbers = collatz.from_limbs(collatz.random_odd(np.random.default_rng(1), 20_000, 2, 128))
+    assert all(n % 2 == 1 and n > 1 for n in numbers)
+    bits = np.bincount([n.bit_length() for n in numbers], minlength=129)
+    assert bits[:2].sum() == 0 and bits[2:].min() > 100 and bits[2:].max() < 220  # 157 expected each
+    low = np.mean([n >> 1 & 1 for n in numbers if n.bit_length() > 3])
+    assert abs(low - 0.5) < 0.02
+
+
+def test_eval_set_is_the_original_one():
+    numbers = collatz.eval_numbers()
+    digest = hashlib.sha256("\n".join(map(str, numbers)).encode()).hexdigest()
+    assert digest == "a2d3a96262ffaee451e45ee1c5e359595e5664e18d85e3ae5c0e223e2073c969"
+    assert len(set(numbers)) == 50_000
+
+
+def test_make_eval_writes_what_read_eval_verifies(tmp_path, monkeypatch):
+    numbers = collatz.eval_numbers(rows=300)
+    monkeypatch.setattr(collatz, "eval_numbers", lambda: numbers)
+    path = tmp_path / "eval.csv"
+    collatz.make_eval_csv(str(path))
+    assert path.read_text().splitlines()[0] == "n,t1,is_growth,sigma_n,max_n,w_expansion"
+    rows, memory = collatz.read_eval_csv(str(path)), collatz.default_rows()
+    assert collatz.from_limbs(rows.limbs) == numbers
+    assert np.abs(rows.weight - memory.weight).max() <= 1e-4 + 1e-12  # both round to 4 decimals
+
+
+def test_csv_columns_of_27(tmp_path, monkeypatch):
+    monkeypatch.setattr(collatz, "eval_numbers", lambda: [27])
+    collatz.make_eval_csv(str(tmp_path / "e.csv"))
+    # 111 steps with the halvings, maximum 9232: Lagarias 1985
+    assert (tmp_path / "e.csv").read_text().splitlines()[1] == f"27,41,True,111,9232,{1 + math.log10(9232 / 27):.4f}"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "no column 'n'"),
+    ("n,t1,is_growth,sigma_n,max_n,w_expansion\n", "no rows"),
+    ("n,t1,is_growth\n27,41,True\n", "no column 'w_expansion'"),
+    ("n,t1,w_expansion\n27,43,1.0\n", r"line 2: t1 = 43, but T\(27\) = 41"),
+    ("n,t1,w_expansion\n27,41,1.0\n27,41,1.0\n", "line 3: 27 stands there twice"),
+    ("n,t1,w_expansion\n27,41,nan\n", "line 2: w_expansion nan is not a finite number"),
+    ("n,t1,w_expansion\n27,41,-2\n", "w_expansion -2.0"),
+    ("n,t1,w_expansion\n28,7,1.0\n", "28 is not an odd number"),
+    ("n,t1,w_expansion\n1e6,41,1.0\n", "'1e6' is not a whole number"),
+    ("n,t1,w_expansion\n27,,1.0\n", "line 2: t1"),
+    ("n,t1,is_growth,w_expansion\n27,41,False,1.0\n", "is_growth 'False'"),
+])
+def test_bad_eval_csv_is_refused(tmp_path, text, message):
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        collatz.read_eval_csv(str(path))
+
+
+def test_missing_eval_csv_names_make_eval(tmp_path):
+    with pytest.raises(UserError, match="--make-eval"):
+        collatz.read_eval_csv(str(tmp_path / "none.csv"))
+
+
+def test_analyze_27():
+    assert collatz.analyze(27) == {"n": 27, "odd_steps": 41, "total_stopping_time": 111, "max_odd": 3077,
+                                   "excursion_ratio": 3077 / 27}
+
+
+def test_residue_statistics_of_mod_3():
+    # n = (3m + 1) / 2^k is 1 mod 3 iff k is even: P = 1/3, so relative to uniform 0, 1, 2; k = 1 has P = 3/4 among odd k
+    s = collatz.residue_statistics(1)
+    assert s[1, 0] == pytest.approx(0.0, abs=1e-6) and s[2, 0] == pytest.approx(0.5) and s[0, 0] == -2
+    assert s[2, 1] == pytest.approx(0.75) and s[1, 2] == pytest.approx(0.75) and s[1, 1] == s[2, 2] == 0
+    # E[k | odd] = 5/3, E[k | even] = 8/3
+    assert s[2, 3] == pytest.approx((math.log2(3) - 5 / 3) / 2) and s[1, 3] == pytest.approx((math.log2(3) - 8 / 3) / 2)
+
+
+def test_residue_statistics_agree_with_trajectories():
+    limbs = collatz.random_odd(np.random.default_rng(3), 2000, 400, 400)
+    p = collatz.paths(limbs, 200)  # long before 1
+    node, k = p.res[:, 21:] % 27, p.k[:, 20:]  # and the k that led to it
+    s = collatz.residue_statistics(3)
+    for r in (1, 2, 4, 5, 25, 26):
+        here = node == r
+        assert here.mean() * 27 == pytest.approx(2 ** (2 * s[r, 0]), rel=0.08)
+        assert (k[here] == 1).mean() == pytest.approx(s[r, 1], abs=0.03)
+
+
+def test_lower_bound_of_the_notes():
+    assert [round(100 * collatz.lower_bound(m), 2) for m in (10, 20, 30)] == [1.51, 0.39, 0.14]
+    assert collatz.lower_bound(1) == pytest.approx((1 / 4 + 2 / 8) / 2)  # k1 + k2 <= 3 : 11, 12, 21

@@ -1,0 +1,52 @@
+"""Every command in the README and in docstrings parses by its script's own parse_args."""
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = re.compile(r"^\s*(?:>\s*)?((?:\S*python3? (?:-m common\.\w+|\w+\.py)|torchrun |modal run |python3 -m venv ).*)$", re.M)
+
+
+def commands() -> list[tuple[str, str]]:
+    files = [ROOT / "README.md", *ROOT.glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "logs").glob("*.md")]
+    return [(f.name, c.strip().strip("`")) for f in files for c in COMMAND.findall(f.read_text())]
+
+
+def parse(words: list[str]) -> None:
+    """Send the flags of one command, split into words, through the parser of what it starts."""
+    if "pytest" in words:
+        return
+    at = next((i for i, w in enumerate(words) if w.endswith(".py") or w.startswith("common.")), None)
+    assert at is not None, words
+    module = importlib.import_module(words[at].removesuffix(".py"))
+    flags = words[at + 1:]
+    if words[at] == "common.repeat":
+        args, rest = module.parse_args(flags)
+        parse([str(args.script), *rest])
+    elif "torchrun" in words or words[:2] != ["modal", "run"]:
+        module.parse_args(flags)
+    else:
+        module.check_command(flags)
+
+
+@pytest.mark.parametrize("file, command", commands())
+def test_documented_command_parses(file, command):
+    for part in re.split(r"\s*(?:&&|\|)\s*", command):
+        words = shlex.split(part, comments=True)
+        if not words or words[1:3] == ["-m", "venv"] or "pip" in words[0]:
+            continue
+        parse(words)
+
+
+def test_the_readme_has_its_two_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert sum(x.startswith("python3 -m venv") and x.endswith("collatz.py") for x in lines) == 1
+    assert sum(x.startswith("python3 -m venv") and "pytest" in x for x in lines) == 1
+
+
+def test_a_wrong_command_would_be_noticed():
+    with pytest.raises(SystemExit):
+        parse(shlex.split("python collatz.py --no-such-flag"))
