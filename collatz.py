@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--train-seeds", type=integer(1), default=2000, help="random trajectories to draw training steps from")
     g.add_argument("--refresh", type=integer(0), default=0, help="draw new pools after this many steps; 0: never")
     g.add_argument("--segment", type=integer(1, 1024), default=24, help="steps that a chain from a trajectory holds")
-    g.add_argument("--hard-ratio", type=real(0, 1), default=0.7, help="share of chains, and of the loss, from trajectories")
+    g.add_argument("--hard-ratio", type=real(0, 1), default=0.5, help="share of chains, and of the loss, from trajectories")
     g.add_argument("--curriculum", action="store_true", help="start with few trajectories, the easy ones, and add the others")
     g.add_argument("--ramp-len", type=integer(1), default=1000, help="curriculum: steps until all trajectories are in use")
     g.add_argument("--start-seeds", type=integer(0), default=1, help="curriculum: trajectories in use at step 0")
@@ -124,9 +124,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="what the net is added to: nothing, log2 n, the closed form, or each log2 T^j(n) inside the closed form")
     g.add_argument("--layers", type=widths, default="64,64", help="hidden widths of mlp")
     g.add_argument("--features", choices=["window", "original"], default="window", help="what the net sees")
-    g.add_argument("--sees", type=integer(1), default=1, help="base window: values of k that the net sees at each number")
+    g.add_argument("--sees", type=integer(0), default=0,
+                   help="values of k that the net sees at each number; 0: 1 with base window, else all (fewer: only with base log)")
     g.add_argument("--digits", type=integer(1, RESIDUE_DIGITS), default=12, help="the net sees statistics of n mod 3^DIGITS")
-    g.add_argument("--embed-digits", type=integer(1, RESIDUE_DIGITS), default=4, help="and an embedding of n mod 3^this")
+    g.add_argument("--hold", type=integer(0), default=1, help="base window: hold its end for up to this many rising steps")
     g.add_argument("--tie-break", type=real(0, 0.4, above=True), default=1e-3, help="bits a step by which an old maximum sinks")
     g.add_argument("--mod3", action="store_true", help="one bit more where 3 | n: such n have no predecessor")
 
@@ -174,6 +175,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = run.parse(p, argv)
     if args.sees > args.lookahead:
         p.error(f"argument --sees: {args.sees} values of k with --lookahead {args.lookahead}")
+    if args.base in ("none", "closed") and args.sees not in (0, args.lookahead):
+        p.error(f"argument --sees: with --base {args.base} the net sees all {args.lookahead} values of k")
+    if args.model != "closed" and args.base == "window" and args.hold > args.lookahead - (args.sees or 1):
+        p.error(f"argument --hold: {args.hold} is more than lookahead - sees = {args.lookahead - (args.sees or 1)}")
     if args.mod3 and args.model != "closed":
         p.error("argument --mod3: for --model closed; a net learns this from the residue")
     n_seeds = sum(n not in args.test_seeds for n in ORIGINAL_SEEDS) if args.recipe == "original" else args.train_seeds
@@ -473,11 +478,11 @@ class Exam:
 def make_exam(args: argparse.Namespace) -> Exam:
     """Build the evaluation sets. They do not depend on --seed, so all runs are compared on the same numbers."""
     rows = read_eval_csv(args.eval_csv) if args.eval_csv else default_rows()
-    rng, m = np.random.default_rng(EVAL_SEED), args.lookahead + 1
-    validation_rows = random_odd(rng, args.validation_rows, 2, 128)
+    rng, m = [np.random.default_rng([EVAL_SEED, i]) for i in range(3)], args.lookahead + 1
+    validation_rows = random_odd(rng[1], args.validation_rows, 2, 128)
     start = {"test": to_limbs(args.test_seeds), "record": to_limbs(RECORD_SEEDS),
-             "random": random_odd(rng, args.eval_trajectories, 128, 128),
-             "validation": random_odd(rng, args.validation_trajectories, 8, 128)}
+             "random": random_odd(rng[0], args.eval_trajectories, 128, 128),
+             "validation": random_odd(rng[2], args.validation_trajectories, 8, 128)}
     walks = {name: full_paths(limbs, beyond=m) for name, limbs in start.items()}
     keys = [fingerprint(limbs, walks[name].k).ravel() for name, limbs in start.items()]
     keys += [fingerprint(x, np.empty((x.shape[1], 0), np.int32)).ravel() for x in (rows.limbs, validation_rows)]
@@ -566,8 +571,8 @@ class Config:
     layers: tuple[int, ...] | None = (64, 64)  # hidden widths; () is linear; None: no net
     features: str = "window"      # window or original
     sees: int = 1                 # q: values of k that the net sees; the maximum runs over the L - q nodes behind
-    digits: int = 12              # the net sees statistics of the past of n given n mod 3^digits,
-    embed_digits: int = 4         # and an embedding of n mod 3^embed_digits
+    digits: int = 12              # the net sees statistics of the past of n given n mod 3^digits
+    hold: int = 0                 # window: up to this many rising steps the end of the window stands still
     tie_break: float = 1e-3       # bits a step: an old maximum sinks by this much, so that standing still is a decrease
     mod3: bool = False            # add 1 bit when 3 | n: such n have no predecessor, so nothing is lost
     anchor: bool = False          # has the scalar beta of the anchor loss
@@ -575,7 +580,12 @@ class Config:
     @property
     def window(self) -> int:
         """J: V(n) is the maximum over the J + 1 nodes n .. T^J(n)."""
-        return self.lookahead - self.sees if self.base == "window" else 0
+        return self.lookahead - self.sees if self.base in ("window", "log") else 0
+
+    @property
+    def pooled(self) -> bool:
+        """Base log with a net that sees fewer than L values of k: it has a maximum over the window too, but learns all of it."""
+        return self.base == "log" and self.window > 0
 
 
 def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -602,15 +612,15 @@ def residue_statistics(digits: int) -> np.ndarray:
     """
     density, rise = np.ones(1), np.zeros((1, 0))
     for d in range(1, digits + 1):
-        size = 3**d
-        n, mass, first, up = np.arange(size), np.zeros(size), np.zeros((size, 2)), np.zeros((size, d))
+        size, m3 = 3**d, 3 * np.arange(3 ** (d - 1)) + 1
+        mass, first, up = np.zeros(size), np.zeros((size, 2)), np.zeros((size, d))
+        before = np.pad(rise, ((0, 0), (1, 0)))  # of m, seen from n one step later
         for k in range(1, 40):
-            m3 = n * pow(2, k, size) % size - 1  # 3m mod 3^d
-            w = np.where(m3 % 3 == 0, 2.0**-k * density[m3 // 3 % (size // 3)], 0.0)
-            mass += w
+            n, w = m3 * pow(2, -k, size) % size, 2.0**-k * density
+            mass[n] += w
             if k <= 2:
-                first[:, k - 1] = w
-            up += w[:, None] * (LOG2_3 - k + np.pad(rise[m3 // 3 % (size // 3)], ((0, 0), (1, 0))))
+                first[n, k - 1] = w
+            up[n] += w[:, None] * (before + (LOG2_3 - k))
         some = np.maximum(mass, 1e-30)[:, None]
         first, rise, density = first / some, up / some, 3 * mass
     log_density = np.clip(np.log2(np.maximum(density, 1e-9)), -4, 4) / 2
@@ -623,13 +633,15 @@ class Lyapunov(nn.Module):
     base window:  W_i = log2 T^i(n) + net(T^i(n)) + tie_break i,   V(T^i(n)) = max_{0<=j<=J} W_{i+j} - tie_break i.
     Every node's W is one number that all V share, so V can only fail to decrease where a new W tops the last J + 1 ones:
     the net decides how often that happens. Without a net this is the closed form (window maximum with a time tie-break).
-    The other bases have J = 0 and a net that sees all L values of k.
+    base log with q < L:  V(n) = log2 n + max_{0<=j<=J} alpha (log2 T^j(n) - log2 n) + delta j + net(T^j(n)), where alpha,
+    delta and the net start at 0: nothing of the closed form is given. Otherwise J = 0, and the net sees all L values of k.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         q, wide = config.sees, config.layers
+        self.alpha, self.delta = (nn.Parameter(torch.zeros(())) if config.pooled else None for _ in range(2))
         self.beta = nn.Parameter(torch.tensor(0.35)) if config.anchor else None
         if wide is None:
             return
@@ -639,11 +651,8 @@ class Lyapunov(nn.Module):
         n_features = 3 + 5 * q + 3 + config.digits
         self.register_buffer("statistics", torch.from_numpy(residue_statistics(config.digits)), persistent=False)
         self.layers = mlp([n_features, *wide, 1], nn.GELU)
-        self.embedding = nn.Embedding(3**config.embed_digits, wide[0]) if wide else None
+        self.layers[-1] = nn.Linear(self.layers[-1].in_features, 1, bias=False)  # V knows no constant: margins lose it
         nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
-        if wide:
-            nn.init.normal_(self.embedding.weight, std=0.3)
 
     def net(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
         """The net at each node. lg (..., q+1), k (..., q), res (...) -> (...)"""
@@ -656,15 +665,31 @@ class Lyapunov(nn.Module):
             lg[..., :1] / 64 - 1, torch.log2(lg[..., :1] + 1) / 3 - 1, torch.relu(rise.amax(-1, keepdim=True)) / 2, rise / 4,
             small / 5 - 0.4, (k == 1).float(), (k == 2).float(), (k == 3).float(), self.statistics[res % len(self.statistics)],
         ], dim=-1)  # (..., F)
-        r = res % 3**self.config.embed_digits
-        if self.embedding is None:
-            return self.layers(x).squeeze(-1)
-        return self.layers[1:](self.layers[0](x) + self.embedding(r)).squeeze(-1)
+        return self.layers(x).squeeze(-1)
 
     def clock(self, lg: torch.Tensor) -> torch.Tensor:
-        """tie_break times the steps taken so far; it stands still at 1. lg (B, M) -> (B, M)"""
-        steps = torch.cumsum(lg[:, :-1] > 0.5, 1)  # log2 of 1 is 0, of the next odd number 1.58
-        return F.pad(steps, (1, 0)).to(lg.dtype) * self.config.tie_break
+        """Steps taken so far; the clock stands still at 1. lg (B, M) -> (B, M)"""
+        return F.pad(torch.cumsum(lg[:, :-1] > 0.5, 1), (1, 0)).to(lg.dtype)  # log2 of 1 is 0, of the next odd number 1.58
+
+    def end(self, k: torch.Tensor) -> torch.Tensor:
+        """The last j of each node's maximum, (B, P-1+L) -> (B, P): J, or J - hold + the number of k = 1 that it begins with.
+
+        While n rises (k = 1) the end stands still, so no new number comes in and V cannot fail: failures move to falling steps.
+        """
+        c = self.config
+        nodes = k.shape[1] - c.lookahead + 1
+        if c.hold == 0:
+            return torch.full((len(k), nodes), c.window, device=k.device)
+        rising = torch.cumprod(k.unfold(1, c.hold, 1)[:, :nodes] == 1, -1).sum(-1)
+        return c.window - c.hold + rising
+
+    def maximum(self, w: torch.Tensor, end: torch.Tensor, lg: torch.Tensor) -> torch.Tensor:
+        """V at the first P nodes from W (B, P+J), the ends of their windows (B, P) and log2 (B, P+L). -> (B, P)"""
+        j, n = torch.arange(self.config.window + 1, device=w.device), end.shape[1]
+        v = torch.where(j <= end[..., None], w.unfold(1, len(j), 1), -math.inf).amax(-1)
+        if self.config.pooled:
+            return v + (1 - self.alpha).to(lg) * lg[:, :n] - self.delta.to(lg) * self.clock(lg)[:, :n]
+        return v - self.config.tie_break * self.clock(lg)[:, :n] if self.config.base == "window" else v
 
     def forward(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
         """W at the first P + J nodes (see the class). lg (B, P+L), k (B, P-1+L), res (B, P+L) -> (B, P+J), dtype of lg.
@@ -675,9 +700,11 @@ class Lyapunov(nn.Module):
         nodes = lg.shape[1] - c.sees  # P + J
         clock = self.clock(lg)
         if c.base == "closed":
-            w = (lg + clock).unfold(1, c.lookahead + 1, 1).amax(-1) - clock[:, :nodes]
+            w = (lg + c.tie_break * clock).unfold(1, c.lookahead + 1, 1).amax(-1) - c.tie_break * clock[:, :nodes]
+        elif c.pooled:
+            w = (self.alpha.to(lg) * lg + self.delta.to(lg) * clock)[:, :nodes]
         else:
-            w = lg[:, :nodes] + (clock[:, :nodes] if c.base == "window" else 0)
+            w = lg[:, :nodes] + (c.tie_break * clock[:, :nodes] if c.base == "window" else 0)
         if c.layers is None:
             return w
         at = next(self.parameters()).device
@@ -697,9 +724,7 @@ class Lyapunov(nn.Module):
                 q = p[lo:lo + chunk]
                 lg = torch.from_numpy(np.ascontiguousarray(q.lg))
                 w = self(lg, torch.from_numpy(np.minimum(q.k, 255)), torch.from_numpy(np.ascontiguousarray(q.res)))
-                x = w.unfold(1, c.window + 1, 1).amax(-1)
-                if c.base == "window":
-                    x = x - self.clock(lg)[:, :x.shape[1]]
+                x = self.maximum(w, self.end(torch.from_numpy(q.k)), lg)
                 if c.mod3:
                     x = x + torch.from_numpy(q.res[:, :x.shape[1]] % 3 == 0)
                 out.append((x if c.base == "none" else torch.logaddexp2(x, torch.zeros_like(x))).numpy())
@@ -715,24 +740,27 @@ def top(x: torch.Tensor, tau: float) -> torch.Tensor:
     return tau * torch.logsumexp(x / tau, -1)
 
 
-def gaps(w: torch.Tensor, window: int, s: int, n: int, tau: float) -> torch.Tensor:
-    """By how much V falls from node i to node i+s, i < n, told by the W that the two maxima do not share. (B, P+J) -> (B, n)
+def gaps(w: torch.Tensor, end: torch.Tensor, window: int, s: int, n: int, tau: float) -> torch.Tensor:
+    """By how much V falls from node i to node i+s, i < n, told by the W that the two maxima do not share.
 
-    With J = 0 it is V(i) - V(i+s). With a window it is top(W_i .. W_(i+J)) - top(of the s newest): negative exactly where V rises.
+    top of the W that V(i) sees, less top of those that only V(i+s) sees: negative exactly where V rises. With J = 0 it is
+    V(i) - V(i+s). w (B, P+J), end (B, P): node i sees W_i .. W_(i+end_i) -> (B, n)
     """
-    old = w.unfold(1, window + 1, 1)[:, :n]
-    new = w[:, max(window + 1, s):].unfold(1, min(s, window + 1), 1)[:, :n]
+    seen, j = w.unfold(1, window + 1, 1), torch.arange(window + 1, device=w.device)  # (B, P, J+1)
+    e, e_s = end[:, :n, None], end[:, s:s + n, None]
+    old = torch.where(j <= e, seen[:, :n], -1e4)
+    new = torch.where((j + s > e) & (j <= e_s), seen[:, s:s + n], -1e4)
     return top(old, tau) - top(new, tau)
 
 
-def edge_loss(gap: torch.Tensor, args: argparse.Namespace, tau: float) -> torch.Tensor:
-    """hinge: max(0, margin - gap), the original's ranking loss; ramp: sigmoid((margin - gap) / tau), which is bounded, so that
-    an edge that cannot be saved costs no more than 1."""
-    return F.relu(args.margin - gap) if args.loss == "hinge" else torch.sigmoid((args.margin - gap) / tau)
+def edge_loss(gap: torch.Tensor, margin: float, tau: float) -> torch.Tensor:
+    """ramp: sigmoid((margin - gap) / tau), which is bounded, so that a step that cannot be saved costs no more than 1.
+    tau = 0 is the hinge max(0, margin - gap), the original's ranking loss, which spreads small failures over many steps."""
+    return torch.sigmoid((margin - gap) / tau) if tau else F.relu(margin - gap)
 
 
 def tau_at(step: int, args: argparse.Namespace) -> float:
-    """Temperature of ramp and soft maximum: tau-start to tau-end, geometric over the first 70 % of the steps. 0 for hinge."""
+    """Temperature of ramp and soft maximum: tau-start to tau-end, geometric over the first 70 % of the steps. 0 is the hinge."""
     if args.loss == "hinge":
         return 0.0
     return args.tau_start * (args.tau_end / args.tau_start) ** min(1.0, step / (0.7 * args.steps))
@@ -748,10 +776,12 @@ def batch_loss(model: Lyapunov, parts: list[tuple[Chains, int, float, float]], a
     c, tau = model.config, tau_at(step, args)
     total = torch.zeros((), device=next(model.parameters()).device)
     for data, n, share, weight in parts:
-        w = model(data.lg, data.k, data.res)
+        w, end = model(data.lg, data.k, data.res), model.end(data.k)
+        v = model.maximum(w, end, data.lg)
         for s, coefficient in jumps(args):
             ok = data.ok.unfold(1, s + c.window + 1, 1)[:, :n].all(-1)  # no number is forbidden that the two V look at
-            loss = edge_loss(gaps(w, c.window, s, n, tau), args, tau) * ok
+            gap = v[:, :n] - v[:, s:s + n] if c.pooled else gaps(w, end, c.window, s, n, tau)
+            loss = edge_loss(gap, args.margin, tau) * ok
             if s == 1:
                 loss = loss * torch.where(data.k[:, :n] == 1, args.growth_weight, 1.0) * weight  # k = 1: T(n) > n
             total = total + share * coefficient * loss.sum() / ok.sum().clamp(min=1)
@@ -760,7 +790,7 @@ def batch_loss(model: Lyapunov, parts: list[tuple[Chains, int, float, float]], a
             drift = data.lg.new_tensor(c.lookahead * LOG2_3) - data.k[:, :c.lookahead].float().sum(1)
             target = data.lg[:, 0] * scale + model.beta * drift
             ok = data.ok[:, :c.window + 1].all(-1)
-            miss = (w[:, :c.window + 1].amax(-1) - target).square() * ok
+            miss = (v[:, 0] - target).square() * ok
             total = total + share * anchor_weight(step, args) * miss.sum() / ok.sum().clamp(min=1)
     return total
 
@@ -775,9 +805,12 @@ def make_optimizers(model: Lyapunov, args: argparse.Namespace) -> list[torch.opt
     if model.beta is not None:
         model.beta.requires_grad_(args.target_type == "adaptive")
     hidden = [m.weight for m in model.layers[1:-1] if isinstance(m, nn.Linear)] if args.optimizer == "muon" else []
-    taken = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
-    optimizers = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.999 if args.recipe == "original" else 0.98), weight_decay=args.weight_decay)]
+    scales = [model.alpha, model.delta] if model.config.pooled else []
+    taken = {id(p) for p in [*hidden, *scales]}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in taken and p.requires_grad]}]
+    if scales:
+        groups.append({"params": scales, "lr": 7 * args.lr})  # alpha has to come from 0 to about 1
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999 if args.recipe == "original" else 0.98), weight_decay=args.weight_decay)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=5 * args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     for optimizer in optimizers:
@@ -868,7 +901,7 @@ def mine(model: Lyapunov, pools: Pools, args: argparse.Namespace, exam: Exam, rn
     with eval_mode(model):
         part = found.to(device)
         w = model(part.lg, part.k, part.res)
-        gap = gaps(w, model.config.window, 1, 1, 0.0)[:, 0]
+        gap = gaps(w, model.end(part.k), model.config.window, 1, 1, 0.0)[:, 0]
         gap = torch.where(part.ok[:, :model.config.window + 2].all(-1), gap, math.inf)
     worst = found[torch.argsort(gap).cpu()[:args.mine_count]]
     return worst if pools.mined is None else pools.mined.join(worst)[slice(-1000, None)]
@@ -1005,8 +1038,9 @@ def format_report(title: str, out: dict, rows: dict[str, dict]) -> str:
 def model_config(args: argparse.Namespace) -> Config:
     layers = {"closed": None, "linear": (), "mlp": args.layers}[args.model]
     base = "window" if args.model == "closed" else args.base
-    sees = 0 if layers is None else args.sees if base == "window" else args.lookahead
-    return Config(args.lookahead, base, layers, args.features, sees, args.digits, args.embed_digits, args.tie_break, args.mod3,
+    sees = 0 if layers is None else args.sees or (1 if base == "window" else args.lookahead)
+    return Config(args.lookahead, base, layers, args.features, sees, args.digits,
+                  args.hold if base == "window" and layers is not None else 0, args.tie_break, args.mod3,
                   anchor=layers is not None and (args.target_type != "none" or args.features == "original"))
 
 
@@ -1016,8 +1050,8 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     saved = checkpoint.load(path, SCRIPT)
     try:
         config = Config(**saved["config"])
-        sound = (1 <= config.lookahead <= 1 << 20 and 0 <= config.sees <= config.lookahead and config.features in ("window", "original")
-                 and 1 <= config.digits <= RESIDUE_DIGITS and 1 <= config.embed_digits <= RESIDUE_DIGITS and config.base in ("none", "log", "closed", "window") and sum(config.layers or ()) <= 1 << 20)
+        sound = (1 <= config.lookahead <= 1 << 20 and 0 <= config.sees <= config.lookahead and 0 <= config.hold <= config.window and config.features in ("window", "original")
+                 and 1 <= config.digits <= RESIDUE_DIGITS and config.base in ("none", "log", "closed", "window") and sum(config.layers or ()) <= 1 << 20)
     except (KeyError, TypeError):
         sound = False
     if not sound:

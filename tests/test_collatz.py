@@ -20,7 +20,7 @@ from common import metrics
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "12", "--pool", "400", "--train-seeds", "12", "--batch-size", "32", "--segment", "8", "--layers", "16", "--digits", "3",
-         "--embed-digits", "2", "--quick-eval-interval", "4", "--eval-interval", "6", "--eval-trajectories", "3",
+         "--quick-eval-interval", "4", "--eval-interval", "6", "--eval-trajectories", "3",
          "--validation-rows", "100", "--validation-trajectories", "3"]
 
 
@@ -102,7 +102,7 @@ def test_any_v_fails_at_least_once_a_lap_on_a_cycle():
     torch.manual_seed(0)
     values = list(collatz.baselines(10).values())
     for base in ("window", "log", "closed", "none"):
-        model = collatz.Lyapunov(collatz.Config(10, base, (16,), sees=2 if base == "window" else 10, digits=2, embed_digits=2))
+        model = collatz.Lyapunov(collatz.Config(10, base, (16,), sees=2 if base == "window" else 10, digits=2))
         for p in model.parameters():
             torch.nn.init.normal_(p)
         values.append(model.value)
@@ -149,9 +149,9 @@ def test_original_features_by_hand():
 def test_untrained_net_is_the_closed_form():
     # window, q = 1: the maximum runs over L - 1 nodes behind, so it is the closed form of lookahead L - 1
     p = collatz.paths(collatz.random_odd(np.random.default_rng(0), 300, 2, 128), 11)
-    model = collatz.Lyapunov(collatz.Config(10, "window", (16,), digits=3, embed_digits=2))
+    model = collatz.Lyapunov(collatz.Config(10, "window", (16,), digits=3))
     assert np.allclose(model.value(p), closed(9)(p)[:, :2], atol=1e-6)
-    model = collatz.Lyapunov(collatz.Config(10, "closed", (16,), sees=10, digits=3, embed_digits=2))
+    model = collatz.Lyapunov(collatz.Config(10, "closed", (16,), sees=10, digits=3))
     assert np.allclose(model.value(p), closed(10)(p), atol=1e-6)
 
 
@@ -188,7 +188,7 @@ def test_v_is_positive_and_the_gap_of_the_loss_has_the_sign_of_its_margin(base, 
         w = model(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (p.lg, p.k, p.res)))
     window = model.config.window
     for s in (1, 4, 8):
-        gap = collatz.gaps(w, window, s, 1, 0.0)[:, 0].numpy()
+        gap = collatz.gaps(w, model.end(torch.from_numpy(p.k)), window, s, 1, 0.0)[:, 0].numpy()
         margin = v[:, 0] - v[:, s]
         clear = (np.abs(gap) > 0.02) & (np.abs(margin) > 0.02) & (p.lg[:, s + 10] > 0.5)
         assert clear.sum() > 50 and (np.sign(gap) == np.sign(margin))[clear].all()
@@ -213,9 +213,9 @@ def test_soft_maximum_tends_to_the_maximum():
 
 def test_ramp_is_bounded_and_hinge_is_not():
     gap = torch.tensor([-100.0, 0.0, 100.0])
-    ramp = collatz.edge_loss(gap, collatz.parse_args(["--margin", "0"]), 0.1)
+    ramp = collatz.edge_loss(gap, 0.0, 0.1)
     assert ramp.tolist() == pytest.approx([1, 0.5, 0])
-    hinge = collatz.edge_loss(gap, collatz.parse_args(["--recipe", "original"]), 0.0)
+    hinge = collatz.edge_loss(gap, 0.05, 0.0)
     assert hinge.tolist() == pytest.approx([100.05, 0.05, 0])
 
 
@@ -237,12 +237,12 @@ def used_numbers(chains, numbers, window, n_edges, jumps=(1,)):
 
 def forbidden_numbers(args):
     """Everything the report evaluates on or that validation uses, with Python integers."""
-    rng = np.random.default_rng(collatz.EVAL_SEED)
+    rng = [np.random.default_rng([collatz.EVAL_SEED, i]) for i in range(3)]
     rows = collatz.from_limbs(collatz.read_eval_csv(args.eval_csv).limbs)
-    rows += collatz.from_limbs(collatz.random_odd(rng, args.validation_rows, 2, 128))
+    rows += collatz.from_limbs(collatz.random_odd(rng[1], args.validation_rows, 2, 128))
     walks = [*args.test_seeds, *collatz.RECORD_SEEDS]
-    walks += collatz.from_limbs(collatz.random_odd(rng, args.eval_trajectories, 128, 128))
-    walks += collatz.from_limbs(collatz.random_odd(rng, args.validation_trajectories, 8, 128))
+    walks += collatz.from_limbs(collatz.random_odd(rng[0], args.eval_trajectories, 128, 128))
+    walks += collatz.from_limbs(collatz.random_odd(rng[2], args.validation_trajectories, 8, 128))
     return set(rows).union(*(collatz.trajectory(n) for n in walks))
 
 
@@ -261,7 +261,7 @@ def test_honest_split_trains_on_no_forbidden_number(rows_csv, monkeypatch, flags
     model = collatz.Lyapunov(collatz.model_config(args))
     pools.mined = collatz.mine(model, pools, args, exam, np.random.default_rng(0))
     forbidden, hit = forbidden_numbers(args), 0
-    for chains, p, keys in starts.values():
+    for chains, _, keys in starts.values():
         numbers = [from_key(k) for k in keys[:, 0].tolist()]
         n_edges = args.segment if len(chains.first) else 1
         used = used_numbers(chains, numbers, model.config.window, n_edges, [s for s, _ in collatz.jumps(args)])
@@ -330,7 +330,7 @@ def test_mining_keeps_the_lowest_margins_and_trains_on_them(rows_csv):
     mined = collatz.mine(model, pools, args, exam, np.random.default_rng(0))
     def gap(chains):
         with torch.no_grad():
-            return collatz.gaps(model(chains.lg, chains.k, chains.res), model.config.window, 1, 1, 0.0)[:, 0]
+            return collatz.gaps(model(chains.lg, chains.k, chains.res), model.end(chains.k), model.config.window, 1, 1, 0.0)[:, 0]
     assert len(mined) == 20 and gap(mined).max() < 0 < gap(pools.random).median()
     assert mined.ok[:, :model.config.window + 2].all()
     _, plain = drawn(args, 0, exam, pools)
@@ -389,7 +389,7 @@ def test_growth_weight_and_hard_weight_scale_the_loss(rows_csv):
 
 def test_a_run_leaves_its_files_and_learns(rows_csv, tmp_path):
     out = collatz.main([*SMALL, "--eval-csv", rows_csv, "--out-dir", str(tmp_path / "run"), "--steps", "150", "--lr", "0.01", "--pool", "4000",
-                        "--train-seeds", "60", "--layers", "32", "--batch-size", "128", "--digits", "6", "--embed-digits", "4",
+                        "--train-seeds", "60", "--layers", "32", "--batch-size", "128", "--digits", "6",
                         "--quick-eval-interval", "50", "--eval-interval", "50"])
     files = {f.name for f in (tmp_path / "run").iterdir()}
     assert files >= {"args.json", "run.txt", "collatz.py", "metrics.csv", "last.pt", "best.pt", "summary.json", "report.json",
@@ -573,12 +573,12 @@ def test_exhaustive_counts_every_odd_number(capsys):
     ["--score", "1", "--checkpoint", "KEPT"], ["--score", "1e6", "--checkpoint", "KEPT"], ["--score", "abc", "--checkpoint", "KEPT"],
     ["--score", "27"], ["--score", "27,,31", "--checkpoint", "KEPT"],
     ["--lookahead", "0"], ["--lookahead", "-3"], ["--lookahead", "99999999"], ["--layers", ""], ["--layers", "64,,64"], ["--layers", "0"],
-    ["--batch-size", "100000000"], ["--ramp-len", "0"], ["--curriculum", "--start-seeds", "601"], ["--hard-ratio", "1.5"],
+    ["--batch-size", "100000000"], ["--ramp-len", "0"], ["--curriculum", "--start-seeds", "2001"], ["--hard-ratio", "1.5"],
     ["--hard-ratio", "nan"], ["--eval-interval", "0"], ["--quick-eval-interval", "0"], ["--mine-interval", "0"],
     ["--test-seeds", "27,27"], ["--test-seeds", "28"], ["--test-seeds", "1"], ["--test-seeds", ""], ["--eval-csv", "/nonexistent.csv"],
     ["--checkpoint", "/nonexistent.pt"], ["--resume", "/nonexistent"], ["--init-from", "/nonexistent.pt"], ["--device", "gpu"],
     ["--device", "cuda"], ["--device", "mps"], ["--sees", "11"], ["--lr", "0"], ["--lr", "inf"], ["--steps", "0"], ["--epochs", "-1"],
-    ["--analyze-seeds", "54"], ["--analyze-seeds", "x"], ["--tau-end", "0.5"], ["--name", "a/b"], ["--mod3"], ["--plot", "/nonexistent"],
+    ["--analyze-seeds", "54"], ["--analyze-seeds", "x"], ["--tau-end", "5"], ["--name", "a/b"], ["--mod3"], ["--plot", "/nonexistent"],
     ["--exhaustive", "2"], ["--max-bits", "4"], ["--steps", "1", "--hard-ratio", "1", "--batch-size", "50000", "--train-seeds", "1"],
 ], ids=" ".join)
 def test_bad_flags_end_in_one_line(flags, tmp_path, capsys, trained, monkeypatch):
@@ -622,7 +622,7 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys, monkeypatch,
         tamper(path, config={"color": "red"})
     if damage == "nan":
         state = torch.load(path, weights_only=True)["model"]
-        state["embedding.weight"][0] = math.nan
+        state["layers.0.weight"][0] = math.nan
         tamper(path, model=state)
     with pytest.raises(SystemExit) as e:
         collatz.main(["--score", "27", "--checkpoint", str(path)])

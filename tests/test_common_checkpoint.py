@@ -117,6 +117,25 @@ def test_reading_the_random_state_does_not_move_it():
     assert torch.equal(first.pop("torch"), second.pop("torch")) and first == second
 
 
+def test_cuda_streams_are_put_back_only_where_as_many_devices_are_there(monkeypatch):
+    put_back = []
+    states = [torch.tensor([1], dtype=torch.uint8), torch.tensor([2], dtype=torch.uint8)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", put_back.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    saved = checkpoint.rng_state()
+    assert saved["cuda"] == states
+    checkpoint.set_rng_state(saved)
+    assert put_back == [states]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    checkpoint.set_rng_state(saved)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checkpoint.rng_state()["cuda"] == []
+    checkpoint.set_rng_state(saved)
+    assert put_back == [states]
+
+
 def test_the_state_of_a_numpy_generator_is_plain_enough(path):
     rng = np.random.default_rng(5)
     rng.random(3)
@@ -305,6 +324,19 @@ def test_a_tampered_pickle_is_refused_in_one_line_or_is_a_checkpoint_still(edits
 def test_a_pickle_that_trips_the_unpickler_is_refused_in_one_line(pickled, path):
     path.write_bytes(zip_with_pickle(lambda data: pickled))
     assert "not a readable checkpoint" in refusal(path)
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("no central directory\nframe #0: c10"), "no central directory"),
+    (PermissionError(errno.EACCES, "Permission denied"), "[Errno 13] Permission denied"),
+    (RuntimeError(), "cut short, damaged, or not written by torch.save"),
+    (OSError(errno.EINVAL, "Invalid argument"), "cut short, damaged, or not written by torch.save")])
+def test_the_reason_of_a_refusal_is_the_first_line_of_what_torch_says(error, reason, path, monkeypatch):
+    def fail(*args, **words):
+        raise error
+    path.touch()
+    monkeypatch.setattr(torch, "load", fail)
+    assert refusal(path).endswith(f"last.pt: not a readable checkpoint ({reason})")
 
 
 def test_a_zip_of_something_else_is_refused(path):

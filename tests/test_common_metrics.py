@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import types
 
@@ -66,16 +67,17 @@ def test_integers_are_written_without_a_point_and_numpy_numbers_as_plain_ones(pa
 
 def test_a_new_run_starts_an_empty_file_and_a_run_folder_stands_for_its_csv(path):
     Metrics(path).write(row(0))
-    assert metrics.read(path.parent) == [row(0)]
+    assert metrics.read(path.parent) == metrics.read(str(path.parent)) == metrics.read(str(path)) == [row(0)]
     Metrics(path)
     assert metrics.read(path.parent) == []
 
 
-def test_every_row_is_in_the_file_when_write_returns(path):
-    log = Metrics(path)
+def test_every_row_is_on_the_disk_when_write_returns(path, monkeypatch):
+    log, sizes, fsync = Metrics(path), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (sizes.append(os.fstat(fd).st_size), fsync(fd)))
     for step in range(3):
         log.write(row(step))
-        assert len(metrics.read(path)) == step + 1
+        assert len(metrics.read(path)) == step + 1 == len(sizes) and sizes[-1] == path.stat().st_size
 
 
 # ---- resume

@@ -1,6 +1,8 @@
 """common/plots.py: curves of runs over each other."""
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from common import plots
 from common.metrics import Metrics
 from common.run import UserError
 
+ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -90,6 +93,13 @@ def test_a_run_without_rows_is_one_line_and_a_non_zero_exit(runs):
 def test_a_missing_run_is_one_line_and_a_non_zero_exit(missing, runs, tmp_path):
     with pytest.raises(SystemExit, match=r"^common.plots: error: [^\n]*no such metrics file$"):
         plots.main([str(runs[0]), str(tmp_path / missing), "--y", "loss"])
+
+
+def test_the_module_is_a_command(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "common.plots", str(tmp_path), "--y", "loss"], cwd=ROOT,
+                          capture_output=True, text=True)
+    text = f"common.plots: error: {tmp_path / 'metrics.csv'}: no such metrics file\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", text)
 
 
 @pytest.mark.parametrize("out", ["p.xyz", "p", "p."])

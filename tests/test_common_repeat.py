@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from common import repeat
 from common.repeat import STUDENT_T, flatten, statistics_of, table
 
+ROOT = Path(__file__).parents[1]
 FAKE = """
 import argparse, json, pathlib, sys
 p = argparse.ArgumentParser()
@@ -19,6 +22,8 @@ p.add_argument("--scale", type=float, default=1.0)
 p.add_argument("--fail-at", type=int, default=-1)
 p.add_argument("--silent", action="store_true")
 p.add_argument("--words", nargs="*")
+p.add_argument("--out")
+p.add_argument("--na")
 args = p.parse_args()
 if args.seed == args.fail_at:
     sys.exit(3)
@@ -110,7 +115,8 @@ def test_main_runs_the_seeds_and_prints_the_table(fake, capsys):
 
 
 def test_the_flags_reach_the_script_in_their_order(fake):
-    flags = ["--words", "b", "a", "c d", "--scale=-1.5", "--fail-at", "-2"]
+    flags = ["--words", "b", "a", "c d", "--scale=-1.5", "--fail-at", "-2", "--out", "x",
+             "--na", "y"]  # the last two are no abbreviations
     repeat.main(["1", fake, *flags, "--out-dir", "r", "--seed", "4"])
     assert json.loads(Path("r-s4/argv.json").read_text()) == [*flags, "--seed", "4", "--out-dir", "r-s4"]
 
@@ -142,6 +148,12 @@ def test_a_summary_that_is_no_object_ends_the_command_with_one_line(fake):
     Path(fake).write_text(FAKE.replace("summary = {", "summary = 3, {"))
     with pytest.raises(SystemExit, match=r"^common.repeat: error: r-s0/summary.json: not [^\n]*$"):
         repeat.main(["1", fake, "--out-dir", "r"])
+
+
+def test_the_module_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "common.repeat", "1", "gone.py"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "common.repeat: error: gone.py: no such script\n")
 
 
 def test_a_missing_script_ends_the_command_with_one_line(tmp_path):

@@ -126,13 +126,21 @@ def test_the_run_flags_have_the_documented_defaults():
 @pytest.mark.parametrize("argv", [
     ["--name", "a/b"], ["--name", "/a"], ["--name", "a\\b"], ["--name", ".."], ["--name", "."], ["--name", ""],
     ["--name", "a\0b"], ["--seed", "-1"], ["--seed", str(2**32)], ["--seed", "1.5"], ["--threads", "-1"],
-    ["--max-minutes", "nan"], ["--max-minutes", "inf"], ["--max-minutes", "-1"], ["--precision", "fp16"], ["--tracker", "mlflow"], ["--lr", "0"],
+    ["--max-minutes", "nan"], ["--max-minutes", "inf"], ["--max-minutes", "-1"],
+    ["--precision", "fp16"], ["--tracker", "mlflow"], ["--lr", "0"],
     ["--layers", "9"]])
 def test_a_flag_out_of_range_ends_the_command_and_is_named(argv, capsys):
     with pytest.raises(SystemExit) as e:
         flags(*argv)
     assert e.value.code == 2
     assert argv[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_run_flags_take_the_ends_of_their_ranges():
+    for seed in (0, 2**32 - 1):
+        assert flags("--seed", str(seed)).seed == seed
+    args = flags("--threads", "0", "--max-minutes", "0", "--name", "run 1.2")
+    assert (args.threads, args.max_minutes, args.name) == (0, 0, "run 1.2")
 
 
 def test_a_resumed_run_keeps_the_flags_of_its_checkpoint():
@@ -450,8 +458,12 @@ def test_the_clock_counts_from_what_the_earlier_parts_took(monkeypatch):
 
 
 def test_without_a_limit_the_clock_never_expires(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "process_time", lambda: now)
     clock = run.Clock()
-    monkeypatch.setattr(time, "monotonic", lambda: 1e12)
+    assert clock.seconds() == clock.cpu_seconds() == 0
+    now = 1e12
     assert not clock.expired()
 
 
@@ -486,7 +498,10 @@ def test_the_handlers_are_put_back_at_the_end_after_a_signal_and_after_an_error(
     assert handlers() == before and stop.number == 0
     with run.StopSignal():
         signal.raise_signal(signal.SIGINT)
-    assert handlers() == before
+        assert handlers() == before
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # set after the first signal: not ours to put back
+    assert handlers() == [before[0], signal.SIG_IGN]
+    signal.signal(signal.SIGTERM, before[1])
     with pytest.raises(RuntimeError), run.StopSignal():
         raise RuntimeError
     assert handlers() == before
