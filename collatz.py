@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("loss")
     g.add_argument("--loss", choices=["ramp", "hinge"], default="ramp", help="bounded, or the original's ranking loss")
     g.add_argument("--margin", type=real(0), default=0.0, help="by how much V should fall (bits; nats with base none)")
-    g.add_argument("--tau-start", type=real(0, above=True), default=3.0, help="ramp: temperature at step 0, bits")
+    g.add_argument("--tau-start", type=real(0, above=True), default=1.0, help="ramp: temperature at step 0, bits")
     g.add_argument("--tau-end", type=real(0, above=True), default=0.05, help="ramp: temperature from 70 %% of the steps on")
     g.add_argument("--growth-weight", type=real(0), default=1.0, help="weight of steps where T(n) > n")
     g.add_argument("--hard-weight", type=real(0), default=1.0, help="weight of steps from trajectories")
@@ -801,10 +801,10 @@ def jumps(args: argparse.Namespace) -> list[tuple[int, float]]:
 
 
 def make_optimizers(model: Lyapunov, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW; with muon, Muon for the hidden matrices (the notes: worth 3-4 times the steps) and AdamW for the rest."""
+    """AdamW; with muon, Muon for all matrices but the last (worth 3-4 times the steps) and AdamW for the rest."""
     if model.beta is not None:
         model.beta.requires_grad_(args.target_type == "adaptive")
-    hidden = [m.weight for m in model.layers[1:-1] if isinstance(m, nn.Linear)] if args.optimizer == "muon" else []
+    hidden = [m.weight for m in model.layers[:-1] if isinstance(m, nn.Linear)] if args.optimizer == "muon" else []
     scales = [model.alpha, model.delta] if model.config.pooled else []
     taken = {id(p) for p in [*hidden, *scales]}
     groups = [{"params": [p for p in model.parameters() if id(p) not in taken and p.requires_grad]}]
