@@ -20,7 +20,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -47,19 +47,26 @@ ORIGINAL_SEEDS = (
 EVAL_ROWS, EVAL_SEED = 50_000, 42  # of the original evaluation set
 EVAL_COLUMNS = ("n", "t1", "is_growth", "sigma_n", "max_n", "w_expansion")
 BIT_RANGES = ((2, 16), (17, 32), (33, 64), (65, 128), (129, 1 << 30))
+LOGGED = ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted_pass_rate", "violations_total",
+          "on_trajectory_pass_rate")  # figures of the test sets in metrics.csv
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.5, 0.95)
 LOOKAHEADS = (5, 10, 20, 30, 50, 70, 100)  # of the picture of violations against lookahead
 sys.set_int_max_str_digits(0)      # numbers of any size may be scored
 
-# What --recipe sets; a flag on the command line wins.
+# What --recipe sets. A flag on the command line wins; the settings of the first block have no flag.
 RECIPES = {
-    "window": {},
+    "window": {
+        "hard_weight": 1.0, "growth_weight": 1.0,  # weights of steps from trajectories, and where T(n) > n
+        "schedule": "linear", "beta2": 0.98, "weight_decay": 0.0,
+    },
     "original": {
-        "base": "none", "features": "original", "layers": "128,128,128", "loss": "hinge", "margin": 0.05, "target_type": "fixed",
-        "batch_size": 1024, "hard_ratio": 0.25, "hard_weight": 2.0, "growth_weight": 10.0, "segment": 1, "pool": 500_000,
-        "optimizer": "adamw", "schedule": "plateau", "lr": 1e-3, "weight_decay": 0.01, "clip": 0.0, "steps": 3000,
+        "hard_weight": 2.0, "growth_weight": 10.0, "schedule": "plateau", "beta2": 0.999, "weight_decay": 0.01,
+        "base": "none", "features": "original", "layers": "128,128,128", "loss": "hinge", "margin": 0.05,
+        "target_type": "fixed", "batch_size": 1024, "hard_ratio": 0.25, "segment": 1, "pool": 500_000,
+        "optimizer": "adamw", "lr": 1e-3, "clip": 0.0, "steps": 3000,
     },
 }
+ANCHOR_START, ANCHOR_LEN = 1000, 5000  # of the original: the anchor's weight is 1, then falls to 0.001 over so many steps
 
 
 # ---- Flags
@@ -107,7 +114,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--test-seeds", type=odd_numbers, default=list(TEST_SEEDS), help="whose trajectories are the test")
     g.add_argument("--pool", type=integer(1), default=200_000, help="random numbers to draw training steps from")
     g.add_argument("--train-seeds", type=integer(1), default=2000, help="random trajectories to draw training steps from")
-    g.add_argument("--refresh", type=integer(0), default=0, help="draw new pools after this many steps; 0: never")
     g.add_argument("--segment", type=integer(1, 1024), default=24, help="steps that a chain from a trajectory holds")
     g.add_argument("--hard-ratio", type=real(0, 1), default=0.5, help="share of chains, and of the loss, from trajectories")
     g.add_argument("--curriculum", action="store_true", help="start with few trajectories, the easy ones, and add the others")
@@ -136,22 +142,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--margin", type=real(0), default=0.0, help="by how much V should fall (bits; nats with base none)")
     g.add_argument("--tau-start", type=real(0, above=True), default=1.0, help="ramp: temperature at step 0, bits")
     g.add_argument("--tau-end", type=real(0, above=True), default=0.05, help="ramp: temperature from 70 %% of the steps on")
-    g.add_argument("--growth-weight", type=real(0), default=1.0, help="weight of steps where T(n) > n")
-    g.add_argument("--hard-weight", type=real(0), default=1.0, help="weight of steps from trajectories")
     g.add_argument("--use-t4", action="store_true", help="also ask V(T^4(n)) < V(n), weight 0.5")
     g.add_argument("--use-t8", action="store_true", help="also ask V(T^8(n)) < V(n), weight 0.2")
     g.add_argument("--target-type", choices=["none", "fixed", "adaptive"], default="none",
                    help="anchor loss: pull V to log n + beta drift, beta 0.35 or learned")
-    g.add_argument("--decay-start", type=integer(0), default=1000, help="anchor: step from which its weight falls")
-    g.add_argument("--decay-len", type=integer(1), default=5000, help="anchor: steps over which it falls to 0.001")
 
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", "--epochs", type=integer(1), default=400, help="optimizer steps (the original's epochs)")
     g.add_argument("--batch-size", type=integer(1), default=512, help="chains per step")
     g.add_argument("--lr", type=real(0, above=True), default=3e-3, help="peak learning rate of AdamW; Muon's is 5 times that")
     g.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="muon: for the hidden matrices")
-    g.add_argument("--schedule", choices=["linear", "plateau"], default="linear", help="plateau: halve when the loss stalls")
-    g.add_argument("--weight-decay", type=real(0), default=0.0, help="of AdamW")
     g.add_argument("--clip", type=real(0), default=1.0, help="gradient norm; 0: no clipping")
 
     g = p.add_argument_group("evaluation")
@@ -222,21 +222,11 @@ def analyze(n: int) -> dict[str, int | float]:
             "max_odd": max(path), "excursion_ratio": max(path) / n}
 
 
-def odd_part(n: int) -> int:
-    return n // (n & -n)
-
-
 def to_limbs(numbers: Sequence[int]) -> np.ndarray:
     """Non-negative Python integers of any size as 32-bit limbs, least significant first: (limbs, N) uint64."""
     width = 4 * max(1, -(-max(n.bit_length() for n in numbers) // 32))
     raw = b"".join(n.to_bytes(width, "little") for n in numbers)
     return np.ascontiguousarray(np.frombuffer(raw, "<u4").reshape(len(numbers), -1).T.astype(np.uint64))
-
-
-def from_limbs(limbs: np.ndarray) -> list[int]:
-    """The inverse of to_limbs."""
-    raw, width = np.ascontiguousarray(limbs.T.astype("<u4")).tobytes(), 4 * len(limbs)
-    return [int.from_bytes(raw[i:i + width], "little") for i in range(0, len(raw), width)]
 
 
 @cache
@@ -380,13 +370,6 @@ def random_odd(rng: np.random.Generator, n: int, min_bits: int, max_bits: int) -
     return x
 
 
-@dataclass
-class Rows:
-    """Evaluation numbers: limbs (W, N), and per number the weight 1 + log10(max(1, highest number on its way / n))."""
-    limbs: np.ndarray
-    weight: np.ndarray
-
-
 def eval_numbers(rows: int = EVAL_ROWS, seed: int = EVAL_SEED) -> list[int]:
     """The original evaluation set: distinct odd numbers of 2..128 bits, bit length uniform, from Python's own generator."""
     rng, seen = random.Random(seed), {}
@@ -412,10 +395,10 @@ def peak_log2(limbs: np.ndarray) -> np.ndarray:
     return peak
 
 
-def default_rows() -> Rows:
-    """The original evaluation set in memory; weights as in the CSV, rounded to its 4 decimals."""
+def default_rows() -> tuple[np.ndarray, np.ndarray]:
+    """The original evaluation set: limbs (W, N) and weights (N,) = 1 + log10(highest number on the way / n), 4 decimals."""
     limbs = to_limbs(eval_numbers())
-    return Rows(limbs, np.round(1 + (peak_log2(limbs) - log2_limbs(limbs)) * math.log10(2), 4))
+    return limbs, np.round(1 + (peak_log2(limbs) - log2_limbs(limbs)) * math.log10(2), 4)
 
 
 def make_eval_csv(path: str) -> None:
@@ -430,9 +413,9 @@ def make_eval_csv(path: str) -> None:
             out.writerow([n, steps[1], steps[1] > n, len(steps) - 1 + halvings, peak, f"{1 + math.log10(max(1, peak / n)):.4f}"])
 
 
-def read_eval_csv(path: str) -> Rows:
-    """Read an evaluation CSV and verify it. Raises UserError naming the line: column missing, t1 not T(n), n repeated,
-    weight not finite or below 1."""
+def read_eval_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read an evaluation CSV and verify it: limbs and weights as default_rows. Raises UserError naming the line: column
+    missing, t1 not T(n), n repeated, weight not finite or below 1."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make it with: python collatz.py --make-eval {path}")
     numbers, weight, seen = [], [], set()
@@ -461,7 +444,7 @@ def read_eval_csv(path: str) -> Rows:
             weight.append(w)
     if not numbers:
         raise UserError(f"{path}: no rows")
-    return Rows(to_limbs(numbers), np.array(weight))
+    return to_limbs(numbers), np.array(weight)
 
 
 @dataclass
@@ -470,6 +453,7 @@ class Exam:
     rows: Paths                # the evaluation set
     weight: np.ndarray         # of its rows
     walks: dict[str, Paths]    # test, record: trajectories of these seeds; random: of random 128-bit numbers
+    test_seeds: list[int]
     validation_rows: Paths     # numbers and trajectories of their own, for choosing best.pt
     validation_walks: Paths
     forbidden: np.ndarray      # sorted fingerprints of all of them: what the honest split keeps out of training
@@ -477,7 +461,7 @@ class Exam:
 
 def make_exam(args: argparse.Namespace) -> Exam:
     """Build the evaluation sets. They do not depend on --seed, so all runs are compared on the same numbers."""
-    rows = read_eval_csv(args.eval_csv) if args.eval_csv else default_rows()
+    rows, weight = read_eval_csv(args.eval_csv) if args.eval_csv else default_rows()
     rng, m = [np.random.default_rng([EVAL_SEED, i]) for i in range(3)], args.lookahead + 1
     validation_rows = random_odd(rng[1], args.validation_rows, 2, 128)
     start = {"test": to_limbs(args.test_seeds), "record": to_limbs(RECORD_SEEDS),
@@ -485,9 +469,9 @@ def make_exam(args: argparse.Namespace) -> Exam:
              "validation": random_odd(rng[2], args.validation_trajectories, 8, 128)}
     walks = {name: full_paths(limbs, beyond=m) for name, limbs in start.items()}
     keys = [fingerprint(limbs, walks[name].k).ravel() for name, limbs in start.items()]
-    keys += [fingerprint(x, np.empty((x.shape[1], 0), np.int32)).ravel() for x in (rows.limbs, validation_rows)]
-    return Exam(paths(rows.limbs, m), rows.weight, walks, paths(validation_rows, m), walks.pop("validation"),
-                np.unique(np.concatenate(keys)))
+    keys += [fingerprint(x, np.empty((x.shape[1], 0), np.int32)).ravel() for x in (rows, validation_rows)]
+    return Exam(paths(rows, m), weight, walks, args.test_seeds, paths(validation_rows, m),
+                walks.pop("validation"), np.unique(np.concatenate(keys)))
 
 
 def member(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -496,69 +480,55 @@ def member(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
     return of[at] == keys if len(of) else np.zeros(keys.shape, bool)
 
 
-@dataclass
-class Chains:
-    """Training data: chains n, T(n), ... of numbers with what V needs to know of them, ready for the device."""
-    k: torch.Tensor      # (N, C+L) uint8, at most 255
-    lg: torch.Tensor     # (N, C+L+1) float32
-    res: torch.Tensor    # (N, C+L+1) int32
-    ok: torch.Tensor     # (N, C+L) bool: neither T^j(n) nor T^(j+1)(n) is forbidden, and T^j(n) > 1
-    first: np.ndarray    # trajectories only, (seeds+1,): the chains of seed i are first[i] .. first[i+1]-1
-    counts: np.ndarray | int = 0  # numbers that may be trained on, numbers excluded, forbidden numbers among the former
-
-    def __len__(self) -> int:
-        return len(self.k)
-
-    def __getitem__(self, rows) -> Chains:
-        return Chains(self.k[rows], self.lg[rows], self.res[rows], self.ok[rows], self.first)
-
-    def join(self, other: Chains) -> Chains:
-        return Chains(*(torch.cat([getattr(self, f), getattr(other, f)]) for f in ("k", "lg", "res", "ok")), self.first)
-
-    def to(self, device: torch.device) -> Chains:
-        return Chains(self.k.to(device), self.lg.to(device), self.res.to(device), self.ok.to(device), self.first)
+# Training data are chains n, T(n), ...: tensors k (N, M) uint8, lg (N, M+1) float32, res (N, M+1) int32, and ok (N, C) bool,
+# which says of the first C numbers, those at which the net is evaluated, whether they may be trained on.
+Chains = dict[str, torch.Tensor]
 
 
-def chains(p: Paths, keys: np.ndarray, args: argparse.Namespace, exam: Exam, first: np.ndarray) -> Chains:
-    """Chains of paths (N, m steps) with the fingerprints (N, m+1) of their numbers; the honest split masks what is forbidden.
+def take(chains: Chains, rows) -> Chains:
+    return {name: x[rows] for name, x in chains.items()}
 
-    Only numbers at which the net is evaluated are kept: the window of the last V ends before the last numbers of a path.
-    """
+
+def join(a: Chains, b: Chains) -> Chains:
+    return {name: torch.cat([x, b[name]]) for name, x in a.items()}
+
+
+def make_chains(p: Paths, keys: np.ndarray, args: argparse.Namespace, exam: Exam) -> tuple[Chains, np.ndarray]:
+    """Chains of paths (N, M steps) with the fingerprints (N, M+1) of their numbers; the honest split masks a number that is
+    forbidden or whose T is. Also counts distinct numbers: to be trained on, masked, and forbidden but not masked."""
     used = p.k.shape[1] - model_config(args).sees + 1
     bad = member(keys, exam.forbidden)
-    bad, real = bad[:, :used] | np.pad(bad[:, 1:], ((0, 0), (0, 1)))[:, :used], p.lg[:, :used] > 0.5
+    bad = bad[:, :used] | np.pad(bad[:, 1:], ((0, 0), (0, 1)))[:, :used]
+    real = p.lg[:, :used] > 0.5  # n > 1
     ok = real & ~bad if args.split == "honest" else real
-    distinct = [len(np.unique(keys[:, :used][mask])) for mask in (ok, real & ~ok, ok & bad)]
-    return Chains(torch.from_numpy(np.minimum(p.k, 255).astype(np.uint8)), torch.from_numpy(p.lg.astype(np.float32)),
-                  torch.from_numpy(p.res), torch.from_numpy(ok), first, np.array(distinct))
+    counts = np.array([len(np.unique(keys[:, :used][mask])) for mask in (ok, real & ~ok, ok & bad)])
+    arrays = {"k": np.minimum(p.k, 255).astype(np.uint8), "lg": p.lg.astype(np.float32), "res": p.res, "ok": ok}
+    return {name: torch.from_numpy(x) for name, x in arrays.items()}, counts
 
 
-def random_chains(rng: np.random.Generator, n: int, length: int, args: argparse.Namespace, exam: Exam) -> Chains:
-    """Chains of `length` steps from random odd numbers of 2..max_bits bits (original recipe: 3..max_bits-3, as it had)."""
+def random_chains(rng: np.random.Generator, n: int, length: int, args: argparse.Namespace,
+                  exam: Exam) -> tuple[Chains, np.ndarray]:
+    """Chains of `length` steps from random odd numbers of 2..max_bits bits (original recipe: 3..max_bits-3)."""
     lo, hi = (3, args.max_bits - 3) if args.recipe == "original" else (2, args.max_bits)
     limbs = random_odd(rng, n, lo, hi)
     p = paths(limbs, length + args.lookahead)
-    return chains(p, fingerprint(limbs, p.k), args, exam, np.zeros(0, int))
+    return make_chains(p, fingerprint(limbs, p.k), args, exam)
 
 
-def trajectory_chains(limbs: np.ndarray, rng: np.random.Generator, length: int, stride: int, args: argparse.Namespace,
-                      exam: Exam) -> Chains:
-    """Chains of `length` steps that cover the trajectories of the given seeds, one every `stride` steps."""
+def trajectory_chains(limbs: np.ndarray, rng: np.random.Generator, length: int, args: argparse.Namespace,
+                      exam: Exam) -> tuple[Chains, np.ndarray, np.ndarray]:
+    """Chains of `length` steps, one every --segment steps of the trajectories of the given seeds; where each seed's begin."""
     m = length + args.lookahead
-    parts, keys, counts = [], [], []
+    parts, keys, n_chains = [], [], []
     for lo in range(0, limbs.shape[1], 512):
-        part = limbs[:, lo:lo + 512]
-        p = full_paths(part, beyond=m)
-        key = fingerprint(part, p.k)
-        n_steps = (p.lg > 0.5).sum(axis=1)
-        at = [np.arange(rng.integers(min(stride, s)), s, stride) for s in n_steps]
-        counts += [len(a) for a in at]
-        row, at = np.repeat(np.arange(len(at)), counts[-len(at):]), np.concatenate(at)
-        span = at[:, None] + np.arange(m + 1)
-        parts.append(Paths(p.k[row[:, None], span[:, :-1]], p.lg[row[:, None], span], p.res[row[:, None], span]))
-        keys.append(key[row[:, None], span])
-    p = Paths(*(np.concatenate([getattr(q, f) for q in parts]) for f in ("k", "lg", "res")))
-    return chains(p, np.concatenate(keys), args, exam, np.concatenate([[0], np.cumsum(counts)]))
+        p = full_paths(limbs[:, lo:lo + 512], beyond=m)
+        at = [np.arange(rng.integers(min(args.segment, n)), n, args.segment) for n in (p.lg > 0.5).sum(axis=1)]
+        n_chains += [len(a) for a in at]
+        row, span = np.repeat(np.arange(len(at)), n_chains[lo:])[:, None], np.concatenate(at)[:, None] + np.arange(m + 1)
+        parts.append(Paths(p.k[row, span[:, :-1]], p.lg[row, span], p.res[row, span]))
+        keys.append(fingerprint(limbs[:, lo:lo + 512], p.k)[row, span])
+    p = Paths(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Paths)))
+    return *make_chains(p, np.concatenate(keys), args, exam), np.concatenate([[0], np.cumsum(n_chains)])
 
 
 # ---- Model. B chains, P nodes n, T(n), ... on each, L lookahead, q values of k that the net sees, J = L - q, F features
@@ -667,6 +637,10 @@ class Lyapunov(nn.Module):
         ], dim=-1)  # (..., F)
         return self.layers(x).squeeze(-1)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters(), torch.zeros(())).device
+
     def clock(self, lg: torch.Tensor) -> torch.Tensor:
         """Steps taken so far; the clock stands still at 1. lg (B, M) -> (B, M)"""
         return F.pad(torch.cumsum(lg[:, :-1] > 0.5, 1), (1, 0)).to(lg.dtype)  # log2 of 1 is 0, of the next odd number 1.58
@@ -707,7 +681,7 @@ class Lyapunov(nn.Module):
             w = lg[:, :nodes] + (c.tie_break * clock[:, :nodes] if c.base == "window" else 0)
         if c.layers is None:
             return w
-        at = next(self.parameters()).device
+        at = self.device
         near = lg.to(at, torch.float32).unfold(1, c.sees + 1, 1)  # (B, P+J, q+1)
         u = self.net(near, k.to(at).unfold(1, c.sees, 1)[:, :nodes], res[:, :nodes].to(at)).to(lg.device, lg.dtype)
         return F.softplus(u) + 1e-6 if c.base == "none" else w + u
@@ -766,32 +740,27 @@ def tau_at(step: int, args: argparse.Namespace) -> float:
     return args.tau_start * (args.tau_end / args.tau_start) ** min(1.0, step / (0.7 * args.steps))
 
 
-def anchor_weight(step: int, args: argparse.Namespace) -> float:
-    """Weight of the anchor loss: 1, then from --decay-start on 1 -> 0.001, geometric over --decay-len steps, as the original."""
-    return 0.001 ** min(1.0, max(0.0, (step - args.decay_start) / args.decay_len))
-
-
-def batch_loss(model: Lyapunov, parts: list[tuple[Chains, int, float, float]], args: argparse.Namespace, step: int) -> torch.Tensor:
-    """Loss of a batch. Each part: chains, edges counted on each, share of the loss, weight of its edges."""
+def batch_loss(model: Lyapunov, parts: list[tuple[Chains, int, float, float]], args: argparse.Namespace,
+               step: int) -> torch.Tensor:
+    """Loss of a batch. Each part: chains, steps counted on each, share of the loss, weight of its steps."""
     c, tau = model.config, tau_at(step, args)
-    total = torch.zeros((), device=next(model.parameters()).device)
+    total = torch.zeros((), device=model.device)
     for data, n, share, weight in parts:
-        w, end = model(data.lg, data.k, data.res), model.end(data.k)
-        v = model.maximum(w, end, data.lg)
+        w, end = model(data["lg"], data["k"], data["res"]), model.end(data["k"])
+        v = model.maximum(w, end, data["lg"])
         for s, coefficient in jumps(args):
-            ok = data.ok.unfold(1, s + c.window + 1, 1)[:, :n].all(-1)  # no number is forbidden that the two V look at
+            ok = data["ok"].unfold(1, s + c.window + 1, 1)[:, :n].all(-1)  # every number that the two V look at
             gap = v[:, :n] - v[:, s:s + n] if c.pooled else gaps(w, end, c.window, s, n, tau)
             loss = edge_loss(gap, args.margin, tau) * ok
             if s == 1:
-                loss = loss * torch.where(data.k[:, :n] == 1, args.growth_weight, 1.0) * weight  # k = 1: T(n) > n
+                loss = loss * torch.where(data["k"][:, :n] == 1, args.growth_weight, 1.0) * weight  # k = 1: T(n) > n
             total = total + share * coefficient * loss.sum() / ok.sum().clamp(min=1)
         if args.target_type != "none":
-            scale = math.log(2) if c.base == "none" else 1.0  # the original's V is in nats
-            drift = data.lg.new_tensor(c.lookahead * LOG2_3) - data.k[:, :c.lookahead].float().sum(1)
-            target = data.lg[:, 0] * scale + model.beta * drift
-            ok = data.ok[:, :c.window + 1].all(-1)
-            miss = (v[:, 0] - target).square() * ok
-            total = total + share * anchor_weight(step, args) * miss.sum() / ok.sum().clamp(min=1)
+            drift = c.lookahead * LOG2_3 - data["k"][:, :c.lookahead].float().sum(1)
+            target = data["lg"][:, 0] * (math.log(2) if c.base == "none" else 1.0) + model.beta * drift  # none: nats
+            ok = data["ok"][:, :c.window + 1].all(-1)
+            anchor = 0.001 ** min(1.0, max(0.0, (step - ANCHOR_START) / ANCHOR_LEN))
+            total = total + share * anchor * ((v[:, 0] - target).square() * ok).sum() / ok.sum().clamp(min=1)
     return total
 
 
@@ -810,12 +779,9 @@ def make_optimizers(model: Lyapunov, args: argparse.Namespace) -> list[torch.opt
     groups = [{"params": [p for p in model.parameters() if id(p) not in taken and p.requires_grad]}]
     if scales:
         groups.append({"params": scales, "lr": 7 * args.lr})  # alpha has to come from 0 to about 1
-    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999 if args.recipe == "original" else 0.98), weight_decay=args.weight_decay)]
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=5 * args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
     return optimizers
 
 
@@ -824,48 +790,33 @@ def lr_factor(step: int, args: argparse.Namespace) -> float:
     return min(1.0, (step + 1) / 30) * min(1.0, (1 - step / args.steps) / 0.6)
 
 
-class Plateau:
-    """ReduceLROnPlateau(factor 0.5, patience 2000) on the loss of every batch, as the original. The noise of that loss decides,
-    and it can only lower the rate: this is why the original's curves go flat."""
-
-    def __init__(self):
-        self.best, self.bad, self.factor = math.inf, 0, 1.0
-
-    def step(self, loss: float) -> None:
-        self.bad = 0 if loss < self.best * (1 - 1e-4) else self.bad + 1
-        self.best = min(self.best, loss)
-        if self.bad > 2000:
-            self.factor, self.bad = self.factor / 2, 0
-
-
-# ---- Training data of a step
+# ---- Batches
 
 @dataclass
 class Pools:
-    """What batches are drawn from: chains of trajectories, by seed; chains of random numbers; mined chains."""
-    hard: Chains
-    random: Chains
+    """What batches are drawn from. Mined chains are added during the run."""
+    hard: Chains          # of trajectories, seed after seed
+    first: np.ndarray     # (seeds+1,): the chains of seed i are first[i] .. first[i+1]-1
+    random: Chains        # of random numbers
+    counts: np.ndarray    # distinct numbers trained on, masked, leaked
     mined: Chains | None = None
 
 
-def make_pools(args: argparse.Namespace, exam: Exam, turn: int = 0, mined: Chains | None = None) -> Pools:
-    """Pools of the `turn`-th refresh. Under the honest split, forbidden numbers are masked in them."""
-    rng = np.random.default_rng([args.seed, 1, turn])
-    beyond = max(s for s, _ in jumps(args)) - 1
+def make_pools(args: argparse.Namespace, exam: Exam) -> Pools:
+    """The pools of a run. Raises UserError when a batch wants more chains than there are."""
+    rng, beyond = np.random.default_rng([args.seed, 1, 0]), max(s for s, _ in jumps(args)) - 1
     if args.recipe == "original":
-        seeds = [odd_part(n) for n in ORIGINAL_SEEDS if n not in args.test_seeds]
-        limbs = to_limbs(seeds)
+        limbs = to_limbs([n // (n & -n) for n in ORIGINAL_SEEDS if n not in args.test_seeds])  # 54 as its odd part
     else:
         limbs = random_odd(rng, args.train_seeds, 8, args.max_bits)
         if args.curriculum:  # short trajectories first
-            length = (full_paths(limbs, beyond=0).lg > 0.5).sum(1)
-            limbs = limbs[:, np.argsort(length, kind="stable")]
-    hard = trajectory_chains(limbs, rng, args.segment + beyond, args.segment, args, exam)
-    if int(args.hard_ratio * args.batch_size) > len(hard):
-        raise UserError(f"--batch-size {args.batch_size}: more chains from trajectories in a batch than the {len(hard)} there are "
-                        "(raise --train-seeds or lower --hard-ratio)")
-    return Pools(hard,
-                 random_chains(rng, args.pool, 1 + beyond, args, exam), mined)
+            limbs = limbs[:, np.argsort((full_paths(limbs, beyond=0).lg > 0.5).sum(axis=1), kind="stable")]
+    hard, hard_counts, first = trajectory_chains(limbs, rng, args.segment + beyond, args, exam)
+    if int(args.hard_ratio * args.batch_size) > first[-1]:
+        raise UserError(f"--batch-size {args.batch_size}: a batch has more chains from trajectories than the {first[-1]} "
+                        "there are (raise --train-seeds or lower --hard-ratio)")
+    rand, counts = random_chains(rng, args.pool, 1 + beyond, args, exam)
+    return Pools(hard, first, rand, hard_counts + counts)
 
 
 def active_seeds(step: int, n_seeds: int, args: argparse.Namespace) -> int:
@@ -875,36 +826,37 @@ def active_seeds(step: int, n_seeds: int, args: argparse.Namespace) -> int:
     return int(args.start_seeds + (n_seeds - args.start_seeds) * min(1.0, step / args.ramp_len))
 
 
-def draw(pools: Pools, args: argparse.Namespace, step: int, rng: np.random.Generator) -> list[tuple[Chains, int, float, float]]:
+def draw(pools: Pools, args: argparse.Namespace, step: int,
+         rng: np.random.Generator) -> list[tuple[Chains, int, float, float]]:
     """The parts of one batch, for batch_loss. A random active seed, then a random chain of it; or a mined chain."""
-    n_hard = int(args.hard_ratio * args.batch_size)
-    seed = rng.integers(0, 1 << 62, n_hard) % max(1, active_seeds(step, len(pools.hard.first) - 1, args))
-    lo, hi = pools.hard.first[seed], pools.hard.first[seed + 1]
-    hard = pools.hard[lo + (rng.random(n_hard) * (hi - lo)).astype(np.int64)]
-    rand = pools.random[rng.integers(0, len(pools.random), args.batch_size - n_hard)]
+    n_hard, n_seeds = int(args.hard_ratio * args.batch_size), active_seeds(step, len(pools.first) - 1, args)
+    rand = take(pools.random, rng.integers(0, args.pool, args.batch_size - n_hard))
+    if n_seeds == 0:  # no seed yet: random numbers alone (the original fell back to a test seed)
+        return [(rand, 1, 1.0, 1.0)]
+    seed = rng.integers(0, n_seeds, n_hard)
+    hard = take(pools.hard, pools.first[seed] + (rng.random(n_hard) * np.diff(pools.first)[seed]).astype(np.int64))
     if pools.mined is not None:
         n_mined = int(0.3 * n_hard)
-        hard = hard[slice(n_mined, None)].join(pools.mined[rng.integers(0, len(pools.mined), n_mined)])
-    if active_seeds(step, 1 << 30, args) == 0:  # no seed yet: random numbers alone (the original fell back to a test seed)
-        return [(rand, 1, 1.0, 1.0)]
-    return [(part, n, share, weight) for part, n, share, weight in
-            ((hard, args.segment, args.hard_ratio, args.hard_weight), (rand, 1, 1 - args.hard_ratio, 1.0)) if len(part)]
+        mined = take(pools.mined, rng.integers(0, len(pools.mined["k"]), n_mined))
+        hard = join(take(hard, slice(n_mined, None)), mined)
+    parts = [(hard, args.segment, args.hard_ratio, args.hard_weight), (rand, 1, 1 - args.hard_ratio, 1.0)]
+    return [part for part in parts if len(part[0]["k"])]
 
 
 def mine(model: Lyapunov, pools: Pools, args: argparse.Namespace, exam: Exam, rng: np.random.Generator) -> Chains:
-    """The mined list with the mine-count chains added, of 5000 candidates (half of them from trajectories, half new random
-    numbers), whose first step has the lowest margin; the list keeps the newest 1000."""
-    beyond = max(s for s, _ in jumps(args)) - 1
-    fresh = random_chains(rng, 2500, args.segment + beyond, args, exam)
-    found = pools.hard[rng.integers(0, len(pools.hard), 2500)].join(fresh)
-    device = next(model.parameters()).device
+    """The mined list and the mine-count chains whose first step has the lowest margin, of 5000 candidates, half of them from
+    trajectories, half new random numbers; the newest 1000 stay."""
+    beyond, window = max(s for s, _ in jumps(args)) - 1, model.config.window
+    fresh, counts = random_chains(rng, 2500, args.segment + beyond, args, exam)
+    pools.counts = pools.counts + counts
+    found = join(take(pools.hard, rng.integers(0, pools.first[-1], 2500)), fresh)
     with eval_mode(model):
-        part = found.to(device)
-        w = model(part.lg, part.k, part.res)
-        gap = gaps(w, model.end(part.k), model.config.window, 1, 1, 0.0)[:, 0]
-        gap = torch.where(part.ok[:, :model.config.window + 2].all(-1), gap, math.inf)
-    worst = found[torch.argsort(gap).cpu()[:args.mine_count]]
-    return worst if pools.mined is None else pools.mined.join(worst)[slice(-1000, None)]
+        k = found["k"].to(model.device)
+        w = model(found["lg"].to(model.device), k, found["res"].to(model.device))
+        gap = gaps(w, model.end(k), window, 1, 1, 0.0)[:, 0].cpu()
+    gap = torch.where(found["ok"][:, :window + 2].all(-1), gap, math.inf)
+    worst = take(found, torch.argsort(gap)[:args.mine_count])
+    return worst if pools.mined is None else take(join(pools.mined, worst), slice(-1000, None))
 
 
 # ---- Evaluation: what the figures mean
@@ -923,64 +875,59 @@ def rates(ok: np.ndarray, weight: np.ndarray, growth: np.ndarray) -> dict[str, f
             "growth_pass_rate": mean(ok[growth], one[growth]), "growth_weighted_pass_rate": mean(ok[growth], weight[growth])}
 
 
-def walk_steps(value: Callable[[Paths], np.ndarray], walks: Paths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Value = Callable[[Paths], np.ndarray]  # V at the first nodes of paths: (N, P) float64
+
+
+def walk_steps(value: Value, walks: Paths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """V along full paths (N, P), where V falls (N, P-1), and which steps n -> T(n) count: n > 1 (N, P-1)."""
     v = value(walks)
     return v, holds(v[:, :-1], v[:, 1:]), walks.lg[:, :v.shape[1] - 1] > 0.5
 
 
-LOGGED = ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted_pass_rate", "violations_total", "on_trajectory_pass_rate")
-
-
-def evaluate(value: Callable[[Paths], np.ndarray], exam: Exam, full: bool = True) -> dict:
-    """All figures of V, a function of Paths that returns V at their first nodes. full=False leaves out the slow tables."""
-    lg, growth = exam.rows.lg, exam.rows.k[:, 0] == 1
+def evaluate(value: Value, exam: Exam, full: bool = True) -> dict:
+    """All figures of a V. full=False leaves out the tables and gives what metrics.csv has."""
+    lg, growth = exam.rows.lg[:, 0], exam.rows.k[:, 0] == 1
     v = value(exam.rows)
     ok = holds(v[:, 0], v[:, 1])
     out = rates(ok, exam.weight, growth)
-    steps = {name: walk_steps(value, walks) for name, walks in exam.walks.items()}
-    fails = [int((~o & c).sum()) for o, c in zip(*steps["test"][1:], strict=True)]
-    seeds = [round(2**x) for x in exam.walks["test"].lg[:, 0]]
-    out |= {"violations": dict(zip(map(str, seeds), fails, strict=True)), "violations_total": sum(fails)}
-    _, o, c = steps["random"]
-    out["on_trajectory_pass_rate"] = float(o[c].mean())
-    _, o, c = steps["record"]
-    out["record_violations"] = int((~o & c).sum())
+    v_test, test_ok, test_n = walk_steps(value, exam.walks["test"])
+    _, walk_ok, walk_n = walk_steps(value, exam.walks["random"])
+    out["violations_total"] = int((~test_ok & test_n).sum())
+    out["on_trajectory_pass_rate"] = float(walk_ok[walk_n].mean())
     if not full:
         return out
+
+    def by_seed(x: np.ndarray) -> dict[str, float]:
+        return dict(zip(map(str, exam.test_seeds), x.tolist(), strict=True))
+    fall = np.where(test_n, v_test[:, :-1] - v_test[:, 1:], np.inf)
+    out |= {"violations": by_seed((~test_ok & test_n).sum(axis=1)), "odd_steps": by_seed(test_n.sum(axis=1)),
+            "worst_margin": by_seed(fall.min(axis=1))}
+    _, record_ok, record_n = walk_steps(value, exam.walks["record"])
+    bad = (~record_ok & record_n).sum(axis=1).tolist()
+    out |= {"records": dict(zip(map(str, RECORD_SEEDS), bad, strict=True)), "record_violations": sum(bad)}
+    big = walk_n & (exam.walks["random"].lg[:, :walk_n.shape[1]] > 16)
+    out |= {"on_trajectory_steps": int(walk_n.sum()), "on_trajectory_above_16_bits": float(walk_ok[big].mean())}
     free = exam.rows.res[:, 0] % 3 == 0
     out["not_divisible_by_3"] = rates(ok[~free], exam.weight[~free], growth[~free])
-    bits = np.floor(lg[:, 0]).astype(int) + 1
-    out["by_bits"] = {f"{lo}-{hi}": [int((ok & b).sum()), int(b.sum())]
-                      for lo, hi in BIT_RANGES if (b := (bits >= lo) & (bits <= hi)).any()}
-    _, o, c = steps["random"]
-    big = c & (exam.walks["random"].lg[:, :c.shape[1]] > 16)
-    out["on_trajectory_above_16_bits"], out["on_trajectory_steps"] = float(o[big].mean()), int(c.sum())
-    out["records"] = {str(n): [int((~o & c).sum()), int(c.sum())] for n, o, c in zip(RECORD_SEEDS, *steps["record"][1:], strict=True)}
-    v_test, o, c = steps["test"]
-    drop = np.where(c, v_test[:, :-1] - v_test[:, 1:], np.inf)
-    out["odd_steps"] = dict(zip(map(str, seeds), c.sum(1).tolist(), strict=True))
-    out["worst_margin"] = dict(zip(map(str, seeds), drop.min(1).tolist(), strict=True))
+    bits = np.floor(lg).astype(int) + 1
+    out["by_bits"] = {f"{lo}-{hi}": [int((ok & at).sum()), int(at.sum())]
+                      for lo, hi in BIT_RANGES if (at := (bits >= lo) & (bits <= hi)).any()}
     # bits: V scaled so that its regression on log2 n has slope 1; a V that does not grow with n has no scale
-    slope = float(np.polyfit(lg[:, 0], v[:, 0], 1)[0]) if np.isfinite(v).all() else math.nan
+    slope = float(np.polyfit(lg, v[:, 0], 1)[0]) if np.isfinite(v).all() else math.nan
     scale = slope if slope > 0.01 else math.nan
     margins = (v[:, 0] - v[:, 1]) / scale
-    out |= {"slope": slope, "v_min": float(min(v.min(), v_test.min())),
-            "v_above_log2n": [float(x) for x in np.quantile(v[:, 0] / scale - lg[:, 0], [0, 1])],
-            "margin_quantiles": dict(zip(map(str, QUANTILES), np.quantile(margins, QUANTILES).tolist(), strict=True))}
-    return out
+    counts, edges = np.histogram(np.clip(np.nan_to_num(margins, nan=-4.0), -4, 8), bins=np.linspace(-4, 8, 121))
+    return out | {"slope": slope, "v_min": float(min(v.min(), v_test.min())),
+                  "v_above_log2n": np.quantile(v[:, 0] / scale - lg, [0, 1]).tolist(),
+                  "margin_quantiles": dict(zip(map(str, QUANTILES), np.quantile(margins, QUANTILES).tolist(), strict=True)),
+                  "margin_histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}
 
 
-def linear_mean(p: Paths, lookahead: int) -> np.ndarray:
-    """The baseline V(n) = mean of log2 T^j(n), j <= L: it fails where T^(L+1)(n) >= n."""
-    return np.lib.stride_tricks.sliding_window_view(p.lg, lookahead + 1, axis=1).mean(-1)
-
-
-def baselines(lookahead: int) -> dict[str, Callable[[Paths], np.ndarray]]:
-    """V that need no training."""
+def baselines(lookahead: int) -> dict[str, Value]:
+    """V that need no training. The linear mean is that of log2 T^j(n), j <= L: it fails where T^(L+1)(n) >= n."""
     closed = Config(lookahead, layers=None, sees=0)
-    return {"linear mean": lambda p: linear_mean(p, lookahead), "closed form": Lyapunov(closed).value,
-            "closed + mod 3": Lyapunov(replace(closed, mod3=True)).value}
+    return {"linear mean": lambda p: np.lib.stride_tricks.sliding_window_view(p.lg, lookahead + 1, axis=1).mean(-1),
+            "closed form": Lyapunov(closed).value, "closed + mod 3": Lyapunov(replace(closed, mod3=True)).value}
 
 
 def lower_bound(lookahead: int) -> float:
@@ -995,42 +942,40 @@ def lower_bound(lookahead: int) -> float:
 
 
 def by_lookahead(walks: Paths, lookaheads: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Violation rates on trajectories of the baselines, and the bounds without and with n mod 3^8, by lookahead."""
+    """Violation rates of the baselines on trajectories, and the bounds without and with residues, by lookahead."""
     out = {}
     for m in lookaheads:
-        if m + 1 < walks.k.shape[1]:
-            row = {"bound": lower_bound(m), "bound_with_residues": lower_bound(m + RESIDUE_DIGITS)}
-            for name, value in baselines(m).items():
-                _, ok, counts = walk_steps(value, walks)
-                row[name] = float(1 - ok[counts].mean())
-            out[str(m)] = row
+        row = {"bound": lower_bound(m), "bound with residues": lower_bound(m + RESIDUE_DIGITS)}
+        for name, value in baselines(m).items() if m + 1 < walks.k.shape[1] else ():
+            _, ok, counts = walk_steps(value, walks)
+            row[name] = float(1 - ok[counts].mean())
+        out[str(m)] = row
     return out
 
 
-def format_report(title: str, out: dict, rows: dict[str, dict]) -> str:
-    """The table that a run ends with. rows: V by name -> its figures, this run's own among them."""
-    bound = lower_bound(out["lookahead"]), lower_bound(out["lookahead"] + RESIDUE_DIGITS)
-    n_rows = sum(n for _, n in out["by_bits"].values())
-    seeds = list(out["violations"])
-    lines = ["", title, f"  {'V':<16}{'violations':>11}  {' '.join(f'{s:>7}' for s in seeds)}    pass   wtd   growth  gr-wtd   3∤n    on traj.  records"]
-    total = sum(out["odd_steps"].values())
+def format_report(title: str, own: dict, rows: dict[str, dict]) -> str:
+    """The table that a run ends with. own: figures of the V in question; rows: name -> figures of every V to show."""
+    seeds, total = list(own["violations"]), sum(own["odd_steps"].values())
+    lines = ["", title, f"  {'V':<16}{'violations':>11}  {' '.join(f'{s:>7}' for s in seeds)}    pass    wtd    growth  gr-wtd"
+             "  not 3|n  on traj.  records"]
     for name, r in rows.items():
-        cells = " ".join(f"{r['violations'][s]:>7}" for s in seeds)
-        p = [r["pass_rate"], r["weighted_pass_rate"], r["growth_pass_rate"], r["growth_weighted_pass_rate"],
+        p = [*(r[key] for key in ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted_pass_rate")),
              r["not_divisible_by_3"]["pass_rate"], r["on_trajectory_pass_rate"]]
-        lines.append(f"  {name:<16}{r['violations_total']:>7}/{total}  {cells}  " + " ".join(f"{100 * x:7.3f}" for x in p)
-                     + f"  {r['record_violations']:>5}")
-    lines += ["  steps           " + " " * 13 + " ".join(f"{out['odd_steps'][s]:>7}" for s in seeds),
-              "  worst margin    " + " " * 13 + " ".join(f"{out['worst_margin'][s]:>7.3f}" for s in seeds),
-              f"  pass rate {format_rate(round(out['pass_rate'] * n_rows), n_rows)}; by bits of n: "
-              + ", ".join(f"{b} {100 * k / n:.2f}%" for b, (k, n) in out["by_bits"].items()),
-              f"  on trajectories {format_rate(round(out['on_trajectory_pass_rate'] * out['on_trajectory_steps']), out['on_trajectory_steps'])}"
-              f", above 16 bits {100 * out['on_trajectory_above_16_bits']:.2f}%; at most {100 * (1 - bound[0]):.2f}% for V of k alone,"
-              f" {100 * (1 - bound[1]):.2f}% with n mod 3^{RESIDUE_DIGITS}",
-              "  margins in bits, quantiles: " + ", ".join(f"{float(q):g}: {m:.4f}" for q, m in out["margin_quantiles"].items()),
-              f"  V: smallest {out['v_min']:.4g}, slope on log2 n {out['slope']:.4f}, above log2 n by {out['v_above_log2n'][0]:.2f}"
-              f" to {out['v_above_log2n'][1]:.2f} bits"]
-    return "\n".join(lines)
+        lines.append(f"  {name[:15]:<16}{r['violations_total']:>7}/{total}  " + " ".join(f"{r['violations'][s]:>7}" for s in seeds)
+                     + "  " + " ".join(f"{100 * x:7.3f}" for x in p) + f"  {r['record_violations']:>5}")
+    for name, key, form in (("odd steps", "odd_steps", ">7"), ("worst margin", "worst_margin", ">7.3f")):
+        lines.append(f"  {name:<16}" + " " * 13 + " ".join(format(own[key][s], form) for s in seeds))
+    n, steps, lookahead = sum(n for _, n in own["by_bits"].values()), own["on_trajectory_steps"], own["lookahead"]
+    low, high = own["v_above_log2n"]
+    return "\n".join([
+        *lines,
+        f"  pass rate {format_rate(round(own['pass_rate'] * n), n)}; by bits of n: "
+        + ", ".join(f"{b} {100 * k / m:.2f}%" for b, (k, m) in own["by_bits"].items()),
+        f"  on trajectories {format_rate(round(own['on_trajectory_pass_rate'] * steps), steps)}, above 16 bits "
+        f"{100 * own['on_trajectory_above_16_bits']:.2f}%; bound: {100 - 100 * lower_bound(lookahead):.2f}% for V of k alone,"
+        f" {100 - 100 * lower_bound(lookahead + RESIDUE_DIGITS):.2f}% with n mod 3^{RESIDUE_DIGITS}",
+        "  margins in bits, quantiles: " + ", ".join(f"{float(q):g}: {m:.4f}" for q, m in own["margin_quantiles"].items()),
+        f"  V: smallest {own['v_min']:.4g}, slope on log2 n {own['slope']:.4f}, above log2 n by {low:.2f} to {high:.2f} bits"])
 
 
 # ---- Training
@@ -1091,7 +1036,7 @@ def train(args: argparse.Namespace) -> dict:
     """One run: train, choose the best checkpoint on validation, evaluate it, draw, and return the summary."""
     devices.refuse_ranks(SCRIPT)
     saved = checkpoint.load(args.resume, SCRIPT) if args.resume else None
-    if saved is not None:
+    if saved:
         if "optimizers" not in saved:
             raise UserError(f"{args.resume} holds weights alone; --resume needs a last.pt (or use --init-from)")
         args = run.resumed_args(args, saved["args"], args.resume)
@@ -1100,87 +1045,85 @@ def train(args: argparse.Namespace) -> dict:
     devices.set_seed(args.seed)
     config = model_config(args)
     model = Lyapunov(config)
-    if args.init_from and not saved:
-        checkpoint.load_weights(model, load_model(args.init_from)[1]["model"], args.init_from)
-    trains = config.layers is not None
-    folder = run.open_run(args, __file__)
-    clock = run.Clock(args.max_minutes, *(saved[k] for k in ("seconds", "cpu_seconds")) if saved else ())
-    exam = make_exam(args)
+    if saved or args.init_from:
+        weights = saved or load_model(args.init_from)[1]
+        checkpoint.load_weights(model, weights["model"], args.resume or args.init_from)
     model.to(device)
+    folder = run.open_run(args, __file__)
+    clock = run.Clock(args.max_minutes, *((saved["seconds"], saved["cpu_seconds"]) if saved else ()))
+    exam = make_exam(args)
     n_params = count_parameters(model)
-    counts = np.zeros(3, int)
-    if trains:
-        pools, turn = None, -1
-        optimizers, plateau = make_optimizers(model, args), Plateau()
-        rng = np.random.default_rng([args.seed, 2])
-        best, loss_sum, loss_n, logged, start = -1.0, torch.zeros((), device=device), 0, -1, 0
-        norm, begun = math.nan, clock.seconds()
-        if saved:
-            checkpoint.load_weights(model, saved["model"], args.resume)
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            plateau.__dict__.update(saved["plateau"])
-            rng.bit_generator.state = saved["data_rng"]
-            checkpoint.set_rng_state(saved["rng"])
-            best, loss_n, logged, start = (saved[k] for k in ("best", "loss_n", "logged", "step"))
-            loss_sum = saved["loss_sum"].to(device)
-        log = metrics.Metrics(folder / "metrics.csv", logged if saved else None,
-                              metrics.open_tracker(args.tracker, folder, vars(args)))
+    head = f"{devices.describe(device)} | 1 rank | {n_params} parameters | lookahead {args.lookahead} | "
+    what = {"script": SCRIPT, "format": 1, "config": asdict(config), "args": {k: v for k, v in vars(args).items() if k != "given"}}
+    if config.layers is None:
+        print(f"{head}no training | {folder}", flush=True)
+        checkpoint.save(folder / "best.pt", {**what, "step": 0, "model": model.state_dict()})
+        return finish(args, model, exam, folder, clock, {"steps": 0, "best_step": 0, "stopped_early": False})
 
-    def weights() -> dict:
-        return {"script": SCRIPT, "format": 1, "step": step, "model": {k: v.cpu() for k, v in model.state_dict().items()},
-                "config": asdict(config), "args": {k: v for k, v in vars(args).items() if k != "given"}}
+    pools = make_pools(args, exam)
+    print(f"{head}{args.split} split | {pools.first[-1]} + {args.pool} chains, {pools.counts[0]} numbers, {pools.counts[1]} more "
+          f"excluded, {pools.counts[2]} leaked | {folder}", flush=True)
+    optimizers = make_optimizers(model, args)
+    peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    # the original stepped this on the loss of every batch: its noise decides, and it can only lower the rate
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizers[0], factor=0.5, patience=2000)
+    rng = np.random.default_rng([args.seed, 2])
+    start, logged, best, loss_sum, loss_n, norm = 0, -1, -1.0, torch.zeros((), device=device), 0, math.nan
+    if saved:
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        plateau.load_state_dict(saved["plateau"])
+        rng.bit_generator.state = saved["data_rng"]
+        checkpoint.set_rng_state(saved["rng"])
+        start, logged, best, loss_n, pools.mined = (saved[k] for k in ("step", "logged", "best", "loss_n", "mined"))
+        pools.counts, loss_sum, norm = np.array(saved["counts"]), saved["loss_sum"].to(device), saved["norm"]
+    log = metrics.Metrics(folder / "metrics.csv", logged if saved else None,
+                          metrics.open_tracker(args.tracker, folder, vars(args)))
 
-    def save() -> None:
-        if not torch.isfinite(loss_sum):
-            raise UserError(f"the loss is not finite at step {step}; the last good checkpoint is {folder / 'last.pt'}. "
-                            "Try a lower --lr or --clip 1")
-        mined = pools.mined and {k: v for k, v in vars(pools.mined).items() if k != "first"}
+    def weights_at(step: int) -> dict:
+        return {**what, "step": step, "model": {k: v.cpu() for k, v in model.state_dict().items()}}
+
+    def save(step: int) -> None:
         checkpoint.save(folder / "last.pt", {
-            **weights(), "optimizers": [o.state_dict() for o in optimizers], "plateau": vars(plateau), "best": best, "ema": None,
-            "rng": checkpoint.rng_state(), "data_rng": rng.bit_generator.state, "loss_sum": loss_sum.cpu(), "loss_n": loss_n,
-            "logged": logged, "mined": mined, "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds()})
+            **weights_at(step), "optimizers": [o.state_dict() for o in optimizers], "plateau": plateau.state_dict(), "ema": None,
+            "best": best, "rng": checkpoint.rng_state(), "data_rng": rng.bit_generator.state, "mined": pools.mined,
+            "counts": pools.counts.tolist(), "loss_sum": loss_sum.cpu(), "loss_n": loss_n, "norm": float(norm),
+            "logged": logged, "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds()})
 
+    begun = clock.seconds()
     with run.StopSignal() as stop:
-        for step in range(start, args.steps + 1) if trains else ():
-            now = step // args.refresh if args.refresh else 0
-            if now != turn:
-                pools = make_pools(args, exam, now, mined=pools.mined if pools else None)
-                if saved and turn < 0 and saved["mined"]:
-                    pools.mined = Chains(**saved["mined"], first=pools.hard.first)
-                counts, turn = counts + pools.hard.counts + pools.random.counts, now
-                if step == start:
-                    print(f"{devices.describe(device)} | 1 rank | {n_params} parameters | lookahead {args.lookahead} | {args.split} split | "
-                          f"{len(pools.hard)} + {len(pools.random)} chains, {counts[0]} numbers, {counts[1]} more excluded, "
-                          f"{counts[2]} leaked | {folder}", flush=True)
+        for step in range(start, args.steps + 1):
             last = step == args.steps or stop.number or clock.expired()
-            if logged < step and (step % args.quick_eval_interval == 0 or step == args.steps):
-                row = {"step": step, "loss": float(loss_sum / loss_n) if loss_n else math.nan, **validate(model, exam)}
+            due = logged < step and (step % args.quick_eval_interval == 0 or step == args.steps)
+            if (due or last) and not torch.isfinite(loss_sum):
+                raise UserError(f"the loss is not finite at step {step}; the last good checkpoint is {folder / 'last.pt'} "
+                                "(try a lower --lr, or --clip 1)")
+            if due:
                 full = step % args.eval_interval == 0 or step == args.steps
-                figures = evaluate(model.value, exam, full=False) if full else {}
-                row |= {k: figures.get(k, math.nan) for k in LOGGED}
-                row |= {"seeds": active_seeds(step, len(pools.hard.first) - 1, args), "mined": len(pools.mined or ()),
-                        "lr": optimizers[0].param_groups[0]["lr"], "grad": float(norm), "sec": clock.seconds()}
+                figures = evaluate(model.value, exam, full=False) if full else dict.fromkeys(LOGGED, math.nan)
+                row = {"step": step, "loss": float(loss_sum / loss_n) if loss_n else math.nan, **validate(model, exam), **figures,
+                       "seeds": active_seeds(step, len(pools.first) - 1, args), "mined": len(pools.mined["k"]) if pools.mined else 0,
+                       "lr": optimizers[0].param_groups[0]["lr"], "grad": float(norm), "sec": clock.seconds()}
                 log.write(row)
                 print(metrics.format_row(row), flush=True)
                 loss_sum, loss_n, logged = loss_sum * 0, 0, step
                 if row["val"] > best:
                     best = row["val"]
-                    checkpoint.save(folder / "best.pt", {**weights(), "validation": best})
-                save()
-                if step == args.quick_eval_interval and step < args.steps:
-                    print(f"about {(clock.seconds() - begun) / step * (args.steps - step):.0f} s of training left", flush=True)
-            elif last:
-                save()
+                    checkpoint.save(folder / "best.pt", weights_at(step))
+                if start < step <= start + args.quick_eval_interval and not last:
+                    left = (clock.seconds() - begun) / (step - start) * (args.steps - step)
+                    print(f"about {left:.0f} s of training left", flush=True)
+            if due or last:
+                save(step)
             if last:
                 break
             if args.mine_negatives and step >= args.mine_start and step % args.mine_interval == 0:
                 pools.mined = mine(model, pools, args, exam, rng)
-            parts = [(part.to(device), *rest) for part, *rest in draw(pools, args, step, rng)]
-            factor = plateau.factor if args.schedule == "plateau" else lr_factor(step, args)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
+            parts = [({k: v.to(device) for k, v in chains.items()}, *rest) for chains, *rest in draw(pools, args, step, rng)]
+            for optimizer, lrs in zip(optimizers, peaks, strict=True):
+                for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                    if args.schedule == "linear":
+                        group["lr"] = lr * lr_factor(step, args)
                 optimizer.zero_grad(set_to_none=True)
             with devices.autocast(device, args.precision):
                 loss = batch_loss(model, parts, args, step)
@@ -1188,37 +1131,36 @@ def train(args: argparse.Namespace) -> dict:
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
             for optimizer in optimizers:
                 optimizer.step()
-            loss_sum, loss_n = loss_sum + loss.detach(), loss_n + 1
             if args.schedule == "plateau":
                 plateau.step(loss.item())
-        if stop.number:
-            print(f"stopped at step {step}; go on with: python collatz.py --resume {folder}", flush=True)
-            sys.exit(128 + stop.number)
-    if trains:
-        model, chosen = load_model(folder / "best.pt")
-        best_step, stopped_early = chosen["step"], step < args.steps
-    else:
-        step = best_step = 0
-        stopped_early = False
-        print(f"{devices.describe(device)} | 1 rank | {n_params} parameters | lookahead {args.lookahead} | no training | {folder}")
-        checkpoint.save(folder / "best.pt", weights())
-    model.to(device)
+            loss_sum, loss_n = loss_sum + loss.detach(), loss_n + 1
+    if stop.number:
+        print(f"stopped at step {step}; go on with: python {SCRIPT} --resume {folder}", flush=True)
+        sys.exit(128 + stop.number)
+    model, chosen = load_model(folder / "best.pt")
+    n_numbers, n_excluded, n_leaked = pools.counts.tolist()
+    return finish(args, model.to(device), exam, folder, clock, {
+        "steps": step, "best_step": chosen["step"], "stopped_early": step < args.steps, "n_train_numbers": n_numbers,
+        "n_excluded": n_excluded, "n_leaked": n_leaked})
+
+
+def finish(args: argparse.Namespace, model: Lyapunov, exam: Exam, folder: Path, clock: run.Clock, facts: dict) -> dict:
+    """Evaluate the chosen V beside the baselines, write summary.json, report.json and the pictures, print the table."""
     figures = evaluate(model.value, exam)
     compare = {name: evaluate(value, exam) for name, value in baselines(args.lookahead).items()}
-    summary = {"script": SCRIPT, "name": folder.name, "seed": args.seed, "n_params": n_params, "seconds": clock.seconds(),
-               "cpu_seconds": clock.cpu_seconds(), "command": run.command(), "split": args.split, "lookahead": args.lookahead,
-               "steps": step, "best_step": best_step, "stopped_early": stopped_early, "n_train_numbers": int(counts[0]),
-               "n_excluded": int(counts[1]), "n_leaked": int(counts[2]), "lower_bound": lower_bound(args.lookahead), **figures}
     if args.exhaustive:
-        summary["exhaustive"] = exhaustive(model, args.exhaustive)
-    report = {"curves": curves(model, exam), "histogram": histogram(model, exam, figures["slope"]),
-              "by_lookahead": by_lookahead(exam.walks["random"], LOOKAHEADS), "baselines": compare}
-    run.write_json(folder / "report.json", report)
+        facts = {**facts, "exhaustive": exhaustive(model, args.exhaustive)}
+    run.write_json(folder / "report.json", {
+        "curves": curves(model, exam), "by_lookahead": by_lookahead(exam.walks["random"], LOOKAHEADS), "baselines": compare})
+    summary = {"script": SCRIPT, "name": folder.name, "seed": args.seed, "n_params": count_parameters(model),
+               "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds(), "command": run.command(), "recipe": args.recipe,
+               "split": args.split, "lookahead": args.lookahead, "lower_bound": lower_bound(args.lookahead), **facts, **figures}
     run.write_json(folder / "summary.json", summary)
     draw_pictures(folder, [folder])
-    title = f"{args.model} V, lookahead {args.lookahead}, {args.split} split, step {best_step} chosen on validation"
-    print(format_report(title, summary, {**compare, folder.name[:16]: figures}))
-    print(f"{summary['violations_total']} of {sum(figures['odd_steps'].values())} violations on the test seeds, {clock.seconds():.0f} s, {folder}")
+    title = f"{args.model} V, lookahead {args.lookahead}, {args.split} split, step {facts['best_step']} chosen on validation"
+    print(format_report(title, summary, {**compare, folder.name: figures}))
+    print(f"{summary['violations_total']} of {sum(figures['odd_steps'].values())} violations on the test seeds, pass rate "
+          f"{100 * summary['pass_rate']:.2f}%, {clock.seconds():.0f} s, {folder}")
     return summary
 
 
@@ -1228,75 +1170,63 @@ def curves(model: Lyapunov, exam: Exam) -> dict[str, dict[str, list]]:
     """V and log2 n along each test seed's trajectory, and where V fails to fall."""
     v, ok, counts = walk_steps(model.value, exam.walks["test"])
     lg = exam.walks["test"].lg
-    return {str(round(2 ** lg[i, 0])): {"log2_n": lg[i, :n + 1].tolist(), "v": v[i, :n + 1].tolist(), "ok": ok[i, :n].tolist()}
-            for i, n in enumerate(counts.sum(1))}
-
-
-def histogram(model: Lyapunov, exam: Exam, slope: float) -> dict[str, list]:
-    """Margins in bits over the evaluation rows."""
-    v = model.value(exam.rows)
-    margin = (v[:, 0] - v[:, 1]) / (slope if slope > 0.01 else 1.0)
-    n, edges = np.histogram(np.clip(np.nan_to_num(margin, nan=-4), -4, 8), bins=np.linspace(-4, 8, 121))
-    return {"edges": edges.tolist(), "counts": n.tolist()}
+    return {str(seed): {"log2_n": lg[i, :n + 1].tolist(), "v": v[i, :n + 1].tolist(), "ok": ok[i, :n].tolist()}
+            for i, (seed, n) in enumerate(zip(exam.test_seeds, counts.sum(axis=1), strict=True))}
 
 
 def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
     """Draw the pictures of the run in `folder` from its files; its lookahead picture shows the nets of all runs given."""
     summary, report = (run.read_json(folder / f) for f in ("summary.json", "report.json"))
     made = []
+
+    def done(fig, name: str, **settings) -> None:
+        for ax in fig.axes:
+            ax.set(**settings)
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(frameon=False)
+        made.append(plots.save_figure(fig, folder / name))
+
     shown = [s for s in ("27", "626331") if s in report["curves"]] or list(report["curves"])[:2]
-    fig, axes = plots.new_figure(1, len(shown))
+    fig, _ = plots.new_figure(1, len(shown))
     for ax, seed in zip(fig.axes, shown, strict=True):
         c = report["curves"][seed]
-        bad = [i for i, ok in enumerate(c["ok"]) if not ok]
+        bad = [i + 1 for i, ok in enumerate(c["ok"]) if not ok]
         ax.plot(c["log2_n"], color="0.6", lw=1, label="log2 n")
         ax.plot(c["v"], color="tab:blue", lw=1.5, label="V")
-        ax.plot([i + 1 for i in bad], [c["v"][i + 1] for i in bad], "o", color="tab:red", ms=5, label=f"V rose ({len(bad)} of {len(c['ok'])} steps)")
-        ax.set(title=f"trajectory of {seed}", xlabel="odd step", ylabel="bits")
-        ax.legend(frameon=False)
-    made.append(plots.save_figure(fig, folder / "trajectories.png"))
+        ax.plot(bad, [c["v"][i] for i in bad], "o", color="tab:red", ms=5, label=f"V rose ({len(bad)} of {len(c['ok'])} steps)")
+        ax.set_title(f"trajectory of {seed}")
+    done(fig, "trajectories.png", xlabel="odd step", ylabel="bits")
 
     fig, ax = plots.new_figure()
-    table = report["by_lookahead"]
-    for name, style in (("linear mean", "C7^-"), ("closed form", "C0s-"), ("bound_with_residues", "k:"), ("bound", "k--")):
-        points = [(int(m), row[name]) for m, row in table.items() if row[name] > 0]
-        ax.plot(*zip(*points, strict=True), style, ms=4, label=name.replace("_", " "))
-    for other in runs:
-        s = run.read_json(other / "summary.json")
+    for name, style in (("linear mean", "C7^-"), ("closed form", "C0s-"), ("bound with residues", "k:"), ("bound", "k--")):
+        points = [(int(m), row[name]) for m, row in report["by_lookahead"].items() if row.get(name, 0) > 0]
+        ax.plot(*zip(*points, strict=True), style, ms=4, label=name)
+    for s in (run.read_json(other / "summary.json") for other in runs):
         ax.plot(s["lookahead"], max(1 - s["on_trajectory_pass_rate"], 1e-6), "*", ms=12, label=s["name"])
-    ax.set(yscale="log", xlabel="lookahead L", ylabel="violations per step of random trajectories", title="what foresight buys")
-    ax.legend(frameon=False)
-    made.append(plots.save_figure(fig, folder / "lookahead.png"))
+    done(fig, "lookahead.png", yscale="log", xlabel="lookahead L", ylabel="violations per step of random trajectories")
 
     fig, ax = plots.new_figure()
-    h = report["histogram"]
-    ax.stairs(h["counts"], h["edges"], fill=True)
-    ax.axvline(0, color="tab:red", lw=1)
-    ax.set(yscale="log", xlabel="margin V(n) - V(T(n)), bits", ylabel="evaluation rows", title="left of the line V fails")
-    made.append(plots.save_figure(fig, folder / "margins.png"))
+    ax.stairs(summary["margin_histogram"]["counts"], summary["margin_histogram"]["edges"], fill=True)
+    ax.axvline(0, color="tab:red", lw=1, label="left of it V fails")
+    done(fig, "margins.png", yscale="log", xlabel="margin V(n) - V(T(n)), bits", ylabel="evaluation rows")
 
     fig, ax = plots.new_figure()
-    fails = {b: 1 - k / n for b, (k, n) in summary["by_bits"].items()}
-    closed = {b: 1 - k / n for b, (k, n) in report["baselines"]["closed form"]["by_bits"].items()}
-    x = np.arange(len(fails))
-    ax.bar(x - 0.2, [100 * closed[b] for b in fails], 0.4, label="closed form", color="0.7")
-    ax.bar(x + 0.2, [100 * fails[b] for b in fails], 0.4, label=summary["name"])
-    ax.set(xticks=x, xticklabels=list(fails), xlabel="bits of n", ylabel="violations, % of evaluation rows")
-    ax.legend(frameon=False)
-    made.append(plots.save_figure(fig, folder / "bits.png"))
+    x = np.arange(len(summary["by_bits"]))
+    for shift, name, table in ((-0.2, "closed form", report["baselines"]["closed form"]["by_bits"]),
+                               (0.2, summary["name"], summary["by_bits"])):
+        ax.bar(x + shift, [100 - 100 * k / n for k, n in table.values()], 0.4, label=name)
+    done(fig, "bits.png", xticks=x, xticklabels=list(summary["by_bits"]), xlabel="bits of n",
+           ylabel="violations, % of evaluation rows")
 
     if (folder / "metrics.csv").is_file():
-        rows = metrics.read(folder)
         fig, axes = plots.new_figure(1, 2)
-        for ax, keys in zip(axes, (["loss"], ["val_pass_rate", "val_on_trajectory_pass_rate", "pass_rate", "on_trajectory_pass_rate"]), strict=True):
+        shares = ["val_pass_rate", "val_on_trajectory_pass_rate", "pass_rate", "on_trajectory_pass_rate"]
+        for ax, keys in zip(axes, (["loss"], shares), strict=True):
             for key in keys:
-                points = [(r["step"], r[key]) for r in rows if key in r and math.isfinite(r[key])]
+                points = [(r["step"], r[key]) for r in metrics.read(folder) if math.isfinite(r[key])]
                 if points:
                     ax.plot(*zip(*points, strict=True), marker=".", lw=1.2, label=key.replace("_", " "))
-            ax.set(xlabel="step")
-            if ax.lines:
-                ax.legend(frameon=False)
-        made.append(plots.save_figure(fig, folder / "training.png"))
+        done(fig, "training.png", xlabel="step")
     return made
 
 

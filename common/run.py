@@ -87,7 +87,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     unset = []  # told by identity; a list, so that action="append" can copy it
     blank = argparse.Namespace(**{a.dest: unset for a in parser._actions})
     parser.parse_args(argv, namespace=blank)
-    args.given = sorted(k for k, v in vars(blank).items() if v is not unset)
+    args.given = sorted(a.dest for a in parser._actions if getattr(blank, a.dest, unset) is not unset)
     if args.name is not None and (not args.name or set(args.name) & set("/\\\0") or args.name in (".", "..")):
         parser.error("argument --name: a folder's name, without slashes")
     return args
