@@ -2,14 +2,14 @@
 
     python collatz.py                                        # DEFAULT_LINE
     python collatz.py --lookahead 20 --seed 1                # more foresight, fewer violations
-    python collatz.py --model closed --lookahead 150 --exhaustive 2097152    # no training: 0 violations, every odd n < 2^21
+    python collatz.py --model closed --lookahead 150 --exhaustive 2097152    # no training, 0 violations, odd n < 2^21
     python collatz.py --recipe original --curriculum --steps 3000 --split original   # the experiment that stalled
     python collatz.py --score 27,703 --checkpoint logs/kept/collatz/window10/best.pt
 
-V(n) may use log2 n, the residue of n modulo a power of 3, and the next `--lookahead` values of k. The original experiment stalled
-at 80 of 429 violations on five test trajectories. Here the net stands inside a maximum over the window (class Lyapunov), so that it
-learns which steps to give up. A run writes logs/collatz/NAME/: args.json, run.txt, collatz.py, metrics.csv, last.pt, best.pt,
-summary.json, report.json and pictures. Descends from gabrielberger1000/collatz_lyapunov.
+V(n) may use log2 n, n modulo a power of 3, and the next `--lookahead` values of k. The original stalled at 80 of 429
+violations on five test trajectories. Here the net stands inside a maximum over the window (class Lyapunov), so that it
+learns which steps to give up. A run writes logs/collatz/NAME/: args.json, run.txt, collatz.py, metrics.csv, last.pt,
+best.pt, summary.json, report.json and pictures. Descends from gabrielberger1000/collatz_lyapunov.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,26 +40,24 @@ LOG2_3 = math.log2(3)
 RESIDUE_DIGITS = 12                # n mod 3^12 is the most that a V may know of the past of n
 RESIDUE = 3**RESIDUE_DIGITS
 TEST_SEEDS = (111, 27, 703, 26623, 626331)   # of the original; 24 + 41 + 62 + 113 + 189 = 429 odd steps
-RECORD_SEEDS = (837799, 63728127, 319804831, 8528817511, 12327829503, 1410123943, 3743559068799)  # long or high; 2104 steps
-ORIGINAL_SEEDS = (
-    27, 31, 41, 47, 54, 55, 71, 73, 91, 97, 103, 111, 127, 155, 159, 171, 231, 237, 267, 303, 319, 351, 359, 391, 447, 479, 607, 703,
-    871, 1161, 2223, 2463, 2919, 3711, 6171, 10971, 13255, 17647, 23529, 26623, 34239, 35655, 52527, 77031, 106239, 142587, 156159,
-    216367, 230631, 410011, 511935, 626331, 837799, 1117065)  # its training list; without the five test seeds it has 49
+RECORD_SEEDS = (837799, 63728127, 319804831, 8528817511, 12327829503, 1410123943, 3743559068799)  # 2104 odd steps
+ORIGINAL_SEEDS = (  # its training list; without the five test seeds it has 49
+    27, 31, 41, 47, 54, 55, 71, 73, 91, 97, 103, 111, 127, 155, 159, 171, 231, 237, 267, 303, 319, 351, 359, 391, 447,
+    479, 607, 703, 871, 1161, 2223, 2463, 2919, 3711, 6171, 10971, 13255, 17647, 23529, 26623, 34239, 35655, 52527,
+    77031, 106239, 142587, 156159, 216367, 230631, 410011, 511935, 626331, 837799, 1117065)
 EVAL_ROWS, EVAL_SEED = 50_000, 42  # of the original evaluation set
 EVAL_COLUMNS = ("n", "t1", "is_growth", "sigma_n", "max_n", "w_expansion")
 BIT_RANGES = ((2, 16), (17, 32), (33, 64), (65, 128), (129, 1 << 30))
-LOGGED = ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted_pass_rate", "violations_total",
-          "on_trajectory_pass_rate")  # figures of the test sets in metrics.csv
+RATES = ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted_pass_rate")
+LOGGED = (*RATES, "violations_total", "on_trajectory_pass_rate")  # figures of the test sets in metrics.csv
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.5, 0.95)
 LOOKAHEADS = (5, 10, 20, 30, 50, 70, 100)  # of the picture of violations against lookahead
 sys.set_int_max_str_digits(0)      # numbers of any size may be scored
 
-# What --recipe sets. A flag on the command line wins; the settings of the first block have no flag.
+# What --recipe sets. A flag on the command line wins; those that window sets have no flag: hard_weight is the weight of
+# steps from trajectories, growth_weight of those where T(n) > n.
 RECIPES = {
-    "window": {
-        "hard_weight": 1.0, "growth_weight": 1.0,  # weights of steps from trajectories, and where T(n) > n
-        "schedule": "linear", "beta2": 0.98, "weight_decay": 0.0,
-    },
+    "window": {"hard_weight": 1.0, "growth_weight": 1.0, "schedule": "linear", "beta2": 0.98, "weight_decay": 0.0},
     "original": {
         "hard_weight": 2.0, "growth_weight": 10.0, "schedule": "plateau", "beta2": 0.999, "weight_decay": 0.01,
         "base": "none", "features": "original", "layers": "128,128,128", "loss": "hinge", "margin": 0.05,
@@ -66,7 +65,7 @@ RECIPES = {
         "optimizer": "adamw", "lr": 1e-3, "clip": 0.0, "steps": 3000,
     },
 }
-ANCHOR_START, ANCHOR_LEN = 1000, 5000  # of the original: the anchor's weight is 1, then falls to 0.001 over so many steps
+ANCHOR_START, ANCHOR_LEN = 1000, 5000  # of the original: the anchor's weight is 1, then falls to 0.001 in LEN steps
 
 
 # ---- Flags
@@ -102,46 +101,46 @@ def widths(text: str) -> tuple[int, ...]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--recipe", choices=sorted(RECIPES), default="window",
-                   help="defaults for the flags below: window is ours; original repeats the original experiment")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--recipe", choices=sorted(RECIPES), default="window", help="sets defaults: ours, or the original's")
 
     g = p.add_argument_group("data")
     g.add_argument("--lookahead", type=integer(1), default=10, help="L: how many k of T = (3n+1)/2^k V(n) may use")
     g.add_argument("--split", choices=["honest", "original"], default="honest",
-                   help="honest: no number of any evaluation is trained on; original: trajectories of its seeds run into the test's")
+                   help="honest: train on no number of any evaluation; original: its seeds run into the test's numbers")
     g.add_argument("--max-bits", type=integer(8, 4096), default=128, help="bit length of the largest training numbers")
     g.add_argument("--test-seeds", type=odd_numbers, default=list(TEST_SEEDS), help="whose trajectories are the test")
     g.add_argument("--pool", type=integer(1), default=200_000, help="random numbers to draw training steps from")
-    g.add_argument("--train-seeds", type=integer(1), default=2000, help="random trajectories to draw training steps from")
+    g.add_argument("--train-seeds", type=integer(1), default=2000, help="random trajectories to draw steps from")
     g.add_argument("--segment", type=integer(1, 1024), default=24, help="steps that a chain from a trajectory holds")
-    g.add_argument("--hard-ratio", type=real(0, 1), default=0.5, help="share of chains, and of the loss, from trajectories")
-    g.add_argument("--curriculum", action="store_true", help="start with few trajectories, the easy ones, and add the others")
-    g.add_argument("--ramp-len", type=integer(1), default=1000, help="curriculum: steps until all trajectories are in use")
+    g.add_argument("--hard-ratio", type=real(0, 1), default=0.5, help="share of trajectories in chains and loss")
+    g.add_argument("--curriculum", action="store_true", help="start with a few easy trajectories, then add the others")
+    g.add_argument("--ramp-len", type=integer(1), default=1000, help="curriculum: steps until all of them are in use")
     g.add_argument("--start-seeds", type=integer(0), default=1, help="curriculum: trajectories in use at step 0")
-    g.add_argument("--mine-negatives", action="store_true", help="look for numbers with low margins and train on them more often")
+    g.add_argument("--mine-negatives", action="store_true", help="find numbers with low margins, train more on them")
     g.add_argument("--mine-interval", type=integer(1), default=50, help="mining: steps between searches")
     g.add_argument("--mine-count", type=integer(1, 5000), default=50, help="mining: numbers kept of each search")
     g.add_argument("--mine-start", type=integer(0), default=200, help="mining: first step")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=["closed", "linear", "mlp"], default="mlp", help="closed: window maximum, no training")
+    g.add_argument("--model", choices=["closed", "linear", "mlp"], default="mlp", help="closed: no net, no training")
     g.add_argument("--base", choices=["none", "log", "closed", "window"], default="window",
-                   help="what the net is added to: nothing, log2 n, the closed form, or each log2 T^j(n) inside the closed form")
+                   help="added to the net: nothing, log2 n, the closed form, or log2 T^j(n) inside the closed form")
     g.add_argument("--layers", type=widths, default="64,64", help="hidden widths of mlp")
     g.add_argument("--features", choices=["window", "original"], default="window", help="what the net sees")
     g.add_argument("--sees", type=integer(0), default=0,
-                   help="values of k that the net sees at each number; 0: 1 with base window, else all (fewer: only with base log)")
-    g.add_argument("--digits", type=integer(1, RESIDUE_DIGITS), default=12, help="the net sees statistics of n mod 3^DIGITS")
-    g.add_argument("--hold", type=integer(0), default=1, help="base window: hold its end for up to this many rising steps")
-    g.add_argument("--tie-break", type=real(0, 0.4, above=True), default=1e-3, help="bits a step by which an old maximum sinks")
+                   help="values of k that the net sees; 0: 1 with base window, else all (fewer: only with base log)")
+    g.add_argument("--digits", type=integer(1, RESIDUE_DIGITS), default=12, help="it sees statistics of n mod 3^DIGITS")
+    g.add_argument("--hold", type=integer(0), default=1, help="base window: rising steps that its end may stand still")
+    g.add_argument("--tie-break", type=real(0, 0.4, above=True), default=1e-3, help="bits a step that a maximum sinks")
     g.add_argument("--mod3", action="store_true", help="one bit more where 3 | n: such n have no predecessor")
 
     g = p.add_argument_group("loss")
     g.add_argument("--loss", choices=["ramp", "hinge"], default="ramp", help="bounded, or the original's ranking loss")
     g.add_argument("--margin", type=real(0), default=0.0, help="by how much V should fall (bits; nats with base none)")
     g.add_argument("--tau-start", type=real(0, above=True), default=1.0, help="ramp: temperature at step 0, bits")
-    g.add_argument("--tau-end", type=real(0, above=True), default=0.05, help="ramp: temperature from 70 %% of the steps on")
+    g.add_argument("--tau-end", type=real(0, above=True), default=0.05, help="ramp: the same after 70 %% of the steps")
     g.add_argument("--use-t4", action="store_true", help="also ask V(T^4(n)) < V(n), weight 0.5")
     g.add_argument("--use-t8", action="store_true", help="also ask V(T^8(n)) < V(n), weight 0.2")
     g.add_argument("--target-type", choices=["none", "fixed", "adaptive"], default="none",
@@ -150,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", "--epochs", type=integer(1), default=400, help="optimizer steps (the original's epochs)")
     g.add_argument("--batch-size", type=integer(1), default=512, help="chains per step")
-    g.add_argument("--lr", type=real(0, above=True), default=3e-3, help="peak learning rate of AdamW; Muon's is 5 times that")
+    g.add_argument("--lr", type=real(0, above=True), default=3e-3, help="peak rate of AdamW; Muon's is 5 times that")
     g.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="muon: for the hidden matrices")
     g.add_argument("--clip", type=real(0), default=1.0, help="gradient norm; 0: no clipping")
 
@@ -158,42 +157,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--eval-csv", metavar="PATH", help="evaluation rows; default: the original's 50,000, made in memory")
     g.add_argument("--eval-interval", type=integer(1), default=200, help="steps between evaluations on the test sets")
     g.add_argument("--quick-eval-interval", type=integer(1), default=100, help="steps between validations and saves")
-    g.add_argument("--eval-trajectories", type=integer(1), default=200, help="random 128-bit trajectories of the evaluation")
+    g.add_argument("--eval-trajectories", type=integer(1), default=200, help="random 128-bit ones to evaluate on")
     g.add_argument("--validation-rows", type=integer(1), default=10_000, help="numbers for choosing best.pt")
     g.add_argument("--validation-trajectories", type=integer(1), default=100, help="trajectories for choosing best.pt")
     g.add_argument("--exhaustive", type=integer(4), metavar="N", help="at the end, check every odd n < N")
 
     g = p.add_argument_group("instead of training")
-    g.add_argument("--checkpoint", metavar="PATH", help="evaluate this trained V, or use it with --score or --exhaustive")
+    g.add_argument("--checkpoint", metavar="PATH", help="a trained V: evaluate it (also --exhaustive), or --score")
     g.add_argument("--score", metavar="N,N|FILE", help="print n, T(n), V(n), V(T(n)) and the margin as CSV")
-    g.add_argument("--analyze-seeds", type=odd_numbers, metavar="N,N", help="print length and height of these trajectories")
+    g.add_argument("--analyze-seeds", type=odd_numbers, metavar="N,N", help="print length and height of trajectories")
     g.add_argument("--make-eval", metavar="PATH", help="write the original's evaluation set as CSV")
     g.add_argument("--plot", nargs="+", metavar="RUN", type=Path, help="draw the pictures of these runs again")
     run.add_run_arguments(p)
 
     p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].recipe])
     args = run.parse(p, argv)
-    if args.sees > args.lookahead:
-        p.error(f"argument --sees: {args.sees} values of k with --lookahead {args.lookahead}")
-    if args.base in ("none", "closed") and args.sees not in (0, args.lookahead):
-        p.error(f"argument --sees: with --base {args.base} the net sees all {args.lookahead} values of k")
-    if args.model != "closed" and args.base == "window" and args.hold > args.lookahead - (args.sees or 1):
-        p.error(f"argument --hold: {args.hold} is more than lookahead - sees = {args.lookahead - (args.sees or 1)}")
-    if args.mod3 and args.model != "closed":
-        p.error("argument --mod3: for --model closed; a net learns this from the residue")
-    n_seeds = sum(n not in args.test_seeds for n in ORIGINAL_SEEDS) if args.recipe == "original" else args.train_seeds
-    if args.curriculum and args.start_seeds > n_seeds:
-        p.error(f"argument --start-seeds: {args.start_seeds} of {n_seeds} training seeds")
-    if args.batch_size - int(args.hard_ratio * args.batch_size) > args.pool:
-        p.error(f"argument --batch-size: more random numbers in a batch than the --pool of {args.pool} has")
-    if args.tau_end > args.tau_start:
-        p.error("argument --tau-end: above --tau-start")
-    if args.mine_negatives and args.hard_ratio == 0:
-        p.error("argument --mine-negatives: mined numbers join the trajectories' part, and --hard-ratio is 0")
-    need = (args.lookahead + 2) * 16 * (EVAL_ROWS + args.validation_rows) + (args.lookahead + 2) * 10 * (args.pool + 12 * args.train_seeds)
+    L, q, n_hard = args.lookahead, args.sees or 1, int(args.hard_ratio * args.batch_size)
+    n_seeds = len(set(ORIGINAL_SEEDS) - set(args.test_seeds)) if args.recipe == "original" else args.train_seeds
+    need = (L + 2) * (16 * (EVAL_ROWS + args.validation_rows) + 10 * (args.pool + 12 * args.train_seeds))  # bytes
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
-    if need > 0.6 * have:
-        p.error(f"argument --lookahead: {args.lookahead} needs about {need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here")
+    for wrong, message in (
+        (args.sees > L, f"--sees: {args.sees} values of k with --lookahead {L}"),
+        (args.base in ("none", "closed") and args.sees not in (0, L),
+         f"--sees: with --base {args.base} the net sees all {L} values of k"),
+        (args.model != "closed" and args.base == "window" and args.hold > L - q,
+         f"--hold: {args.hold} is more than lookahead - sees = {L - q}"),
+        (args.mod3 and args.model != "closed", "--mod3: for --model closed; a net learns this from the residue"),
+        (args.curriculum and args.start_seeds > n_seeds, f"--start-seeds: {args.start_seeds} of {n_seeds} seeds"),
+        (args.batch_size - n_hard > args.pool, f"--batch-size: more random numbers than the --pool of {args.pool} has"),
+        (args.tau_end > args.tau_start, "--tau-end: above --tau-start"),
+        (args.mine_negatives and args.hard_ratio == 0,
+         "--mine-negatives: mined numbers get no share with --hard-ratio 0"),
+        (need > 0.6 * have, f"--lookahead: {L} needs about {need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
+    ):
+        if wrong:
+            p.error(f"argument {message}")
     return args
 
 
@@ -231,10 +229,8 @@ def to_limbs(numbers: Sequence[int]) -> np.ndarray:
 
 @cache
 def halving_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """16 steps of f(x) = x/2 or (3x+1)/2 at once: f^16(2^16 a + b) = factor[b] a + rest[b] (Terras 1976).
-
-    Bit i of parity[b] is the parity of f^i(b), which depends on b alone; the gaps between its ones are the k of T.
-    """
+    """16 steps of f(x) = x/2 or (3x+1)/2 at once: f^16(2^16 a + b) = factor[b] a + rest[b] (Terras 1976). Bit i of
+    parity[b] is the parity of f^i(b), which depends on b alone; the gaps between its ones are the k of T."""
     rest = np.arange(1 << 16, dtype=np.uint64)
     factor, parity = np.ones_like(rest), np.zeros(1 << 16, np.uint16)
     for i in range(16):
@@ -253,16 +249,13 @@ def k_sequence(limbs: np.ndarray, m: int) -> np.ndarray:
     rows, ones, words, x = np.arange(n_rows), np.zeros(n_rows, np.int64), [], limbs
     while len(rows):  # rows that have not shown m + 1 odd numbers yet
         b = (x[0] & low16).astype(np.int64)
-        word = np.zeros(n_rows, "<u2")
-        word[rows] = parity[b]
-        words.append(word)
+        words.append(np.zeros(n_rows, "<u2"))
+        words[-1][rows] = parity[b]
         ones[rows] += np.bitwise_count(parity[b])
-        carry, y = rest[b], np.empty((len(x) + 1, len(rows)), np.uint64)
-        for i in range(len(x)):
-            limb = x[i] >> s16
-            if i + 1 < len(x):
-                limb |= (x[i + 1] & low16) << s16
-            carry = carry + limb * factor[b]  # < 2^32 3^16 + 2^64 / 2^32: no overflow
+        a, f, carry, y = x >> s16, factor[b], rest[b], np.empty((len(x) + 1, len(rows)), np.uint64)
+        a[:-1] |= (x[1:] & low16) << s16  # x = 2^16 a + b
+        for i, limb in enumerate(a):
+            carry = carry + limb * f  # < 2^32 3^16 + 2^64 / 2^32: no overflow
             y[i], carry = carry & low32, carry >> s32
         y[-1] = carry
         x, keep = y, ones[rows] <= m
@@ -272,8 +265,7 @@ def k_sequence(limbs: np.ndarray, m: int) -> np.ndarray:
             x = x[:-1]
     bits = np.unpackbits(np.stack(words, axis=1).view(np.uint8), axis=1, bitorder="little").view(bool)
     first = np.cumsum(ones) - ones
-    at = np.flatnonzero(bits)[first[:, None] + np.arange(m + 1)]  # where the first m + 1 odd numbers stand
-    at = at.T.astype(np.int32)
+    at = np.flatnonzero(bits)[first[:, None] + np.arange(m + 1)].T.astype(np.int32)  # of the first m + 1 odd numbers
     return (at[1:] - at[:-1]).T  # step by step in memory, as the loops over steps below read it
 
 
@@ -286,9 +278,10 @@ def log2_limbs(limbs: np.ndarray) -> np.ndarray:
 
 
 def log2_path(lg0: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """log2 T^j(n), j = 0..m, from log2 n (N,) and k (N, m): log2 T = log2 n + log2(3 + 1/n) - k. -> (N, m+1) float64."""
+    """log2 T^j(n), j = 0..m, from log2 n (N,) and k (N, m) by log2 T = log2 n + log2(3 + 1/n) - k: (N, m+1) float64."""
     out, kt = np.empty((k.shape[1] + 1, len(lg0))), k.T
-    out[0], inverse, huge = lg0, np.exp2(-lg0), lg0.max(initial=0) > 1000  # 1/n: rounding to 0 is exact enough, but not for ever
+    out[0], inverse = lg0, np.exp2(-lg0)  # inverse: 1/n
+    huge = lg0.max(initial=0) > 1000      # 1/n may round to 0, which is exact enough, but not for ever
     for j in range(len(kt)):
         s = 3.0 + inverse
         out[j + 1] = out[j] + np.log2(s) - kt[j]
@@ -301,21 +294,20 @@ def modular_path(limbs: np.ndarray, k: np.ndarray, modulus: int) -> np.ndarray:
     r = np.zeros(limbs.shape[1], np.uint64)
     for limb in limbs[::-1]:
         r = ((r << np.uint64(32)) | limb) % np.uint64(modulus)
-    exact = np.uint32 if 3 * modulus**2 < 1 << 32 else np.uint64  # 3 r + 1 < 3 modulus, times 2^-k < modulus
-    half = np.ones(int(k.max(initial=0)) + 1, exact)
+    half = np.ones(int(k.max(initial=0)) + 1, np.uint64)
     for i in range(1, len(half)):
         half[i] = int(half[i - 1]) * ((modulus + 1) // 2) % modulus  # 2^-i
-    out = np.empty((k.shape[1] + 1, len(r)), exact)
+    out = np.empty((k.shape[1] + 1, len(r)), np.uint64)
     out[0] = r
     for j, factor in enumerate(half[k.T]):
-        x = (3 * out[j] + 1) * factor
+        x = (3 * out[j] + 1) * factor  # < 3 2^31 2^31: no overflow
         out[j + 1] = x - x // modulus * modulus  # 4 times as fast as %
     return out.T
 
 
 def fingerprint(limbs: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """Residues of T^j(n) modulo two primes near 2^31 in one uint64: equal numbers always agree, different ones below 2^61
-    never. (N, m+1). Membership in a set is tested on it, so that a number that is in the set cannot slip through."""
+    """Residues of T^j(n) modulo two primes near 2^31 in one uint64 (N, m+1): equal numbers always agree, different ones
+    below 2^61 never. Membership in a set is tested on it, so that a number that is in the set cannot slip through."""
     return modular_path(limbs, k, 2147483647) << np.uint64(31) | modular_path(limbs, k, 2147483629)
 
 
@@ -348,14 +340,10 @@ def paths(limbs: np.ndarray, m: int, chunk: int = 8192) -> Paths:
 def full_paths(limbs: np.ndarray, beyond: int) -> Paths:
     """Paths long enough that every number has come to 1 and stayed there for `beyond` steps (T(1) = 1)."""
     m = 64
-    while True:
-        p = paths(limbs, m + beyond)
-        if (p.lg[:, m] < 0.5).all():
-            m = int((p.lg > 0.5).sum(axis=1).max()) + beyond
-            return Paths(p.k[:, :m], p.lg[:, :m + 1], p.res[:, :m + 1])
+    while ((p := paths(limbs, m + beyond)).lg[:, m] > 0.5).any():
         m *= 2
-
-
+    m = int((p.lg > 0.5).sum(axis=1).max()) + beyond
+    return Paths(p.k[:, :m], p.lg[:, :m + 1], p.res[:, :m + 1])
 
 # ---- Data: evaluation sets, what they forbid, training pools
 
@@ -371,7 +359,7 @@ def random_odd(rng: np.random.Generator, n: int, min_bits: int, max_bits: int) -
 
 
 def eval_numbers(rows: int = EVAL_ROWS, seed: int = EVAL_SEED) -> list[int]:
-    """The original evaluation set: distinct odd numbers of 2..128 bits, bit length uniform, from Python's own generator."""
+    """The original evaluation set: distinct odd numbers of 2..128 bits, bit length uniform, from Python's generator."""
     rng, seen = random.Random(seed), {}
     while len(seen) < rows:
         bits = rng.randint(2, 128)
@@ -396,7 +384,7 @@ def peak_log2(limbs: np.ndarray) -> np.ndarray:
 
 
 def default_rows() -> tuple[np.ndarray, np.ndarray]:
-    """The original evaluation set: limbs (W, N) and weights (N,) = 1 + log10(highest number on the way / n), 4 decimals."""
+    """The original evaluation set: limbs (W, N), weights (N,) = 1 + log10(highest number on the way / n), 4 places."""
     limbs = to_limbs(eval_numbers())
     return limbs, np.round(1 + (peak_log2(limbs) - log2_limbs(limbs)) * math.log10(2), 4)
 
@@ -407,10 +395,9 @@ def make_eval_csv(path: str) -> None:
         out = csv.writer(f)
         out.writerow(EVAL_COLUMNS)
         for n in tqdm(eval_numbers(), desc=path, unit="row"):
-            steps = trajectory(n)
-            halvings = sum(syracuse(m)[1] for m in steps[:-1])
-            peak = max(n, 3 * max(steps[:-1]) + 1)
-            out.writerow([n, steps[1], steps[1] > n, len(steps) - 1 + halvings, peak, f"{1 + math.log10(max(1, peak / n)):.4f}"])
+            a, t1 = analyze(n), syracuse(n)[0]
+            peak = 3 * a["max_odd"] + 1
+            out.writerow([n, t1, t1 > n, a["total_stopping_time"], peak, f"{1 + math.log10(peak / n):.4f}"])
 
 
 def read_eval_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -418,7 +405,7 @@ def read_eval_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
     missing, t1 not T(n), n repeated, weight not finite or below 1."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make it with: python collatz.py --make-eval {path}")
-    numbers, weight, seen = [], [], set()
+    weight = {}  # by n
     with open(path, newline="") as f:
         table = csv.DictReader(f)
         missing = [c for c in ("n", "t1", "w_expansion") if c not in (table.fieldnames or [])]
@@ -430,21 +417,21 @@ def read_eval_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
             try:
                 t1, w = int(row["t1"]), float(row["w_expansion"])
             except (TypeError, ValueError):
-                raise UserError(f"{where}: t1 {row['t1']!r} or w_expansion {row['w_expansion']!r} is not a number") from None
+                what = f"t1 {row['t1']!r} or w_expansion {row['w_expansion']!r}"
+                raise UserError(f"{where}: {what} is not a number") from None
             if t1 != syracuse(n)[0]:
                 raise UserError(f"{where}: t1 = {t1}, but T({n}) = {syracuse(n)[0]}")
-            if n in seen:
+            if n in weight:
                 raise UserError(f"{where}: {n} stands there twice")
-            if not (math.isfinite(w) and w >= 1):
+            if not 1 <= w < math.inf:
                 raise UserError(f"{where}: w_expansion {w} is not a finite number >= 1")
-            if row.get("is_growth") is not None and (row["is_growth"].strip().lower() in ("true", "1")) != (t1 > n):
-                raise UserError(f"{where}: is_growth {row['is_growth']!r}, but n = {n}, t1 = {t1}")
-            seen.add(n)
-            numbers.append(n)
-            weight.append(w)
-    if not numbers:
+            growth = row.get("is_growth")
+            if growth is not None and (growth.strip().lower() in ("true", "1")) != (t1 > n):
+                raise UserError(f"{where}: is_growth {growth!r}, but n = {n}, t1 = {t1}")
+            weight[n] = w
+    if not weight:
         raise UserError(f"{path}: no rows")
-    return to_limbs(numbers), np.array(weight)
+    return to_limbs(list(weight)), np.array(list(weight.values()))
 
 
 @dataclass
@@ -452,10 +439,9 @@ class Exam:
     """Everything that a V is examined on. Sets of numbers have lookahead + 1 steps; walks go on until after 1."""
     rows: Paths                # the evaluation set
     weight: np.ndarray         # of its rows
-    walks: dict[str, Paths]    # test, record: trajectories of these seeds; random: of random 128-bit numbers
+    walks: dict[str, Paths]    # test, record: trajectories of these seeds; random, validation: of random numbers
     test_seeds: list[int]
-    validation_rows: Paths     # numbers and trajectories of their own, for choosing best.pt
-    validation_walks: Paths
+    validation_rows: Paths     # for choosing best.pt, as are walks["validation"]
     forbidden: np.ndarray      # sorted fingerprints of all of them: what the honest split keeps out of training
 
 
@@ -470,19 +456,20 @@ def make_exam(args: argparse.Namespace) -> Exam:
     walks = {name: full_paths(limbs, beyond=m) for name, limbs in start.items()}
     keys = [fingerprint(limbs, walks[name].k).ravel() for name, limbs in start.items()]
     keys += [fingerprint(x, np.empty((x.shape[1], 0), np.int32)).ravel() for x in (rows, validation_rows)]
-    return Exam(paths(rows, m), weight, walks, args.test_seeds, paths(validation_rows, m),
-                walks.pop("validation"), np.unique(np.concatenate(keys)))
+    forbidden = np.unique(np.concatenate(keys))
+    return Exam(paths(rows, m), weight, walks, args.test_seeds, paths(validation_rows, m), forbidden)
 
 
 def member(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Which keys stand in the sorted array `of`; shape of keys."""
-    at = np.minimum(np.searchsorted(of, keys), max(0, len(of) - 1))
-    return of[at] == keys if len(of) else np.zeros(keys.shape, bool)
+    """Which keys stand in the sorted array `of`, which is not empty; shape of keys."""
+    return of[np.minimum(np.searchsorted(of, keys), len(of) - 1)] == keys
 
 
-# Training data are chains n, T(n), ...: tensors k (N, M) uint8, lg (N, M+1) float32, res (N, M+1) int32, and ok (N, C) bool,
-# which says of the first C numbers, those at which the net is evaluated, whether they may be trained on.
+# Training data are chains n, T(n), ...: tensors k (N, M) uint8, lg (N, M+1) float32, res (N, M+1) int32, and ok (N, C)
+# bool, which says of the first C numbers, those at which the net is evaluated, whether they may be trained on.
 Chains = dict[str, torch.Tensor]
+Part = tuple[Chains, int, float, float]  # of a batch: chains, steps counted on each, share of the loss, their weight
+Value = Callable[[Paths], np.ndarray]    # V at the first nodes of paths: (N, P) float64
 
 
 def take(chains: Chains, rows) -> Chains:
@@ -494,14 +481,14 @@ def join(a: Chains, b: Chains) -> Chains:
 
 
 def make_chains(p: Paths, keys: np.ndarray, args: argparse.Namespace, exam: Exam) -> tuple[Chains, np.ndarray]:
-    """Chains of paths (N, M steps) with the fingerprints (N, M+1) of their numbers; the honest split masks a number that is
-    forbidden or whose T is. Also counts distinct numbers: to be trained on, masked, and forbidden but not masked."""
+    """Chains of paths (N, M steps) with the fingerprints (N, M+1) of their numbers; the honest split masks a number
+    that is forbidden or whose T is. Also counts distinct numbers: trained on, masked, and forbidden but not masked."""
     used = p.k.shape[1] - model_config(args).sees + 1
     bad = member(keys, exam.forbidden)
-    bad = bad[:, :used] | np.pad(bad[:, 1:], ((0, 0), (0, 1)))[:, :used]
-    real = p.lg[:, :used] > 0.5  # n > 1
-    ok = real & ~bad if args.split == "honest" else real
-    counts = np.array([len(np.unique(keys[:, :used][mask])) for mask in (ok, real & ~ok, ok & bad)])
+    bad = bad[:, :used] | bad[:, 1:used + 1]
+    live = p.lg[:, :used] > 0.5  # n > 1
+    ok = live & ~bad if args.split == "honest" else live
+    counts = np.array([len(np.unique(keys[:, :used][mask])) for mask in (ok, live & ~ok, ok & bad)])
     arrays = {"k": np.minimum(p.k, 255).astype(np.uint8), "lg": p.lg.astype(np.float32), "res": p.res, "ok": ok}
     return {name: torch.from_numpy(x) for name, x in arrays.items()}, counts
 
@@ -517,27 +504,28 @@ def random_chains(rng: np.random.Generator, n: int, length: int, args: argparse.
 
 def trajectory_chains(limbs: np.ndarray, rng: np.random.Generator, length: int, args: argparse.Namespace,
                       exam: Exam) -> tuple[Chains, np.ndarray, np.ndarray]:
-    """Chains of `length` steps, one every --segment steps of the trajectories of the given seeds; where each seed's begin."""
+    """Chains of `length` steps, one every --segment steps of the trajectories of the seeds; where each seed's begin."""
     m = length + args.lookahead
     parts, keys, n_chains = [], [], []
     for lo in range(0, limbs.shape[1], 512):
         p = full_paths(limbs[:, lo:lo + 512], beyond=m)
         at = [np.arange(rng.integers(min(args.segment, n)), n, args.segment) for n in (p.lg > 0.5).sum(axis=1)]
         n_chains += [len(a) for a in at]
-        row, span = np.repeat(np.arange(len(at)), n_chains[lo:])[:, None], np.concatenate(at)[:, None] + np.arange(m + 1)
+        row = np.repeat(np.arange(len(at)), n_chains[lo:])[:, None]
+        span = np.concatenate(at)[:, None] + np.arange(m + 1)
         parts.append(Paths(p.k[row, span[:, :-1]], p.lg[row, span], p.res[row, span]))
         keys.append(fingerprint(limbs[:, lo:lo + 512], p.k)[row, span])
     p = Paths(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Paths)))
     return *make_chains(p, np.concatenate(keys), args, exam), np.concatenate([[0], np.cumsum(n_chains)])
 
 
-# ---- Model. B chains, P nodes n, T(n), ... on each, L lookahead, q values of k that the net sees, J = L - q, F features
+# ---- Model. B chains, P nodes n, T(n), ... on each, L lookahead, the net sees q values of k, J = L - q, F features
 
 @dataclass
 class Config:
     """All that is needed to rebuild a model; stored in its checkpoint."""
     lookahead: int = 10
-    base: str = "window"          # none: V = net; log: log2 n + net; closed: closed form + net; window: net inside the maximum
+    base: str = "window"          # none: V = net; log: log2 n + net; closed: closed form + net; window: net in maximum
     layers: tuple[int, ...] | None = (64, 64)  # hidden widths; () is linear; None: no net
     features: str = "window"      # window or original
     sees: int = 1                 # q: values of k that the net sees; the maximum runs over the L - q nodes behind
@@ -554,14 +542,12 @@ class Config:
 
     @property
     def pooled(self) -> bool:
-        """Base log with a net that sees fewer than L values of k: it has a maximum over the window too, but learns all of it."""
+        """Base log, a net that sees fewer than L values of k: a maximum over the window too, but all of it learned."""
         return self.base == "log" and self.window > 0
 
 
 def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module]) -> nn.Sequential:
-    layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(a, b), activation()]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -575,11 +561,9 @@ def original_features(lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> t
 @cache
 def residue_statistics(digits: int) -> np.ndarray:
     """What n mod 3^digits tells of the past of n on a long trajectory: (3^digits, 3 + digits) float32.
-
     Columns: log2 of the stationary density relative to uniform (clipped to +-4, halved); P(last k = 1); P(last k = 2);
     E[log2 n - log2 of the node j steps ago] / 2, j = 1..digits. Exact recursion over n = (3m + 1) / 2^k, P(k) = 2^-k,
-    k < 40 (the Syracuse random variables of Tao, arXiv:1909.03562, section 1.3).
-    """
+    k < 40 (the Syracuse random variables of Tao, arXiv:1909.03562, section 1.3)."""
     density, rise = np.ones(1), np.zeros((1, 0))
     for d in range(1, digits + 1):
         size, m3 = 3**d, 3 * np.arange(3 ** (d - 1)) + 1
@@ -601,41 +585,34 @@ class Lyapunov(nn.Module):
     """V for chains of numbers. Given nodes n .. T^(P-1+L)(n), V at the first P of them.
 
     base window:  W_i = log2 T^i(n) + net(T^i(n)) + tie_break i,   V(T^i(n)) = max_{0<=j<=J} W_{i+j} - tie_break i.
-    Every node's W is one number that all V share, so V can only fail to decrease where a new W tops the last J + 1 ones:
-    the net decides how often that happens. Without a net this is the closed form (window maximum with a time tie-break).
-    base log with q < L:  V(n) = log2 n + max_{0<=j<=J} alpha (log2 T^j(n) - log2 n) + delta j + net(T^j(n)), where alpha,
-    delta and the net start at 0: nothing of the closed form is given. Otherwise J = 0, and the net sees all L values of k.
+    Every node's W is one number that all V share, so V can only fail to decrease where a new W tops the last J + 1:
+    the net decides how often that is. Without a net this is the closed form (window maximum with a time tie-break).
+    base log with q < L:  V(n) = log2 n + max_{0<=j<=J} alpha (log2 T^j(n) - log2 n) + delta j + net(T^j(n)); alpha,
+    delta and the net start at 0: nothing of the closed form is given. Otherwise J = 0: the net sees all L values of k.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        q, wide = config.sees, config.layers
         self.alpha, self.delta = (nn.Parameter(torch.zeros(())) if config.pooled else None for _ in range(2))
         self.beta = nn.Parameter(torch.tensor(0.35)) if config.anchor else None
-        if wide is None:
-            return
-        if config.features == "original":
-            self.layers = mlp([6 + q, *wide, 1], lambda: nn.LeakyReLU(0.1))
-            return
-        n_features = 3 + 5 * q + 3 + config.digits
-        self.register_buffer("statistics", torch.from_numpy(residue_statistics(config.digits)), persistent=False)
-        self.layers = mlp([n_features, *wide, 1], nn.GELU)
-        self.layers[-1] = nn.Linear(self.layers[-1].in_features, 1, bias=False)  # V knows no constant: margins lose it
-        nn.init.zeros_(self.layers[-1].weight)
+        if config.layers is not None and config.features == "original":
+            self.layers = mlp([6 + config.sees, *config.layers, 1], lambda: nn.LeakyReLU(0.1))
+        elif config.layers is not None:
+            self.register_buffer("statistics", torch.from_numpy(residue_statistics(config.digits)), persistent=False)
+            self.layers = mlp([6 + 5 * config.sees + config.digits, *config.layers, 1], nn.GELU)
+            self.layers[-1] = nn.Linear(self.layers[-1].in_features, 1, bias=False)  # margins lose a constant
+            nn.init.zeros_(self.layers[-1].weight)
 
     def net(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
         """The net at each node. lg (..., q+1), k (..., q), res (...) -> (...)"""
         if self.config.features == "original":
-            x = original_features(lg, k, res)
-            return self.layers(x).squeeze(-1)
-        rise = lg[..., 1:] - lg[..., :1]
-        small = k.clamp(max=10)
-        x = torch.cat([
-            lg[..., :1] / 64 - 1, torch.log2(lg[..., :1] + 1) / 3 - 1, torch.relu(rise.amax(-1, keepdim=True)) / 2, rise / 4,
-            small / 5 - 0.4, (k == 1).float(), (k == 2).float(), (k == 3).float(), self.statistics[res % len(self.statistics)],
-        ], dim=-1)  # (..., F)
-        return self.layers(x).squeeze(-1)
+            return self.layers(original_features(lg, k, res)).squeeze(-1)
+        here, rise = lg[..., :1], lg[..., 1:] - lg[..., :1]
+        x = [here / 64 - 1, torch.log2(here + 1) / 3 - 1, torch.relu(rise.amax(-1, keepdim=True)) / 2, rise / 4,
+             k.clamp(max=10) / 5 - 0.4, *((k == i).float() for i in (1, 2, 3)),
+             self.statistics[res % len(self.statistics)]]
+        return self.layers(torch.cat(x, -1)).squeeze(-1)  # (..., F) -> (...)
 
     @property
     def device(self) -> torch.device:
@@ -643,13 +620,11 @@ class Lyapunov(nn.Module):
 
     def clock(self, lg: torch.Tensor) -> torch.Tensor:
         """Steps taken so far; the clock stands still at 1. lg (B, M) -> (B, M)"""
-        return F.pad(torch.cumsum(lg[:, :-1] > 0.5, 1), (1, 0)).to(lg.dtype)  # log2 of 1 is 0, of the next odd number 1.58
+        return F.pad(torch.cumsum(lg[:, :-1] > 0.5, 1), (1, 0)).to(lg.dtype)  # log2 of 1 is 0, of 3 it is 1.58
 
     def end(self, k: torch.Tensor) -> torch.Tensor:
-        """The last j of each node's maximum, (B, P-1+L) -> (B, P): J, or J - hold + the number of k = 1 that it begins with.
-
-        While n rises (k = 1) the end stands still, so no new number comes in and V cannot fail: failures move to falling steps.
-        """
+        """The last j of each node's maximum, k (B, P-1+L) -> (B, P): J, or J - hold + the leading k = 1 (hold at most).
+        While n rises (k = 1) the end stands still: no new number comes in, so V fails on falling steps alone."""
         c = self.config
         nodes = k.shape[1] - c.lookahead + 1
         if c.hold == 0:
@@ -667,9 +642,7 @@ class Lyapunov(nn.Module):
 
     def forward(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
         """W at the first P + J nodes (see the class). lg (B, P+L), k (B, P-1+L), res (B, P+L) -> (B, P+J), dtype of lg.
-
-        The net computes in float32 on its own device; what is added to it keeps the precision and device of lg.
-        """
+        The net computes in float32 on its own device; what is added to it keeps the precision and device of lg."""
         c = self.config
         nodes = lg.shape[1] - c.sees  # P + J
         clock = self.clock(lg)
@@ -688,9 +661,7 @@ class Lyapunov(nn.Module):
 
     def value(self, p: Paths) -> np.ndarray:
         """V at the first P nodes of each path with P-1+L values of k: (N, P) float64, positive.
-
-        log2(1 + 2^x) makes any x positive and keeps the sign of every margin; at large x it is x.
-        """
+        log2(1 + 2^x) makes any x positive and keeps the sign of every margin; at large x it is x."""
         c, out = self.config, []
         chunk = max(1, 16384 // (p.lg.shape[1] - c.lookahead))
         with eval_mode(self):
@@ -715,11 +686,9 @@ def top(x: torch.Tensor, tau: float) -> torch.Tensor:
 
 
 def gaps(w: torch.Tensor, end: torch.Tensor, window: int, s: int, n: int, tau: float) -> torch.Tensor:
-    """By how much V falls from node i to node i+s, i < n, told by the W that the two maxima do not share.
-
-    top of the W that V(i) sees, less top of those that only V(i+s) sees: negative exactly where V rises. With J = 0 it is
-    V(i) - V(i+s). w (B, P+J), end (B, P): node i sees W_i .. W_(i+end_i) -> (B, n)
-    """
+    """By how much V falls from node i to node i+s, i < n, told by the W that the two maxima do not share: top of the W
+    that V(i) sees, less top of those that only V(i+s) sees; negative exactly where V rises. With J = 0 it is
+    V(i) - V(i+s). w (B, P+J), end (B, P): node i sees W_i .. W_(i+end_i) -> (B, n)"""
     seen, j = w.unfold(1, window + 1, 1), torch.arange(window + 1, device=w.device)  # (B, P, J+1)
     e, e_s = end[:, :n, None], end[:, s:s + n, None]
     old = torch.where(j <= e, seen[:, :n], -1e4)
@@ -728,21 +697,20 @@ def gaps(w: torch.Tensor, end: torch.Tensor, window: int, s: int, n: int, tau: f
 
 
 def edge_loss(gap: torch.Tensor, margin: float, tau: float) -> torch.Tensor:
-    """ramp: sigmoid((margin - gap) / tau), which is bounded, so that a step that cannot be saved costs no more than 1.
-    tau = 0 is the hinge max(0, margin - gap), the original's ranking loss, which spreads small failures over many steps."""
+    """ramp: sigmoid((margin - gap) / tau), which is bounded: a step that cannot be saved costs no more than 1. tau = 0
+    is the hinge max(0, margin - gap), the original's ranking loss, which spreads small failures over many steps."""
     return torch.sigmoid((margin - gap) / tau) if tau else F.relu(margin - gap)
 
 
 def tau_at(step: int, args: argparse.Namespace) -> float:
-    """Temperature of ramp and soft maximum: tau-start to tau-end, geometric over the first 70 % of the steps. 0 is the hinge."""
+    """Temperature of ramp and soft maximum: tau-start to tau-end, geometric over 70 % of the steps; 0 for the hinge."""
     if args.loss == "hinge":
         return 0.0
     return args.tau_start * (args.tau_end / args.tau_start) ** min(1.0, step / (0.7 * args.steps))
 
 
-def batch_loss(model: Lyapunov, parts: list[tuple[Chains, int, float, float]], args: argparse.Namespace,
-               step: int) -> torch.Tensor:
-    """Loss of a batch. Each part: chains, steps counted on each, share of the loss, weight of its steps."""
+def batch_loss(model: Lyapunov, parts: list[Part], args: argparse.Namespace, step: int) -> torch.Tensor:
+    """Loss of a batch, all its terms: decrease over 1, 4, 8 steps, and the anchor."""
     c, tau = model.config, tau_at(step, args)
     total = torch.zeros((), device=model.device)
     for data, n, share, weight in parts:
@@ -798,13 +766,13 @@ class Pools:
     hard: Chains          # of trajectories, seed after seed
     first: np.ndarray     # (seeds+1,): the chains of seed i are first[i] .. first[i+1]-1
     random: Chains        # of random numbers
-    counts: np.ndarray    # distinct numbers trained on, masked, leaked
+    counts: np.ndarray    # numbers trained on, masked, leaked: distinct within hard, random and each search of mine()
     mined: Chains | None = None
 
 
 def make_pools(args: argparse.Namespace, exam: Exam) -> Pools:
     """The pools of a run. Raises UserError when a batch wants more chains than there are."""
-    rng, beyond = np.random.default_rng([args.seed, 1, 0]), max(s for s, _ in jumps(args)) - 1
+    rng, beyond = np.random.default_rng([args.seed, 1, 0]), jumps(args)[-1][0] - 1
     if args.recipe == "original":
         limbs = to_limbs([n // (n & -n) for n in ORIGINAL_SEEDS if n not in args.test_seeds])  # 54 as its odd part
     else:
@@ -813,21 +781,20 @@ def make_pools(args: argparse.Namespace, exam: Exam) -> Pools:
             limbs = limbs[:, np.argsort((full_paths(limbs, beyond=0).lg > 0.5).sum(axis=1), kind="stable")]
     hard, hard_counts, first = trajectory_chains(limbs, rng, args.segment + beyond, args, exam)
     if int(args.hard_ratio * args.batch_size) > first[-1]:
-        raise UserError(f"--batch-size {args.batch_size}: a batch has more chains from trajectories than the {first[-1]} "
-                        "there are (raise --train-seeds or lower --hard-ratio)")
+        raise UserError(f"--batch-size {args.batch_size}: more chains from trajectories than the {first[-1]} there are "
+                        "(raise --train-seeds or lower --hard-ratio)")
     rand, counts = random_chains(rng, args.pool, 1 + beyond, args, exam)
     return Pools(hard, first, rand, hard_counts + counts)
 
 
 def active_seeds(step: int, n_seeds: int, args: argparse.Namespace) -> int:
-    """How many of the training seeds are in use: all, or with --curriculum from start-seeds to all over ramp-len steps."""
+    """How many training seeds are in use: all, or with --curriculum from start-seeds to all over ramp-len steps."""
     if not args.curriculum:
         return n_seeds
     return int(args.start_seeds + (n_seeds - args.start_seeds) * min(1.0, step / args.ramp_len))
 
 
-def draw(pools: Pools, args: argparse.Namespace, step: int,
-         rng: np.random.Generator) -> list[tuple[Chains, int, float, float]]:
+def draw(pools: Pools, args: argparse.Namespace, step: int, rng: np.random.Generator) -> list[Part]:
     """The parts of one batch, for batch_loss. A random active seed, then a random chain of it; or a mined chain."""
     n_hard, n_seeds = int(args.hard_ratio * args.batch_size), active_seeds(step, len(pools.first) - 1, args)
     rand = take(pools.random, rng.integers(0, args.pool, args.batch_size - n_hard))
@@ -844,16 +811,15 @@ def draw(pools: Pools, args: argparse.Namespace, step: int,
 
 
 def mine(model: Lyapunov, pools: Pools, args: argparse.Namespace, exam: Exam, rng: np.random.Generator) -> Chains:
-    """The mined list and the mine-count chains whose first step has the lowest margin, of 5000 candidates, half of them from
-    trajectories, half new random numbers; the newest 1000 stay."""
-    beyond, window = max(s for s, _ in jumps(args)) - 1, model.config.window
+    """The mined list with the mine-count chains whose first step has the lowest margin, of 5000 candidates, half
+    from trajectories, half new random numbers; the newest 1000 stay."""
+    beyond, window = jumps(args)[-1][0] - 1, model.config.window
     fresh, counts = random_chains(rng, 2500, args.segment + beyond, args, exam)
     pools.counts = pools.counts + counts
     found = join(take(pools.hard, rng.integers(0, pools.first[-1], 2500)), fresh)
     with eval_mode(model):
-        k = found["k"].to(model.device)
-        w = model(found["lg"].to(model.device), k, found["res"].to(model.device))
-        gap = gaps(w, model.end(k), window, 1, 1, 0.0)[:, 0].cpu()
+        lg, k, res = (found[name].to(model.device) for name in ("lg", "k", "res"))
+        gap = gaps(model(lg, k, res), model.end(k), window, 1, 1, 0.0)[:, 0].cpu()
     gap = torch.where(found["ok"][:, :window + 2].all(-1), gap, math.inf)
     worst = take(found, torch.argsort(gap)[:args.mine_count])
     return worst if pools.mined is None else take(join(pools.mined, worst), slice(-1000, None))
@@ -870,12 +836,8 @@ def rates(ok: np.ndarray, weight: np.ndarray, growth: np.ndarray) -> dict[str, f
     """Pass rates over evaluation rows: plain, weighted by 1 + log10(excursion), the same where T(n) > n."""
     def mean(x: np.ndarray, w: np.ndarray) -> float:
         return float((x * w).sum() / w.sum()) if w.sum() else math.nan
-    one = np.ones_like(weight)
-    return {"pass_rate": mean(ok, one), "weighted_pass_rate": mean(ok, weight),
-            "growth_pass_rate": mean(ok[growth], one[growth]), "growth_weighted_pass_rate": mean(ok[growth], weight[growth])}
-
-
-Value = Callable[[Paths], np.ndarray]  # V at the first nodes of paths: (N, P) float64
+    one, g = np.ones_like(weight), growth
+    return dict(zip(RATES, (mean(ok, one), mean(ok, weight), mean(ok[g], one[g]), mean(ok[g], weight[g])), strict=True))
 
 
 def walk_steps(value: Value, walks: Paths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -897,14 +859,14 @@ def evaluate(value: Value, exam: Exam, full: bool = True) -> dict:
     if not full:
         return out
 
-    def by_seed(x: np.ndarray) -> dict[str, float]:
-        return dict(zip(map(str, exam.test_seeds), x.tolist(), strict=True))
-    fall = np.where(test_n, v_test[:, :-1] - v_test[:, 1:], np.inf)
-    out |= {"violations": by_seed((~test_ok & test_n).sum(axis=1)), "odd_steps": by_seed(test_n.sum(axis=1)),
-            "worst_margin": by_seed(fall.min(axis=1))}
+    def by(names: Sequence, x: np.ndarray) -> dict[str, float]:
+        return dict(zip(map(str, names), x.tolist(), strict=True))
+    bad, fall = ~test_ok & test_n, np.where(test_n, v_test[:, :-1] - v_test[:, 1:], np.inf)
+    out |= {"violations": by(exam.test_seeds, bad.sum(axis=1)), "odd_steps": by(exam.test_seeds, test_n.sum(axis=1)),
+            "worst_margin": by(exam.test_seeds, fall.min(axis=1))}
     _, record_ok, record_n = walk_steps(value, exam.walks["record"])
-    bad = (~record_ok & record_n).sum(axis=1).tolist()
-    out |= {"records": dict(zip(map(str, RECORD_SEEDS), bad, strict=True)), "record_violations": sum(bad)}
+    bad = (~record_ok & record_n).sum(axis=1)
+    out |= {"records": by(RECORD_SEEDS, bad), "record_violations": int(bad.sum())}
     big = walk_n & (exam.walks["random"].lg[:, :walk_n.shape[1]] > 16)
     out |= {"on_trajectory_steps": int(walk_n.sum()), "on_trajectory_above_16_bits": float(walk_ok[big].mean())}
     free = exam.rows.res[:, 0] % 3 == 0
@@ -919,7 +881,7 @@ def evaluate(value: Value, exam: Exam, full: bool = True) -> dict:
     counts, edges = np.histogram(np.clip(np.nan_to_num(margins, nan=-4.0), -4, 8), bins=np.linspace(-4, 8, 121))
     return out | {"slope": slope, "v_min": float(min(v.min(), v_test.min())),
                   "v_above_log2n": np.quantile(v[:, 0] / scale - lg, [0, 1]).tolist(),
-                  "margin_quantiles": dict(zip(map(str, QUANTILES), np.quantile(margins, QUANTILES).tolist(), strict=True)),
+                  "margin_quantiles": by(QUANTILES, np.quantile(margins, QUANTILES)),
                   "margin_histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}
 
 
@@ -931,11 +893,9 @@ def baselines(lookahead: int) -> dict[str, Value]:
 
 
 def lower_bound(lookahead: int) -> float:
-    """Least share of violations on trajectories of a V that is smooth in log n and knows only k_1..k_L.
-
-    For iid k, the windows of L + 1 values split into rotation classes; a class that rises needs a violation in each turn. So
-    P(k_1 + ... + k_(L+1) <= (L+1) log2 3) / (L+1), where the sum is at most s iff s coin flips show L + 1 heads.
-    """
+    """Least share of violations on trajectories of a V that is smooth in log n and knows only k_1..k_L. For iid k, the
+    windows of L + 1 values split into rotation classes; a class that rises needs a violation in each turn. So
+    P(k_1 + ... + k_(L+1) <= (L+1) log2 3) / (L+1), where the sum is at most s iff s coin flips show L + 1 heads."""
     m = lookahead + 1
     s = math.floor(m * LOG2_3)
     return sum(math.comb(s, heads) for heads in range(m, s + 1)) / 2**s / m
@@ -956,26 +916,27 @@ def by_lookahead(walks: Paths, lookaheads: Sequence[int]) -> dict[str, dict[str,
 def format_report(title: str, own: dict, rows: dict[str, dict]) -> str:
     """The table that a run ends with. own: figures of the V in question; rows: name -> figures of every V to show."""
     seeds, total = list(own["violations"]), sum(own["odd_steps"].values())
-    lines = ["", title, f"  {'V':<16}{'violations':>11}  {' '.join(f'{s:>7}' for s in seeds)}    pass    wtd    growth  gr-wtd"
-             "  not 3|n  on traj.  records"]
+    lines = ["", title, f"  {'V':<16} violations  " + " ".join(f"{s:>7}" for s in seeds)
+             + "    pass    wtd    growth  gr-wtd  not 3|n  on traj.  records"]
     for name, r in rows.items():
-        p = [*(r[key] for key in ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted_pass_rate")),
-             r["not_divisible_by_3"]["pass_rate"], r["on_trajectory_pass_rate"]]
-        lines.append(f"  {name[:15]:<16}{r['violations_total']:>7}/{total}  " + " ".join(f"{r['violations'][s]:>7}" for s in seeds)
-                     + "  " + " ".join(f"{100 * x:7.3f}" for x in p) + f"  {r['record_violations']:>5}")
+        shares = [*(r[key] for key in RATES), r["not_divisible_by_3"]["pass_rate"], r["on_trajectory_pass_rate"]]
+        lines.append(f"  {name[:15]:<16}{r['violations_total']:>7}/{total}  "
+                     + " ".join(f"{r['violations'][s]:>7}" for s in seeds) + "  "
+                     + " ".join(f"{100 * x:7.3f}" for x in shares) + f"  {r['record_violations']:>5}")
     for name, key, form in (("odd steps", "odd_steps", ">7"), ("worst margin", "worst_margin", ">7.3f")):
         lines.append(f"  {name:<16}" + " " * 13 + " ".join(format(own[key][s], form) for s in seeds))
-    n, steps, lookahead = sum(n for _, n in own["by_bits"].values()), own["on_trajectory_steps"], own["lookahead"]
+    n, steps = sum(n for _, n in own["by_bits"].values()), own["on_trajectory_steps"]
+    alone, with_residue = (100 - 100 * lower_bound(own["lookahead"] + more) for more in (0, RESIDUE_DIGITS))
     low, high = own["v_above_log2n"]
     return "\n".join([
         *lines,
         f"  pass rate {format_rate(round(own['pass_rate'] * n), n)}; by bits of n: "
         + ", ".join(f"{b} {100 * k / m:.2f}%" for b, (k, m) in own["by_bits"].items()),
         f"  on trajectories {format_rate(round(own['on_trajectory_pass_rate'] * steps), steps)}, above 16 bits "
-        f"{100 * own['on_trajectory_above_16_bits']:.2f}%; bound: {100 - 100 * lower_bound(lookahead):.2f}% for V of k alone,"
-        f" {100 - 100 * lower_bound(lookahead + RESIDUE_DIGITS):.2f}% with n mod 3^{RESIDUE_DIGITS}",
-        "  margins in bits, quantiles: " + ", ".join(f"{float(q):g}: {m:.4f}" for q, m in own["margin_quantiles"].items()),
-        f"  V: smallest {own['v_min']:.4g}, slope on log2 n {own['slope']:.4f}, above log2 n by {low:.2f} to {high:.2f} bits"])
+        f"{100 * own['on_trajectory_above_16_bits']:.2f}%; bound: {alone:.2f}% for V of k alone, {with_residue:.2f}% "
+        f"with n mod 3^{RESIDUE_DIGITS}",
+        "  margin (bits) quantiles: " + ", ".join(f"{float(q):g}: {m:.4f}" for q, m in own["margin_quantiles"].items()),
+        f"  V: smallest {own['v_min']:.4g}, slope on log2 n {own['slope']:.4f}, {low:.2f} to {high:.2f} above log2 n"])
 
 
 # ---- Training
@@ -994,23 +955,22 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     saved = checkpoint.load(path, SCRIPT)
     try:
-        config = Config(**saved["config"])
-        sound = (1 <= config.lookahead <= 1 << 20 and 0 <= config.sees <= config.lookahead and 0 <= config.hold <= config.window and config.features in ("window", "original")
-                 and 1 <= config.digits <= RESIDUE_DIGITS and config.base in ("none", "log", "closed", "window") and sum(config.layers or ()) <= 1 << 20)
+        c = Config(**saved["config"])
+        sound = (1 <= c.lookahead <= 1 << 20 and 0 <= c.sees <= c.lookahead and 0 <= c.hold <= c.window
+                 and c.features in ("window", "original") and c.base in ("none", "log", "closed", "window")
+                 and 1 <= c.digits <= RESIDUE_DIGITS and sum(c.layers or ()) <= 1 << 20)
     except (KeyError, TypeError):
         sound = False
     if not sound:
         raise UserError(f"{path}: its config is not that of a V of this script: {saved.get('config')}")
-    model = Lyapunov(config)
+    model = Lyapunov(c)
     checkpoint.load_weights(model, saved["model"], path)
     return model, saved
 
 
 def load(path: str | os.PathLike) -> Callable[[int | Sequence[int]], float | np.ndarray]:
-    """The trained V of a checkpoint or run folder: V(27), or V([27, 703]) as a float64 array. For odd numbers of any size.
-
-    Raises UserError for a bad checkpoint or a number that is not odd and positive.
-    """
+    """The trained V of a checkpoint or run folder: V(27), or V([27, 703]) as float64; for odd numbers of any size.
+    Raises UserError for a bad checkpoint or a number that is not odd and positive."""
     model, _ = load_model(path)
 
     def V(n):
@@ -1026,9 +986,8 @@ def load(path: str | os.PathLike) -> Callable[[int | Sequence[int]], float | np.
 def validate(model: Lyapunov, exam: Exam) -> dict[str, float]:
     """Pass rates on the validation numbers and trajectories, and their mean, by which best.pt is chosen."""
     v = model.value(exam.validation_rows)
-    rows = float(holds(v[:, 0], v[:, 1]).mean())
-    _, ok, counts = walk_steps(model.value, exam.validation_walks)
-    walks = float(ok[counts].mean())
+    _, ok, counts = walk_steps(model.value, exam.walks["validation"])
+    rows, walks = float(holds(v[:, 0], v[:, 1]).mean()), float(ok[counts].mean())
     return {"val_pass_rate": rows, "val_on_trajectory_pass_rate": walks, "val": (rows + walks) / 2}
 
 
@@ -1041,10 +1000,8 @@ def train(args: argparse.Namespace) -> dict:
             raise UserError(f"{args.resume} holds weights alone; --resume needs a last.pt (or use --init-from)")
         args = run.resumed_args(args, saved["args"], args.resume)
     device = devices.get_device(args.device)
-    devices.set_threads(args.threads)
     devices.set_seed(args.seed)
-    config = model_config(args)
-    model = Lyapunov(config)
+    model = Lyapunov(model_config(args))
     if saved or args.init_from:
         weights = saved or load_model(args.init_from)[1]
         checkpoint.load_weights(model, weights["model"], args.resume or args.init_from)
@@ -1052,19 +1009,19 @@ def train(args: argparse.Namespace) -> dict:
     folder = run.open_run(args, __file__)
     clock = run.Clock(args.max_minutes, *((saved["seconds"], saved["cpu_seconds"]) if saved else ()))
     exam = make_exam(args)
-    n_params = count_parameters(model)
-    head = f"{devices.describe(device)} | 1 rank | {n_params} parameters | lookahead {args.lookahead} | "
-    what = {"script": SCRIPT, "format": 1, "config": asdict(config), "args": {k: v for k, v in vars(args).items() if k != "given"}}
-    if config.layers is None:
+    head = f"{devices.describe(device)} | 1 rank | {count_parameters(model)} parameters | lookahead {args.lookahead} | "
+    what = {"script": SCRIPT, "format": 1, "config": asdict(model.config),
+            "args": {k: v for k, v in vars(args).items() if k != "given"}}
+    if model.config.layers is None:
         print(f"{head}no training | {folder}", flush=True)
         checkpoint.save(folder / "best.pt", {**what, "step": 0, "model": model.state_dict()})
         return finish(args, model, exam, folder, clock, {"steps": 0, "best_step": 0, "stopped_early": False})
 
     pools = make_pools(args, exam)
-    print(f"{head}{args.split} split | {pools.first[-1]} + {args.pool} chains, {pools.counts[0]} numbers, {pools.counts[1]} more "
-          f"excluded, {pools.counts[2]} leaked | {folder}", flush=True)
+    print(f"{head}{args.split} split | {pools.first[-1]} + {args.pool} chains, {pools.counts[0]} numbers, "
+          f"{pools.counts[1]} more excluded, {pools.counts[2]} leaked | {folder}", flush=True)
     optimizers = make_optimizers(model, args)
-    peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     # the original stepped this on the loss of every batch: its noise decides, and it can only lower the rate
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizers[0], factor=0.5, patience=2000)
     rng = np.random.default_rng([args.seed, 2])
@@ -1085,10 +1042,11 @@ def train(args: argparse.Namespace) -> dict:
 
     def save(step: int) -> None:
         checkpoint.save(folder / "last.pt", {
-            **weights_at(step), "optimizers": [o.state_dict() for o in optimizers], "plateau": plateau.state_dict(), "ema": None,
-            "best": best, "rng": checkpoint.rng_state(), "data_rng": rng.bit_generator.state, "mined": pools.mined,
-            "counts": pools.counts.tolist(), "loss_sum": loss_sum.cpu(), "loss_n": loss_n, "norm": float(norm),
-            "logged": logged, "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds()})
+            **weights_at(step), "ema": None, "optimizers": [o.state_dict() for o in optimizers],
+            "plateau": plateau.state_dict(), "rng": checkpoint.rng_state(), "data_rng": rng.bit_generator.state,
+            "mined": pools.mined, "counts": pools.counts.tolist(), "best": best, "logged": logged,
+            "loss_sum": loss_sum.cpu(), "loss_n": loss_n, "norm": float(norm),
+            "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds()})
 
     begun = clock.seconds()
     with run.StopSignal() as stop:
@@ -1096,13 +1054,14 @@ def train(args: argparse.Namespace) -> dict:
             last = step == args.steps or stop.number or clock.expired()
             due = logged < step and (step % args.quick_eval_interval == 0 or step == args.steps)
             if (due or last) and not torch.isfinite(loss_sum):
-                raise UserError(f"the loss is not finite at step {step}; the last good checkpoint is {folder / 'last.pt'} "
-                                "(try a lower --lr, or --clip 1)")
+                raise UserError(f"the loss is not finite at step {step} (try a lower --lr, or --clip 1); the last good "
+                                f"checkpoint is {folder / 'last.pt'}")
             if due:
                 full = step % args.eval_interval == 0 or step == args.steps
                 figures = evaluate(model.value, exam, full=False) if full else dict.fromkeys(LOGGED, math.nan)
-                row = {"step": step, "loss": float(loss_sum / loss_n) if loss_n else math.nan, **validate(model, exam), **figures,
-                       "seeds": active_seeds(step, len(pools.first) - 1, args), "mined": len(pools.mined["k"]) if pools.mined else 0,
+                row = {"step": step, "loss": float(loss_sum / loss_n) if loss_n else math.nan, **validate(model, exam),
+                       **figures, "seeds": active_seeds(step, len(pools.first) - 1, args),
+                       "mined": len(pools.mined["k"]) if pools.mined else 0,
                        "lr": optimizers[0].param_groups[0]["lr"], "grad": float(norm), "sec": clock.seconds()}
                 log.write(row)
                 print(metrics.format_row(row), flush=True)
@@ -1119,12 +1078,12 @@ def train(args: argparse.Namespace) -> dict:
                 break
             if args.mine_negatives and step >= args.mine_start and step % args.mine_interval == 0:
                 pools.mined = mine(model, pools, args, exam, rng)
-            parts = [({k: v.to(device) for k, v in chains.items()}, *rest) for chains, *rest in draw(pools, args, step, rng)]
-            for optimizer, lrs in zip(optimizers, peaks, strict=True):
-                for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                    if args.schedule == "linear":
-                        group["lr"] = lr * lr_factor(step, args)
-                optimizer.zero_grad(set_to_none=True)
+            parts = [({k: v.to(device) for k, v in chains.items()}, *rest)
+                     for chains, *rest in draw(pools, args, step, rng)]
+            if args.schedule == "linear":
+                for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
+                    group["lr"] = peak * lr_factor(step, args)
+            model.zero_grad(set_to_none=True)
             with devices.autocast(device, args.precision):
                 loss = batch_loss(model, parts, args, step)
             loss.backward()
@@ -1138,10 +1097,9 @@ def train(args: argparse.Namespace) -> dict:
         print(f"stopped at step {step}; go on with: python {SCRIPT} --resume {folder}", flush=True)
         sys.exit(128 + stop.number)
     model, chosen = load_model(folder / "best.pt")
-    n_numbers, n_excluded, n_leaked = pools.counts.tolist()
     return finish(args, model.to(device), exam, folder, clock, {
-        "steps": step, "best_step": chosen["step"], "stopped_early": step < args.steps, "n_train_numbers": n_numbers,
-        "n_excluded": n_excluded, "n_leaked": n_leaked})
+        "steps": step, "best_step": chosen["step"], "stopped_early": step < args.steps,
+        **dict(zip(("n_train_numbers", "n_excluded", "n_leaked"), pools.counts.tolist(), strict=True))})
 
 
 def finish(args: argparse.Namespace, model: Lyapunov, exam: Exam, folder: Path, clock: run.Clock, facts: dict) -> dict:
@@ -1150,17 +1108,18 @@ def finish(args: argparse.Namespace, model: Lyapunov, exam: Exam, folder: Path, 
     compare = {name: evaluate(value, exam) for name, value in baselines(args.lookahead).items()}
     if args.exhaustive:
         facts = {**facts, "exhaustive": exhaustive(model, args.exhaustive)}
-    run.write_json(folder / "report.json", {
-        "curves": curves(model, exam), "by_lookahead": by_lookahead(exam.walks["random"], LOOKAHEADS), "baselines": compare})
+    report = {"curves": curves(model, exam), "by_lookahead": by_lookahead(exam.walks["random"], LOOKAHEADS)}
+    run.write_json(folder / "report.json", {**report, "baselines": compare})
     summary = {"script": SCRIPT, "name": folder.name, "seed": args.seed, "n_params": count_parameters(model),
-               "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds(), "command": run.command(), "recipe": args.recipe,
-               "split": args.split, "lookahead": args.lookahead, "lower_bound": lower_bound(args.lookahead), **facts, **figures}
+               "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds(), "command": run.command(),
+               "recipe": args.recipe, "split": args.split, "lookahead": args.lookahead,
+               "lower_bound": lower_bound(args.lookahead), **facts, **figures}
     run.write_json(folder / "summary.json", summary)
     draw_pictures(folder, [folder])
-    title = f"{args.model} V, lookahead {args.lookahead}, {args.split} split, step {facts['best_step']} chosen on validation"
-    print(format_report(title, summary, {**compare, folder.name: figures}))
-    print(f"{summary['violations_total']} of {sum(figures['odd_steps'].values())} violations on the test seeds, pass rate "
-          f"{100 * summary['pass_rate']:.2f}%, {clock.seconds():.0f} s, {folder}")
+    title = f"{args.model} V, lookahead {args.lookahead}, {args.split} split, step {facts['best_step']} chosen"
+    print(format_report(f"{title} on validation", summary, {**compare, folder.name: figures}))
+    print(f"{figures['violations_total']} of {sum(figures['odd_steps'].values())} violations on the test seeds, "
+          f"pass rate {100 * figures['pass_rate']:.2f}%, {clock.seconds():.0f} s, {folder}")
     return summary
 
 
@@ -1175,7 +1134,7 @@ def curves(model: Lyapunov, exam: Exam) -> dict[str, dict[str, list]]:
 
 
 def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
-    """Draw the pictures of the run in `folder` from its files; its lookahead picture shows the nets of all runs given."""
+    """Draw the pictures of the run in `folder` from its files; that of lookaheads shows the nets of all `runs`."""
     summary, report = (run.read_json(folder / f) for f in ("summary.json", "report.json"))
     made = []
 
@@ -1193,14 +1152,16 @@ def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
         bad = [i + 1 for i, ok in enumerate(c["ok"]) if not ok]
         ax.plot(c["log2_n"], color="0.6", lw=1, label="log2 n")
         ax.plot(c["v"], color="tab:blue", lw=1.5, label="V")
-        ax.plot(bad, [c["v"][i] for i in bad], "o", color="tab:red", ms=5, label=f"V rose ({len(bad)} of {len(c['ok'])} steps)")
+        ax.plot(bad, [c["v"][i] for i in bad], "o", color="tab:red", ms=5,
+                label=f"V rose ({len(bad)} of {len(c['ok'])} steps)")
         ax.set_title(f"trajectory of {seed}")
     done(fig, "trajectories.png", xlabel="odd step", ylabel="bits")
 
     fig, ax = plots.new_figure()
-    for name, style in (("linear mean", "C7^-"), ("closed form", "C0s-"), ("bound with residues", "k:"), ("bound", "k--")):
+    styles = {"linear mean": "C7^-", "closed form": "C0s-", "bound with residues": "k:", "bound": "k--"}
+    for name, style in styles.items():
         points = [(int(m), row[name]) for m, row in report["by_lookahead"].items() if row.get(name, 0) > 0]
-        ax.plot(*zip(*points, strict=True), style, ms=4, label=name)
+        ax.plot(*np.reshape(points, (-1, 2)).T, style, ms=4, label=name)
     for s in (run.read_json(other / "summary.json") for other in runs):
         ax.plot(s["lookahead"], max(1 - s["on_trajectory_pass_rate"], 1e-6), "*", ms=12, label=s["name"])
     done(fig, "lookahead.png", yscale="log", xlabel="lookahead L", ylabel="violations per step of random trajectories")
@@ -1220,12 +1181,12 @@ def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
 
     if (folder / "metrics.csv").is_file():
         fig, axes = plots.new_figure(1, 2)
+        rows = metrics.read(folder)
         shares = ["val_pass_rate", "val_on_trajectory_pass_rate", "pass_rate", "on_trajectory_pass_rate"]
         for ax, keys in zip(axes, (["loss"], shares), strict=True):
             for key in keys:
-                points = [(r["step"], r[key]) for r in metrics.read(folder) if math.isfinite(r[key])]
-                if points:
-                    ax.plot(*zip(*points, strict=True), marker=".", lw=1.2, label=key.replace("_", " "))
+                points = [(row["step"], row[key]) for row in rows if math.isfinite(row[key])]
+                ax.plot(*np.reshape(points, (-1, 2)).T, marker=".", lw=1.2, label=key.replace("_", " "))
         done(fig, "training.png", xlabel="step")
     return made
 
@@ -1241,19 +1202,19 @@ def exhaustive(model: Lyapunov, limit: int, chunk: int = 1 << 15) -> dict:
         v = model.value(paths(limbs, model.config.lookahead + 1))
         bad = n[~holds(v[:, 0], v[:, 1])]
         n_checked, violations, first = n_checked + len(n), violations + len(bad), (first + bad[:5].tolist())[:5]
-    print(f"every odd n < {limit}: {violations} violations among {n_checked}" + (f", the first at {first}" if first else ""))
+    at = f", the first at {first}" if first else ""
+    print(f"every odd n < {limit}: {violations} violations among {n_checked}{at}")
     return {"limit": limit, "n": n_checked, "violations": violations, "first": first}
 
 
 def read_numbers(text: str) -> list[int]:
     """Numbers from a list `27,703`, or from a file with one or more on a line. Raises UserError naming the line."""
-    if not Path(text).is_file():
+    if not os.path.isfile(text):  # Path(text).is_file() raises for a number of 256 digits
         if not all(c.isdigit() or c in ", -" for c in text):
             raise UserError(f"--score {text[:60]}: neither a file nor odd numbers separated by commas")
         return [odd_number(t, "--score") for t in text.split(",")]
-    numbers = []
-    for i, line in enumerate(Path(text).read_text().splitlines(), 1):
-        numbers += [odd_number(t, f"{text}, line {i}") for t in line.replace(",", " ").split()]
+    lines = enumerate(Path(text).read_text().splitlines(), 1)
+    numbers = [odd_number(t, f"{text}, line {i}") for i, line in lines for t in line.replace(",", " ").split()]
     if not numbers:
         raise UserError(f"{text}: no numbers")
     return numbers
@@ -1270,12 +1231,12 @@ def score(model: Lyapunov, numbers: list[int]) -> None:
 
 
 def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> dict:
-    """Figures of a checkpoint by the code that training uses, on the sets of its run (--eval-csv of args, if it has one)."""
+    """Figures of a checkpoint by the code that training uses, on the sets of its run, but rows of args' --eval-csv."""
     model, saved = load_model(path)
     own = argparse.Namespace(**{**vars(parse_args([])), **saved["args"], "lookahead": model.config.lookahead})
     own.eval_csv = getattr(args, "eval_csv", None)
     model.to(devices.get_device(getattr(args, "device", "cpu")))
-    return {"script": SCRIPT, "n_params": count_parameters(model), "lookahead": model.config.lookahead, "split": own.split,
+    return {"script": SCRIPT, "n_params": count_parameters(model), "lookahead": own.lookahead, "split": own.split,
             "step": saved["step"], **evaluate(model.value, make_exam(own))}
 
 
@@ -1284,27 +1245,29 @@ def main(argv: list[str] | None = None) -> dict | None:
     with run.one_line_errors(SCRIPT):
         devices.set_threads(args.threads)
         if args.make_eval:
-            return make_eval_csv(args.make_eval)
-        if args.analyze_seeds:
-            print(f"{'n':>12} {'odd steps':>10} {'total stopping time':>20} {'maximum odd value':>20} {'ratio to n':>12}")
-            for n in args.analyze_seeds:
-                a = analyze(n)
-                print(f"{n:>12} {a['odd_steps']:>10} {a['total_stopping_time']:>20} {a['max_odd']:>20} {a['excursion_ratio']:>12.1f}")
-            return None
-        if args.plot:
+            make_eval_csv(args.make_eval)
+        elif args.analyze_seeds:
+            row = "{:>12} {:>10} {:>20} {:>20} {:>12}".format
+            print(row("n", "odd steps", "total stopping time", "maximum odd value", "ratio to n"))
+            for *whole, ratio in (analyze(n).values() for n in args.analyze_seeds):
+                print(row(*whole, f"{ratio:.1f}"))
+        elif args.plot:
             for folder in args.plot:
                 print(*draw_pictures(folder, args.plot), sep="\n")
-            return None
-        if args.score:
+        elif args.score:
             numbers = read_numbers(args.score)
             if not args.checkpoint and args.model != "closed":
                 raise UserError("--score needs --checkpoint RUN/best.pt (or --model closed)")
-            return score(load_model(args.checkpoint)[0] if args.checkpoint else Lyapunov(model_config(args)), numbers)
-        if args.checkpoint:
+            score(load_model(args.checkpoint)[0] if args.checkpoint else Lyapunov(model_config(args)), numbers)
+        elif args.checkpoint:
             out = evaluate_checkpoint(args.checkpoint, args)
-            print(format_report(f"{args.checkpoint}, lookahead {out['lookahead']}, {out['split']} split", out, {"this V": out}))
+            title = f"{args.checkpoint}, lookahead {out['lookahead']}, {out['split']} split"
+            print(format_report(title, out, {"this V": out}))
+            if args.exhaustive:
+                out["exhaustive"] = exhaustive(load_model(args.checkpoint)[0], args.exhaustive)
             return out
-        return train(args)
+        else:
+            return train(args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def load(path: str | os.PathLike, script: str | None = None) -> dict:
 
 
 def load_weights(module: torch.nn.Module, state: dict, path: str | os.PathLike) -> None:
-    """Load a state dict strictly. Raises UserError that names the first tensor missing, extra, misshapen or not finite."""
+    """Load a state dict strictly. Raises UserError naming the first tensor missing, extra, misshapen or not finite."""
     own = module.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:

@@ -49,15 +49,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @contextmanager
 def eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; leaves every submodule's mode and torch's global random stream as they were."""
+    """Evaluation mode without gradients; leaves each submodule's mode and torch's random streams as they were."""
     modes = [(m, m.training) for module in modules for m in module.modules()]
-    rng = torch.get_rng_state()
     try:
         for m, _ in modes:
             m.training = False
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         for m, training in modes:
             m.training = training
-        torch.set_rng_state(rng)

@@ -10,7 +10,7 @@ from common.run import UserError, write_atomic
 
 
 def read(path: str | os.PathLike) -> list[dict[str, float]]:
-    """Rows of a metrics.csv (or of the one in a run folder); empty cells are left out, a last line cut short is dropped.
+    """Rows of a metrics.csv (or of that in a run folder); empty cells are left out, a last line cut short is dropped.
 
     Raises UserError when the file is missing or a cell is not a number.
     """
@@ -98,6 +98,6 @@ def open_tracker(kind: str, folder: str | os.PathLike, args: dict):
             return log
         import wandb
     except ImportError:
-        raise UserError(f"--tracker {kind} needs a package that is not installed: pip install -e '.[trackers]'") from None
+        raise UserError(f"--tracker {kind} needs a package that is missing: pip install -e '.[trackers]'") from None
     run = wandb.init(dir=os.fspath(folder), name=Path(folder).name, config=args)
     return lambda row: run.log(row, step=row["step"])

@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from common import metrics
-from common.run import UserError, one_line_errors
+from common.run import Parser, UserError, one_line_errors
 
 
 def new_figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 4.2):
@@ -32,7 +32,7 @@ def save_figure(fig, path: Path) -> Path:
 
 
 def curves(runs: list[Path], key: str, x: str, out: Path, log: bool = False) -> Path:
-    """Plot column `key` against column `x` of each run's metrics.csv into `out`. Raises UserError for an unknown column."""
+    """Plot column `key` against column `x` of each run's metrics.csv into `out`. Raises UserError: unknown column."""
     tables = [metrics.read(run) for run in runs]
     for run, rows in zip(runs, tables, strict=True):
         for name in (key, x):
@@ -52,7 +52,7 @@ def curves(runs: list[Path], key: str, x: str, out: Path, log: bool = False) -> 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m common.plots", description=__doc__)
+    p = Parser(prog="common.plots", usage="python -m common.plots RUN [RUN ...] --y KEY", description=__doc__)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder or metrics.csv")
     p.add_argument("--y", required=True, metavar="KEY", help="column to plot")
     p.add_argument("--x", default="step", metavar="KEY", help="column along the axis, e.g. sec")
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     first = args.runs[0]
     with one_line_errors("common.plots"):
-        print(curves(args.runs, args.y, args.x, args.out or (first if first.is_dir() else first.parent) / f"{args.y}.png",
-                     args.log))
+        out = args.out or (first if first.is_dir() else first.parent) / f"{args.y}.png"
+        print(curves(args.runs, args.y, args.x, out, args.log))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.run import UserError, integer, one_line_errors, read_json
+from common.run import Parser, UserError, integer, one_line_errors, read_json
 
 # two-sided 95 % quantile of Student's t by degrees of freedom; 1.96 is close enough above 30
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -53,8 +53,7 @@ def table(summaries: list[dict]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    p = argparse.ArgumentParser(prog="python -m common.repeat", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="common.repeat", usage="python -m common.repeat N SCRIPT [flags]", description=__doc__)
     p.add_argument("n", type=integer(1), metavar="N", help="number of seeds")
     p.add_argument("script", type=Path, help="script to run")
     p.add_argument("--seed", type=integer(0), default=0, help="first seed")
@@ -73,9 +72,14 @@ def repeat(args: argparse.Namespace, flags: list[str]) -> list[dict]:
     for seed in range(args.seed, args.seed + args.n):
         folder = f"{base}-s{seed}"
         print(f"# seed {seed}: {folder}", flush=True)
-        done = subprocess.run([sys.executable, str(args.script), *flags, "--seed", str(seed), "--out-dir", folder])
-        if done.returncode:
-            raise UserError(f"seed {seed} ended with exit code {done.returncode}; {len(summaries)} seeds had finished")
+        process = subprocess.Popen([sys.executable, str(args.script), *flags, "--seed", str(seed), "--out-dir", folder])
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # the script got the Ctrl-C as well and saves before it leaves
+            raise
+        if code:
+            raise UserError(f"seed {seed} ended with exit code {code}; {len(summaries)} seeds had finished")
         summaries.append(read_json(Path(folder) / "summary.json"))
     return summaries
 

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-RUN_FLAGS = ("name", "out_dir", "resume", "init_from", "device", "threads", "max_minutes", "tracker")  # may change on resume
+RUN_FLAGS = ("name", "out_dir", "resume", "init_from", "device", "threads", "max_minutes", "tracker")  # free on resume
 
 
 class UserError(ValueError):
@@ -26,7 +27,7 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors(script: str) -> Iterator[None]:
-    """Turn bad input, a full or read-only disk and Ctrl-C into one line and an exit code; every other error is a bug."""
+    """Turn bad input, a full or read-only disk and Ctrl-C into one line and an exit code; other errors are bugs."""
     try:
         yield
     except (UserError, OSError) as e:
@@ -65,20 +66,36 @@ def real(lo: float, hi: float = math.inf, above: bool = False) -> Callable[[str]
     return parse
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = "default" not in action.help and action.default not in (None, False, argparse.SUPPRESS)
+        return action.help + " (default: %(default)s)" if shown else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose help keeps the docstring's lines and shows defaults, and whose errors are one line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **{"usage": "%(prog)s [flags]", **settings})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, threads: int = 1) -> None:
     """Add the flags that mean the same in every script."""
     g = parser.add_argument_group("run")
     g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="seeds everything: init, data, order")
-    g.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto: CUDA, then MPS, then CPU")
+    g.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto: CUDA, MPS, else CPU")
     g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the forward pass; auto: bf16 on CUDA that has it, fp32 elsewhere")
     g.add_argument("--threads", type=integer(0), default=threads, help="CPU threads of torch; 0: torch's choice")
     g.add_argument("--name", help="run name; default: time and seed")
     g.add_argument("--out-dir", help="the run folder itself; default: logs/SCRIPT/NAME")
-    g.add_argument("--resume", metavar="PATH", help="go on from this run folder or checkpoint, in its folder, with its flags")
+    g.add_argument("--resume", metavar="PATH", help="go on from this run folder or checkpoint, with its flags")
     g.add_argument("--init-from", metavar="PATH", help="start from the weights of this checkpoint, nothing else of it")
     g.add_argument("--max-minutes", type=real(0), default=0, help="end training after this long; 0: no limit")
-    g.add_argument("--tracker", choices=["none", "tensorboard", "wandb"], default="none", help="also send metrics there")
+    g.add_argument("--tracker", choices=["none", "tensorboard", "wandb"], default="none", help="send metrics there too")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -94,12 +111,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def resumed_args(args: argparse.Namespace, saved: dict, path: str) -> argparse.Namespace:
-    """The flags of a resumed run: those of the checkpoint, but for RUN_FLAGS. Raises UserError when a given flag differs."""
+    """The flags of a resumed run: the checkpoint's, but for RUN_FLAGS. Raises UserError when a given flag differs."""
     for flag in args.given:
         if flag not in RUN_FLAGS and saved.get(flag) != getattr(args, flag):
-            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)} here and {saved.get(flag)} in {path}: "
-                            "a resumed run keeps its flags (for new ones use --init-from)")
-    return argparse.Namespace(**{**vars(args), **{k: v for k, v in saved.items() if k not in RUN_FLAGS and k != "given"}})
+            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)} here and {saved.get(flag)} in {path}"
+                            ": a resumed run keeps its flags (for new ones use --init-from)")
+    kept = {k: v for k, v in saved.items() if k not in RUN_FLAGS and k != "given"}
+    return argparse.Namespace(**{**vars(args), **kept})
 
 
 # ---- folder
@@ -121,12 +139,12 @@ def run_folder(args: argparse.Namespace, script: str) -> Path:
 def open_run(args: argparse.Namespace, script_file: str) -> Path:
     """Create the run folder with args.json, run.txt and a copy of the script, and return it.
 
-    Raises UserError when the folder holds another run and this one does not resume it; OSError when it cannot be written.
+    Raises UserError when the folder holds another run, which this one does not resume; OSError if it is not writable.
     """
     folder = run_folder(args, script_file)
     own = args.resume is not None and folder.resolve() == _folder_of(args.resume).resolve()
     if not own and any((folder / f).exists() for f in ("metrics.csv", "last.pt", "summary.json")):
-        raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or go on with --resume {folder}")
+        raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", {k: v for k, v in vars(args).items() if k != "given"})
     with open(folder / "run.txt", "a") as f:
@@ -145,10 +163,12 @@ def command() -> str:
 def commit() -> str:
     """`<hash>` or `<hash>, with changes` of the checkout; the environment variable RUN_COMMIT where there is no git."""
     def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+                              timeout=10)
+        return done.stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + (", with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (", with changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("RUN_COMMIT", "unknown")
 
@@ -170,7 +190,7 @@ def provenance() -> str:
 # ---- files
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Write data beside `path`, flush it to the disk, then rename: killed at any moment, `path` is whole, old or new."""
+    """Write data beside `path`, flush it to disk, then rename: killed at any moment, `path` is whole, old or new."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
