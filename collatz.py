@@ -1,6 +1,6 @@
 """Can a small net learn a Lyapunov function for the Collatz map: V(T(n)) < V(n) for odd n, T(n) = (3n+1)/2^k?
 
-    python collatz.py                                        # DEFAULT_LINE
+    python collatz.py                                        # 400 steps, about 13 s: 27 of 429 violations, 99.86 %
     python collatz.py --lookahead 20 --seed 1                # more foresight, fewer violations
     python collatz.py --model closed --lookahead 150 --exhaustive 2097152    # no training, 0 violations, odd n < 2^21
     python collatz.py --recipe original --curriculum --steps 3000 --split original   # the experiment that stalled
@@ -52,7 +52,6 @@ RATES = ("pass_rate", "weighted_pass_rate", "growth_pass_rate", "growth_weighted
 LOGGED = (*RATES, "violations_total", "on_trajectory_pass_rate")  # figures of the test sets in metrics.csv
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.5, 0.95)
 LOOKAHEADS = (5, 10, 20, 30, 50, 70, 100)  # of the picture of violations against lookahead
-sys.set_int_max_str_digits(0)      # numbers of any size may be scored
 
 # What --recipe sets. A flag on the command line wins; those that window sets have no flag: hard_weight is the weight of
 # steps from trajectories, growth_weight of those where T(n) > n.
@@ -101,8 +100,7 @@ def widths(text: str) -> tuple[int, ...]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = run.Parser(description=__doc__)
     p.add_argument("--recipe", choices=sorted(RECIPES), default="window", help="sets defaults: ours, or the original's")
 
     g = p.add_argument_group("data")
@@ -131,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--features", choices=["window", "original"], default="window", help="what the net sees")
     g.add_argument("--sees", type=integer(0), default=0,
                    help="values of k that the net sees; 0: 1 with base window, else all (fewer: only with base log)")
-    g.add_argument("--digits", type=integer(1, RESIDUE_DIGITS), default=12, help="it sees statistics of n mod 3^DIGITS")
+    g.add_argument("--digits", type=integer(0, RESIDUE_DIGITS), default=12, help="it sees statistics of n mod 3^DIGITS")
     g.add_argument("--hold", type=integer(0), default=1, help="base window: rising steps that its end may stand still")
     g.add_argument("--tie-break", type=real(0, 0.4, above=True), default=1e-3, help="bits a step that a maximum sinks")
     g.add_argument("--mod3", action="store_true", help="one bit more where 3 | n: such n have no predecessor")
@@ -172,6 +170,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].recipe])
     args = run.parse(p, argv)
+    if "hold" not in args.given:
+        args.hold = min(args.hold, args.lookahead - (args.sees or 1))
     L, q, n_hard = args.lookahead, args.sees or 1, int(args.hard_ratio * args.batch_size)
     n_seeds = len(set(ORIGINAL_SEEDS) - set(args.test_seeds)) if args.recipe == "original" else args.train_seeds
     need = (L + 2) * (16 * (EVAL_ROWS + args.validation_rows) + 10 * (args.pool + 12 * args.train_seeds))  # bytes
@@ -186,6 +186,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.curriculum and args.start_seeds > n_seeds, f"--start-seeds: {args.start_seeds} of {n_seeds} seeds"),
         (args.batch_size - n_hard > args.pool, f"--batch-size: more random numbers than the --pool of {args.pool} has"),
         (args.tau_end > args.tau_start, "--tau-end: above --tau-start"),
+        (args.schedule == "plateau" and args.optimizer == "muon", "--optimizer: the plateau schedule is for adamw"),
         (args.mine_negatives and args.hard_ratio == 0,
          "--mine-negatives: mined numbers get no share with --hard-ratio 0"),
         (need > 0.6 * have, f"--lookahead: {L} needs about {need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
@@ -406,9 +407,9 @@ def read_eval_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make it with: python collatz.py --make-eval {path}")
     weight = {}  # by n
-    with open(path, newline="") as f:
+    with open(path, newline="", errors="replace") as f:
         table = csv.DictReader(f)
-        missing = [c for c in ("n", "t1", "w_expansion") if c not in (table.fieldnames or [])]
+        missing = [c for c in EVAL_COLUMNS if c not in (table.fieldnames or [])]
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; it needs {', '.join(EVAL_COLUMNS)}")
         for row in table:
@@ -425,8 +426,8 @@ def read_eval_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
                 raise UserError(f"{where}: {n} stands there twice")
             if not 1 <= w < math.inf:
                 raise UserError(f"{where}: w_expansion {w} is not a finite number >= 1")
-            growth = row.get("is_growth")
-            if growth is not None and (growth.strip().lower() in ("true", "1")) != (t1 > n):
+            growth = row["is_growth"] or ""
+            if (growth.strip().lower() in ("true", "1")) != (t1 > n):
                 raise UserError(f"{where}: is_growth {growth!r}, but n = {n}, t1 = {t1}")
             weight[n] = w
     if not weight:
@@ -453,7 +454,8 @@ def make_exam(args: argparse.Namespace) -> Exam:
     start = {"test": to_limbs(args.test_seeds), "record": to_limbs(RECORD_SEEDS),
              "random": random_odd(rng[0], args.eval_trajectories, 128, 128),
              "validation": random_odd(rng[2], args.validation_trajectories, 8, 128)}
-    walks = {name: full_paths(limbs, beyond=m) for name, limbs in start.items()}
+    walks = {name: full_paths(limbs, beyond=max(m, LOOKAHEADS[-1] + 1) if name == "random" else m)
+             for name, limbs in start.items()}
     keys = [fingerprint(limbs, walks[name].k).ravel() for name, limbs in start.items()]
     keys += [fingerprint(x, np.empty((x.shape[1], 0), np.int32)).ravel() for x in (rows, validation_rows)]
     forbidden = np.unique(np.concatenate(keys))
@@ -564,7 +566,7 @@ def residue_statistics(digits: int) -> np.ndarray:
     Columns: log2 of the stationary density relative to uniform (clipped to +-4, halved); P(last k = 1); P(last k = 2);
     E[log2 n - log2 of the node j steps ago] / 2, j = 1..digits. Exact recursion over n = (3m + 1) / 2^k, P(k) = 2^-k,
     k < 40 (the Syracuse random variables of Tao, arXiv:1909.03562, section 1.3)."""
-    density, rise = np.ones(1), np.zeros((1, 0))
+    density, first, rise = np.ones(1), np.zeros((1, 2)), np.zeros((1, 0))
     for d in range(1, digits + 1):
         size, m3 = 3**d, 3 * np.arange(3 ** (d - 1)) + 1
         mass, first, up = np.zeros(size), np.zeros((size, 2)), np.zeros((size, d))
@@ -696,6 +698,15 @@ def gaps(w: torch.Tensor, end: torch.Tensor, window: int, s: int, n: int, tau: f
     return top(old, tau) - top(new, tau)
 
 
+def falls(model: Lyapunov, data: Chains, w: torch.Tensor, s: int, n: int, tau: float) -> torch.Tensor:
+    """What the loss asks to be positive where V(T^(i+s)) < V(T^i), i < n. W (B, P+J) -> (B, n)"""
+    end = model.end(data["k"])
+    if model.config.pooled:  # here V has a part outside the maximum
+        v = model.maximum(w, end, data["lg"])
+        return v[:, :n] - v[:, s:s + n]
+    return gaps(w, end, model.config.window, s, n, tau)
+
+
 def edge_loss(gap: torch.Tensor, margin: float, tau: float) -> torch.Tensor:
     """ramp: sigmoid((margin - gap) / tau), which is bounded: a step that cannot be saved costs no more than 1. tau = 0
     is the hinge max(0, margin - gap), the original's ranking loss, which spreads small failures over many steps."""
@@ -714,17 +725,16 @@ def batch_loss(model: Lyapunov, parts: list[Part], args: argparse.Namespace, ste
     c, tau = model.config, tau_at(step, args)
     total = torch.zeros((), device=model.device)
     for data, n, share, weight in parts:
-        w, end = model(data["lg"], data["k"], data["res"]), model.end(data["k"])
-        v = model.maximum(w, end, data["lg"])
+        w = model(data["lg"], data["k"], data["res"])
         for s, coefficient in jumps(args):
             ok = data["ok"].unfold(1, s + c.window + 1, 1)[:, :n].all(-1)  # every number that the two V look at
-            gap = v[:, :n] - v[:, s:s + n] if c.pooled else gaps(w, end, c.window, s, n, tau)
-            loss = edge_loss(gap, args.margin, tau) * ok
+            loss = edge_loss(falls(model, data, w, s, n, tau), args.margin, tau) * ok
             if s == 1:
                 loss = loss * torch.where(data["k"][:, :n] == 1, args.growth_weight, 1.0) * weight  # k = 1: T(n) > n
             total = total + share * coefficient * loss.sum() / ok.sum().clamp(min=1)
         if args.target_type != "none":
             drift = c.lookahead * LOG2_3 - data["k"][:, :c.lookahead].float().sum(1)
+            v = model.maximum(w, model.end(data["k"]), data["lg"])
             target = data["lg"][:, 0] * (math.log(2) if c.base == "none" else 1.0) + model.beta * drift  # none: nats
             ok = data["ok"][:, :c.window + 1].all(-1)
             anchor = 0.001 ** min(1.0, max(0.0, (step - ANCHOR_START) / ANCHOR_LEN))
@@ -818,8 +828,8 @@ def mine(model: Lyapunov, pools: Pools, args: argparse.Namespace, exam: Exam, rn
     pools.counts = pools.counts + counts
     found = join(take(pools.hard, rng.integers(0, pools.first[-1], 2500)), fresh)
     with eval_mode(model):
-        lg, k, res = (found[name].to(model.device) for name in ("lg", "k", "res"))
-        gap = gaps(model(lg, k, res), model.end(k), window, 1, 1, 0.0)[:, 0].cpu()
+        data = {name: x.to(model.device) for name, x in found.items()}
+        gap = falls(model, data, model(data["lg"], data["k"], data["res"]), 1, 1, 0.0)[:, 0].cpu()
     gap = torch.where(found["ok"][:, :window + 2].all(-1), gap, math.inf)
     worst = take(found, torch.argsort(gap)[:args.mine_count])
     return worst if pools.mined is None else take(join(pools.mined, worst), slice(-1000, None))
@@ -958,14 +968,22 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
         c = Config(**saved["config"])
         sound = (1 <= c.lookahead <= 1 << 20 and 0 <= c.sees <= c.lookahead and 0 <= c.hold <= c.window
                  and c.features in ("window", "original") and c.base in ("none", "log", "closed", "window")
-                 and 1 <= c.digits <= RESIDUE_DIGITS and sum(c.layers or ()) <= 1 << 20)
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
+                 and 0 <= c.digits <= RESIDUE_DIGITS and sum(c.layers or ()) <= 1 << 20)
+        model = Lyapunov(c) if sound else None
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError):
+        model = None
+    if model is None or not isinstance(saved.get("model"), dict):
         raise UserError(f"{path}: its config is not that of a V of this script: {saved.get('config')}")
-    model = Lyapunov(c)
     checkpoint.load_weights(model, saved["model"], path)
     return model, saved
+
+
+def require_config(config: Config, args: argparse.Namespace, path: str) -> None:
+    """Raise UserError when a flag on the command line contradicts the model of a checkpoint."""
+    for field in fields(Config):
+        if field.name in args.given and getattr(args, field.name) != getattr(config, field.name):
+            raise UserError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)}: {path} was trained with "
+                            f"{getattr(config, field.name)}")
 
 
 def load(path: str | os.PathLike) -> Callable[[int | Sequence[int]], float | np.ndarray]:
@@ -1000,6 +1018,7 @@ def train(args: argparse.Namespace) -> dict:
             raise UserError(f"{args.resume} holds weights alone; --resume needs a last.pt (or use --init-from)")
         args = run.resumed_args(args, saved["args"], args.resume)
     device = devices.get_device(args.device)
+    devices.set_threads(args.threads)
     devices.set_seed(args.seed)
     model = Lyapunov(model_config(args))
     if saved or args.init_from:
@@ -1110,7 +1129,7 @@ def finish(args: argparse.Namespace, model: Lyapunov, exam: Exam, folder: Path, 
         facts = {**facts, "exhaustive": exhaustive(model, args.exhaustive)}
     report = {"curves": curves(model, exam), "by_lookahead": by_lookahead(exam.walks["random"], LOOKAHEADS)}
     run.write_json(folder / "report.json", {**report, "baselines": compare})
-    summary = {"script": SCRIPT, "name": folder.name, "seed": args.seed, "n_params": count_parameters(model),
+    summary = {"script": SCRIPT, "name": folder.resolve().name, "seed": args.seed, "n_params": count_parameters(model),
                "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds(), "command": run.command(),
                "recipe": args.recipe, "split": args.split, "lookahead": args.lookahead,
                "lower_bound": lower_bound(args.lookahead), **facts, **figures}
@@ -1213,7 +1232,7 @@ def read_numbers(text: str) -> list[int]:
         if not all(c.isdigit() or c in ", -" for c in text):
             raise UserError(f"--score {text[:60]}: neither a file nor odd numbers separated by commas")
         return [odd_number(t, "--score") for t in text.split(",")]
-    lines = enumerate(Path(text).read_text().splitlines(), 1)
+    lines = enumerate(Path(text).read_text(errors="replace").splitlines(), 1)
     numbers = [odd_number(t, f"{text}, line {i}") for i, line in lines for t in line.replace(",", " ").split()]
     if not numbers:
         raise UserError(f"{text}: no numbers")
@@ -1241,6 +1260,7 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
 
 
 def main(argv: list[str] | None = None) -> dict | None:
+    sys.set_int_max_str_digits(0)  # numbers of any size may be scored
     args = parse_args(argv)
     with run.one_line_errors(SCRIPT):
         devices.set_threads(args.threads)
@@ -1254,17 +1274,19 @@ def main(argv: list[str] | None = None) -> dict | None:
         elif args.plot:
             for folder in args.plot:
                 print(*draw_pictures(folder, args.plot), sep="\n")
-        elif args.score:
-            numbers = read_numbers(args.score)
+        elif args.score or args.checkpoint:
             if not args.checkpoint and args.model != "closed":
                 raise UserError("--score needs --checkpoint RUN/best.pt (or --model closed)")
-            score(load_model(args.checkpoint)[0] if args.checkpoint else Lyapunov(model_config(args)), numbers)
-        elif args.checkpoint:
+            numbers = read_numbers(args.score) if args.score else None
+            model = load_model(args.checkpoint)[0] if args.checkpoint else Lyapunov(model_config(args))
+            require_config(model.config, args, args.checkpoint)
+            if numbers:
+                return score(model, numbers)
             out = evaluate_checkpoint(args.checkpoint, args)
             title = f"{args.checkpoint}, lookahead {out['lookahead']}, {out['split']} split"
             print(format_report(title, out, {"this V": out}))
             if args.exhaustive:
-                out["exhaustive"] = exhaustive(load_model(args.checkpoint)[0], args.exhaustive)
+                out["exhaustive"] = exhaustive(model, args.exhaustive)
             return out
         else:
             return train(args)

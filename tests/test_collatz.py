@@ -518,6 +518,20 @@ def test_model_closed_and_linear_run(rows_csv, tmp_path):
     assert 0 < out["n_params"] < 200 and (tmp_path / "linear" / "training.png").is_file()
 
 
+def test_a_run_resumed_into_another_folder_takes_its_record_along(rows_csv, tmp_path, monkeypatch):
+    small(rows_csv, tmp_path / "whole")
+    monkeypatch.setattr(collatz.run.Clock, "expired", lambda self: True)
+    small(rows_csv, tmp_path / "cut")
+    monkeypatch.undo()
+    collatz.main(["--resume", str(tmp_path / "cut"), "--out-dir", str(tmp_path / "new")])
+    same_run(tmp_path / "whole", tmp_path / "new")
+
+
+def test_a_lookahead_of_one_runs(rows_csv, tmp_path):
+    out = small(rows_csv, tmp_path / "run", "--lookahead", "1", "--steps", "2")
+    assert out["lookahead"] == 1 and out["violations_total"] > 100
+
+
 def test_plot_draws_the_pictures_again(rows_csv, tmp_path, capsys):
     for name in ("a", "b"):
         small(rows_csv, tmp_path / name, "--steps", "4")
@@ -564,6 +578,13 @@ def test_evaluate_checkpoint_gives_the_figures_of_the_run(trained, rows_csv):
         assert out[key] == summary[key]
 
 
+def test_checkpoint_with_exhaustive_checks_that_v(trained, rows_csv):
+    out = collatz.main(["--checkpoint", str(trained), "--eval-csv", rows_csv, "--exhaustive", "200"])
+    V = collatz.load(trained)
+    bad = [n for n in range(3, 200, 2) if not V(n) - V(collatz.syracuse(n)[0]) > 1e-5]
+    assert out["exhaustive"] == {"limit": 200, "n": 99, "violations": len(bad), "first": bad[:5]}
+
+
 def test_exhaustive_counts_every_odd_number(capsys):
     model = collatz.Lyapunov(collatz.Config(50, layers=None, sees=0))
     out = collatz.exhaustive(model, 1 << 17, chunk=1000)
@@ -577,6 +598,7 @@ def test_exhaustive_counts_every_odd_number(capsys):
 @pytest.mark.parametrize("flags", [
     ["--score", "28", "--checkpoint", "KEPT"], ["--score", "0", "--checkpoint", "KEPT"], ["--score", "-3", "--checkpoint", "KEPT"],
     ["--score", "1", "--checkpoint", "KEPT"], ["--score", "1e6", "--checkpoint", "KEPT"], ["--score", "abc", "--checkpoint", "KEPT"],
+    ["--score", "27", "--checkpoint", "KEPT", "--lookahead", "20"], ["--checkpoint", "KEPT", "--layers", "8,8"],
     ["--score", "27"], ["--score", "27,,31", "--checkpoint", "KEPT"],
     ["--lookahead", "0"], ["--lookahead", "-3"], ["--lookahead", "99999999"], ["--layers", ""], ["--layers", "64,,64"], ["--layers", "0"],
     ["--batch-size", "100000000"], ["--ramp-len", "0"], ["--curriculum", "--start-seeds", "2001"], ["--hard-ratio", "1.5"],
@@ -585,7 +607,7 @@ def test_exhaustive_counts_every_odd_number(capsys):
     ["--checkpoint", "/nonexistent.pt"], ["--resume", "/nonexistent"], ["--init-from", "/nonexistent.pt"], ["--device", "gpu"],
     ["--device", "cuda"], ["--device", "mps"], ["--sees", "11"], ["--lr", "0"], ["--lr", "inf"], ["--steps", "0"], ["--epochs", "-1"],
     ["--analyze-seeds", "54"], ["--analyze-seeds", "x"], ["--tau-end", "5"], ["--name", "a/b"], ["--mod3"], ["--plot", "/nonexistent"],
-    ["--exhaustive", "2"], ["--max-bits", "4"], ["--steps", "1", "--hard-ratio", "1", "--batch-size", "50000", "--train-seeds", "1"],
+    ["--exhaustive", "2"], ["--recipe", "original", "--optimizer", "muon"], ["--max-bits", "4"], ["--steps", "1", "--hard-ratio", "1", "--batch-size", "50000", "--train-seeds", "1"],
 ], ids=" ".join)
 def test_bad_flags_end_in_one_line(flags, tmp_path, capsys, trained, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -105,22 +105,30 @@ def test_csv_columns_of_27(tmp_path, monkeypatch):
     assert (tmp_path / "e.csv").read_text().splitlines()[1] == f"27,41,True,111,9232,{1 + math.log10(9232 / 27):.4f}"
 
 
+HEADER = "n,t1,is_growth,sigma_n,max_n,w_expansion\n"
+GOOD = "27,41,True,111,9232,3.5\n"
+
+
 @pytest.mark.parametrize("text, message", [
     ("", "no column 'n'"),
-    ("n,t1,is_growth,sigma_n,max_n,w_expansion\n", "no rows"),
-    ("n,t1,is_growth\n27,41,True\n", "no column 'w_expansion'"),
-    ("n,t1,w_expansion\n27,43,1.0\n", r"line 2: t1 = 43, but T\(27\) = 41"),
-    ("n,t1,w_expansion\n27,41,1.0\n27,41,1.0\n", "line 3: 27 stands there twice"),
-    ("n,t1,w_expansion\n27,41,nan\n", "line 2: w_expansion nan is not a finite number"),
-    ("n,t1,w_expansion\n27,41,-2\n", "w_expansion -2.0"),
-    ("n,t1,w_expansion\n28,7,1.0\n", "28 is not an odd number"),
-    ("n,t1,w_expansion\n1e6,41,1.0\n", "'1e6' is not a whole number"),
-    ("n,t1,w_expansion\n27,,1.0\n", "line 2: t1"),
-    ("n,t1,is_growth,w_expansion\n27,41,False,1.0\n", "is_growth 'False'"),
+    (HEADER, "no rows"),
+    ("n,t1,is_growth,sigma_n,max_n\n27,41,True,111,9232\n", "no column 'w_expansion'"),
+    ("n,t1,sigma_n,max_n,w_expansion\n27,41,111,9232,3.5\n", "no column 'is_growth'"),
+    (HEADER + "27,43,True,111,9232,3.5\n", r"line 2: t1 = 43, but T\(27\) = 41"),
+    (HEADER + GOOD + GOOD, "line 3: 27 stands there twice"),
+    (HEADER + "27,41,True,111,9232,nan\n", "line 2: w_expansion nan is not a finite number"),
+    (HEADER + "27,41,True,111,9232,inf\n", "line 2: w_expansion inf"),
+    (HEADER + "27,41,True,111,9232,-2\n", "w_expansion -2.0"),
+    (HEADER + "28,7,False,18,52,1.0\n", "28 is not an odd number"),
+    (HEADER + "1e6,41,True,111,9232,3.5\n", "'1e6' is not a whole number"),
+    (HEADER + "27,,True,111,9232,3.5\n", "line 2: t1"),
+    (HEADER + "27,41\n", "line 2: t1 '41' or w_expansion None"),
+    (HEADER + "27,41,False,111,9232,3.5\n", "is_growth 'False'"),
+    (HEADER + "\xff\xfe27,41,True,111,9232,3.5\n", "line 2"),
 ])
 def test_bad_eval_csv_is_refused(tmp_path, text, message):
     path = tmp_path / "bad.csv"
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         collatz.read_eval_csv(str(path))
 
@@ -142,6 +150,10 @@ def test_residue_statistics_of_mod_3():
     assert s[2, 1] == pytest.approx(0.75) and s[1, 2] == pytest.approx(0.75) and s[1, 1] == s[2, 2] == 0
     # E[k | odd] = 5/3, E[k | even] = 8/3
     assert s[2, 3] == pytest.approx((math.log2(3) - 5 / 3) / 2) and s[1, 3] == pytest.approx((math.log2(3) - 8 / 3) / 2)
+
+
+def test_residue_statistics_of_nothing_tell_nothing():
+    assert (collatz.residue_statistics(0) == 0).all() and collatz.residue_statistics(0).shape == (1, 3)
 
 
 def test_residue_statistics_agree_with_trajectories():

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMAND = re.compile(r"^\s*(?:>\s*)?((?:\S*python3? (?:-m common\.\w+|\w+\.py)|torchrun |modal run |python3 -m venv ).*)$", re.M)
+START = r"(?:[^\s`]*python3? (?:-m common\.\w+|\w+\.py)|torchrun |modal run |python3 -m venv )"
+COMMAND = re.compile(rf"^\s*({START}.*)$|`({START}[^`]*)`", re.M)  # a line of its own, or inline code
 
 
 def commands() -> list[tuple[str, str]]:
     files = [ROOT / "README.md", *ROOT.glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "logs").glob("*.md")]
-    return [(f.name, c.strip().strip("`")) for f in files for c in COMMAND.findall(f.read_text())]
+    return [(f.name, (line or inline).strip()) for f in files for line, inline in COMMAND.findall(f.read_text())]
 
 
 def parse(words: list[str]) -> None:
