@@ -4,7 +4,7 @@
     python collatz.py --lookahead 20 --seed 1                # more foresight, fewer violations
     python collatz.py --model closed --lookahead 150 --exhaustive 2097152    # no training, 0 violations, odd n < 2^21
     python collatz.py --recipe original --curriculum --steps 3000 --split original   # the experiment that stalled
-    python collatz.py --score 27,703 --checkpoint logs/kept/collatz/window10/best.pt
+    python collatz.py --score 27,703 --checkpoint logs/kept/collatz/window10-s0/best.pt
 
 V(n) may use log2 n, n modulo a power of 3, and the next `--lookahead` values of k. The original stalled at 80 of 429
 violations on five test trajectories. Here the net stands inside a maximum over the window (class Lyapunov), so that it
