@@ -641,7 +641,7 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys, monkeypatch,
     data = (trained / "best.pt").read_bytes()
     path.write_bytes({"cut": data[:len(data) // 2], "empty": b"", "text": b"hello"}.get(damage, data))
     if damage == "pickle":
-        path.write_bytes(pickle.dumps(Evil()))
+        path.write_bytes(pickle.dumps(Evil(), protocol=2))
     if damage in ("lookahead", "layers", "huge"):
         tamper(path, config={"lookahead": {"lookahead": 0}, "layers": {"layers": (17,)}, "huge": {"layers": (10**9,)}}[damage])
     if damage == "foreign":
