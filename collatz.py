@@ -1161,7 +1161,7 @@ def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
         for ax in fig.axes:
             ax.set(**settings)
             if ax.get_legend_handles_labels()[0]:
-                ax.legend(frameon=False)
+                ax.legend(framealpha=0.8, edgecolor="none")
         made.append(plots.save_figure(fig, folder / name))
 
     shown = [s for s in ("27", "626331") if s in report["curves"]] or list(report["curves"])[:2]
@@ -1188,7 +1188,7 @@ def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
     fig, ax = plots.new_figure()
     ax.stairs(summary["margin_histogram"]["counts"], summary["margin_histogram"]["edges"], fill=True)
     ax.axvline(0, color="tab:red", lw=1, label="left of it V fails")
-    done(fig, "margins.png", yscale="log", xlabel="margin V(n) - V(T(n)), bits", ylabel="evaluation rows")
+    done(fig, "margins.png", yscale="log", xlabel="margin V(n) - V(T(n)), bits, clipped to -4..8", ylabel="evaluation rows")
 
     fig, ax = plots.new_figure()
     x = np.arange(len(summary["by_bits"]))
