@@ -1188,7 +1188,8 @@ def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
     fig, ax = plots.new_figure()
     ax.stairs(summary["margin_histogram"]["counts"], summary["margin_histogram"]["edges"], fill=True)
     ax.axvline(0, color="tab:red", lw=1, label="left of it V fails")
-    done(fig, "margins.png", yscale="log", xlabel="margin V(n) - V(T(n)), bits, clipped to -4..8", ylabel="evaluation rows")
+    done(fig, "margins.png", yscale="log", ylabel="evaluation rows",
+         xlabel="margin V(n) - V(T(n)), bits, clipped to -4..8")
 
     fig, ax = plots.new_figure()
     x = np.arange(len(summary["by_bits"]))
