@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import operator
 import os
 import random
 import sys
@@ -35,7 +36,7 @@ from common import checkpoint, devices, metrics, plots, run
 from common.evaluation import count_parameters, eval_mode, format_rate
 from common.run import UserError, integer, real
 
-SCRIPT = "collatz.py"
+SCRIPT, FORMAT = "collatz.py", 1   # of its checkpoints
 LOG2_3 = math.log2(3)
 RESIDUE_DIGITS = 12                # n mod 3^12 is the most that a V may know of the past of n
 RESIDUE = 3**RESIDUE_DIGITS
@@ -99,6 +100,16 @@ def widths(text: str) -> tuple[int, ...]:
     return tuple(int(t) for t in parts)
 
 
+def memory_needed(args: argparse.Namespace) -> float:
+    """Bytes that evaluation sets, pools and weights take at their peak, roughly (lookahead 100: 1.7 GB measured)."""
+    per_number = 40 * (args.lookahead + 2)  # k, log2, residue, fingerprint of each number in sight, and copies
+    steps = 350 * (args.eval_trajectories + args.validation_trajectories)
+    chains = args.pool + 164 * args.train_seeds / args.segment + args.train_seeds * 10
+    widths_ = [6 * args.lookahead, *(args.layers if args.model == "mlp" else ())]
+    weights = sum(a * b for a, b in pairwise(widths_))
+    return per_number * (EVAL_ROWS + args.validation_rows + chains) + 100 * steps + 24 * weights
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = run.Parser(description=__doc__)
     p.add_argument("--recipe", choices=sorted(RECIPES), default="window", help="sets defaults: ours, or the original's")
@@ -158,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--eval-trajectories", type=integer(1), default=200, help="random 128-bit ones to evaluate on")
     g.add_argument("--validation-rows", type=integer(1), default=10_000, help="numbers for choosing best.pt")
     g.add_argument("--validation-trajectories", type=integer(1), default=100, help="trajectories for choosing best.pt")
-    g.add_argument("--exhaustive", type=integer(4), metavar="N", help="at the end, check every odd n < N")
+    g.add_argument("--exhaustive", type=integer(4, 2**53), metavar="N", help="at the end, check every odd n < N")
 
     g = p.add_argument_group("instead of training")
     g.add_argument("--checkpoint", metavar="PATH", help="a trained V: evaluate it (also --exhaustive), or --score")
@@ -170,11 +181,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     p.set_defaults(**RECIPES[p.parse_known_args(argv)[0].recipe])
     args = run.parse(p, argv)
+    if args.eval_csv:
+        args.eval_csv = os.path.abspath(args.eval_csv)  # a resumed run may start elsewhere
     if "hold" not in args.given:
         args.hold = min(args.hold, args.lookahead - (args.sees or 1))
     L, q, n_hard = args.lookahead, args.sees or 1, int(args.hard_ratio * args.batch_size)
     n_seeds = len(set(ORIGINAL_SEEDS) - set(args.test_seeds)) if args.recipe == "original" else args.train_seeds
-    need = (L + 2) * (16 * (EVAL_ROWS + args.validation_rows) + 10 * (args.pool + 12 * args.train_seeds))  # bytes
+    need = memory_needed(args)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
     for wrong, message in (
         (args.sees > L, f"--sees: {args.sees} values of k with --lookahead {L}"),
@@ -185,11 +198,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.mod3 and args.model != "closed", "--mod3: for --model closed; a net learns this from the residue"),
         (args.curriculum and args.start_seeds > n_seeds, f"--start-seeds: {args.start_seeds} of {n_seeds} seeds"),
         (args.batch_size - n_hard > args.pool, f"--batch-size: more random numbers than the --pool of {args.pool} has"),
+        (sum(map(bool, (args.analyze_seeds, args.make_eval, args.plot, args.score or args.checkpoint, args.resume)))
+         > 1, "--checkpoint: one of --checkpoint, --score, --analyze-seeds, --make-eval, --plot, --resume at a time"),
+        (args.score and args.exhaustive, "--score: not together with --exhaustive"),
+        (args.resume and args.init_from, "--init-from: not together with --resume"),
+        (args.out_dir == "", "--out-dir: empty"),
+        (args.checkpoint and "model" in args.given, "--model: not together with --checkpoint, which has its own"),
+        (args.checkpoint and set(args.given) & {"split", "test_seeds", "eval_trajectories"},
+         "--checkpoint: it is evaluated on the test sets of its run; only --eval-csv may be another"),
         (args.tau_end > args.tau_start, "--tau-end: above --tau-start"),
         (args.schedule == "plateau" and args.optimizer == "muon", "--optimizer: the plateau schedule is for adamw"),
         (args.mine_negatives and args.hard_ratio == 0,
          "--mine-negatives: mined numbers get no share with --hard-ratio 0"),
-        (need > 0.6 * have, f"--lookahead: {L} needs about {need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
+        (need > 0.6 * have, f"--lookahead: {L}, with these pools, trajectories and layers, needs about "
+         f"{need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
     ):
         if wrong:
             p.error(f"argument {message}")
@@ -330,7 +352,7 @@ def paths(limbs: np.ndarray, m: int, chunk: int = 8192) -> Paths:
     """The first m steps of N odd numbers, limbs (W, N), in chunks that stay in the processor's cache."""
     n = limbs.shape[1]
     out = Paths(np.empty((m, n), np.int32).T, np.empty((m + 1, n)).T, np.empty((m + 1, n), np.int32).T)
-    for lo in range(0, n, chunk):
+    for lo in tqdm(range(0, n, chunk), desc="paths", unit="chunk", delay=5, leave=False, disable=None):
         part, rows = limbs[:, lo:lo + chunk], slice(lo, lo + chunk)
         out.k[rows] = k_sequence(part, m)
         out.lg[rows] = log2_path(log2_limbs(part), out.k[rows])
@@ -407,7 +429,7 @@ def read_eval_csv(path: str) -> tuple[np.ndarray, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make it with: python collatz.py --make-eval {path}")
     weight = {}  # by n
-    with open(path, newline="", errors="replace") as f:
+    with open(path, newline="", errors="replace", encoding="utf-8-sig") as f:
         table = csv.DictReader(f)
         missing = [c for c in EVAL_COLUMNS if c not in (table.fieldnames or [])]
         if missing:
@@ -442,7 +464,8 @@ class Exam:
     weight: np.ndarray         # of its rows
     walks: dict[str, Paths]    # test, record: trajectories of these seeds; random, validation: of random numbers
     test_seeds: list[int]
-    validation_rows: Paths     # for choosing best.pt, as are walks["validation"]
+    validation_rows: Paths     # for choosing best.pt, as are walks["validation"]; none of them is in the sets above
+    validation_steps: np.ndarray  # which steps of those walks are not: near 1 all trajectories meet
     forbidden: np.ndarray      # sorted fingerprints of all of them: what the honest split keeps out of training
 
 
@@ -456,10 +479,15 @@ def make_exam(args: argparse.Namespace) -> Exam:
              "validation": random_odd(rng[2], args.validation_trajectories, 8, 128)}
     walks = {name: full_paths(limbs, beyond=max(m, LOOKAHEADS[-1] + 1) if name == "random" else m)
              for name, limbs in start.items()}
-    keys = [fingerprint(limbs, walks[name].k).ravel() for name, limbs in start.items()]
-    keys += [fingerprint(x, np.empty((x.shape[1], 0), np.int32)).ravel() for x in (rows, validation_rows)]
-    forbidden = np.unique(np.concatenate(keys))
-    return Exam(paths(rows, m), weight, walks, args.test_seeds, paths(validation_rows, m), forbidden)
+    keys = {name: fingerprint(limbs, walks[name].k) for name, limbs in start.items()}
+    row_keys, new_keys = (fingerprint(x, np.empty((x.shape[1], 0), np.int32))[:, 0] for x in (rows, validation_rows))
+    test_keys = np.unique(np.concatenate([row_keys, *(keys[name].ravel() for name in ("test", "record", "random"))]))
+    new = ~member(keys["validation"], test_keys)
+    first = np.unique(new_keys, return_index=True)[1]
+    first = np.sort(first[~member(new_keys[first], test_keys)])
+    forbidden = np.unique(np.concatenate([test_keys, new_keys, keys["validation"].ravel()]))
+    return Exam(paths(rows, m), weight, walks, args.test_seeds, paths(validation_rows[:, first], m),
+                new[:, :-1] & new[:, 1:], forbidden)
 
 
 def member(keys: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -667,7 +695,7 @@ class Lyapunov(nn.Module):
         c, out = self.config, []
         chunk = max(1, 16384 // (p.lg.shape[1] - c.lookahead))
         with eval_mode(self):
-            for lo in range(0, len(p), chunk):
+            for lo in tqdm(range(0, len(p), chunk), desc="V", unit="chunk", delay=5, leave=False, disable=None):
                 q = p[lo:lo + chunk]
                 lg = torch.from_numpy(np.ascontiguousarray(q.lg))
                 w = self(lg, torch.from_numpy(np.minimum(q.k, 255)), torch.from_numpy(np.ascontiguousarray(q.res)))
@@ -820,13 +848,15 @@ def draw(pools: Pools, args: argparse.Namespace, step: int, rng: np.random.Gener
     return [part for part in parts if len(part[0]["k"])]
 
 
-def mine(model: Lyapunov, pools: Pools, args: argparse.Namespace, exam: Exam, rng: np.random.Generator) -> Chains:
+def mine(model: Lyapunov, pools: Pools, args: argparse.Namespace, exam: Exam, step: int,
+         rng: np.random.Generator) -> Chains:
     """The mined list with the mine-count chains whose first step has the lowest margin, of 5000 candidates, half
     from trajectories, half new random numbers; the newest 1000 stay."""
     beyond, window = jumps(args)[-1][0] - 1, model.config.window
     fresh, counts = random_chains(rng, 2500, args.segment + beyond, args, exam)
     pools.counts = pools.counts + counts
-    found = join(take(pools.hard, rng.integers(0, pools.first[-1], 2500)), fresh)
+    active = pools.first[max(1, active_seeds(step, len(pools.first) - 1, args))]
+    found = join(take(pools.hard, rng.integers(0, active, 2500)), fresh)
     with eval_mode(model):
         data = {name: x.to(model.device) for name, x in found.items()}
         gap = falls(model, data, model(data["lg"], data["k"], data["res"]), 1, 1, 0.0)[:, 0].cpu()
@@ -885,7 +915,7 @@ def evaluate(value: Value, exam: Exam, full: bool = True) -> dict:
     out["by_bits"] = {f"{lo}-{hi}": [int((ok & at).sum()), int(at.sum())]
                       for lo, hi in BIT_RANGES if (at := (bits >= lo) & (bits <= hi)).any()}
     # bits: V scaled so that its regression on log2 n has slope 1; a V that does not grow with n has no scale
-    slope = float(np.polyfit(lg, v[:, 0], 1)[0]) if np.isfinite(v).all() else math.nan
+    slope = float(np.polyfit(lg, v[:, 0], 1)[0]) if np.isfinite(v).all() and len(np.unique(lg)) > 1 else math.nan
     scale = slope if slope > 0.01 else math.nan
     margins = (v[:, 0] - v[:, 1]) / scale
     counts, edges = np.histogram(np.clip(np.nan_to_num(margins, nan=-4.0), -4, 8), bins=np.linspace(-4, 8, 121))
@@ -933,18 +963,19 @@ def format_report(title: str, own: dict, rows: dict[str, dict]) -> str:
         lines.append(f"  {name[:15]:<16}{r['violations_total']:>7}/{total}  "
                      + " ".join(f"{r['violations'][s]:>7}" for s in seeds) + "  "
                      + " ".join(f"{100 * x:7.3f}" for x in shares) + f"  {r['record_violations']:>5}")
+    for name, extra in (("bound, k alone", 0), ("bound, residues", RESIDUE_DIGITS)):
+        lines.append(f"  {name:<16}" + " " * 95 + f"{100 - 100 * lower_bound(own['lookahead'] + extra):7.3f}")
     for name, key, form in (("odd steps", "odd_steps", ">7"), ("worst margin", "worst_margin", ">7.3f")):
         lines.append(f"  {name:<16}" + " " * 13 + " ".join(format(own[key][s], form) for s in seeds))
     n, steps = sum(n for _, n in own["by_bits"].values()), own["on_trajectory_steps"]
-    alone, with_residue = (100 - 100 * lower_bound(own["lookahead"] + more) for more in (0, RESIDUE_DIGITS))
     low, high = own["v_above_log2n"]
     return "\n".join([
         *lines,
         f"  pass rate {format_rate(round(own['pass_rate'] * n), n)}; by bits of n: "
         + ", ".join(f"{b} {100 * k / m:.2f}%" for b, (k, m) in own["by_bits"].items()),
         f"  on trajectories {format_rate(round(own['on_trajectory_pass_rate'] * steps), steps)}, above 16 bits "
-        f"{100 * own['on_trajectory_above_16_bits']:.2f}%; bound: {alone:.2f}% for V of k alone, {with_residue:.2f}% "
-        f"with n mod 3^{RESIDUE_DIGITS}",
+        f"{100 * own['on_trajectory_above_16_bits']:.2f}%",
+        "  not divisible by 3: " + ", ".join(f"{key} {100 * own['not_divisible_by_3'][key]:.3f}%" for key in RATES),
         "  margin (bits) quantiles: " + ", ".join(f"{float(q):g}: {m:.4f}" for q, m in own["margin_quantiles"].items()),
         f"  V: smallest {own['v_min']:.4g}, slope on log2 n {own['slope']:.4f}, {low:.2f} to {high:.2f} above log2 n"])
 
@@ -966,9 +997,10 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     saved = checkpoint.load(path, SCRIPT)
     try:
         c = Config(**saved["config"])
-        sound = (1 <= c.lookahead <= 1 << 20 and 0 <= c.sees <= c.lookahead and 0 <= c.hold <= c.window
+        sound = (saved.get("format") == FORMAT and type(c.lookahead) is int and 1 <= c.lookahead <= 1 << 20
+                 and 0 <= c.sees <= c.lookahead and 0 <= c.hold <= c.window and 0 <= c.digits <= RESIDUE_DIGITS
                  and c.features in ("window", "original") and c.base in ("none", "log", "closed", "window")
-                 and 0 <= c.digits <= RESIDUE_DIGITS and sum(c.layers or ()) <= 1 << 20)
+                 and sum(c.layers or ()) <= 1 << 20 and 0 < c.tie_break < 1)
         model = Lyapunov(c) if sound else None
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError):
         model = None
@@ -978,12 +1010,11 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     return model, saved
 
 
-def require_config(config: Config, args: argparse.Namespace, path: str) -> None:
-    """Raise UserError when a flag on the command line contradicts the model of a checkpoint."""
-    for field in fields(Config):
-        if field.name in args.given and getattr(args, field.name) != getattr(config, field.name):
-            raise UserError(f"--{field.name.replace('_', '-')} {getattr(args, field.name)}: {path} was trained with "
-                            f"{getattr(config, field.name)}")
+def require_same(saved: dict, wanted: dict, path: str) -> None:
+    """Raise UserError when a setting of a checkpoint is another than the wanted one."""
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            raise UserError(f"--{name.replace('_', '-')} {value}: {path} was trained with {saved.get(name)}")
 
 
 def load(path: str | os.PathLike) -> Callable[[int | Sequence[int]], float | np.ndarray]:
@@ -992,12 +1023,13 @@ def load(path: str | os.PathLike) -> Callable[[int | Sequence[int]], float | np.
     model, _ = load_model(path)
 
     def V(n):
-        numbers = [n] if isinstance(n, int) else list(n)
-        for m in numbers:
+        one = not isinstance(n, Sequence | np.ndarray)
+        numbers = [operator.index(m) if hasattr(m, "__index__") else m for m in ([n] if one else n)]
+        for m in numbers or [None]:
             if not isinstance(m, int) or m < 1 or m % 2 == 0:
                 raise UserError(f"V is defined on odd numbers > 0, not on {m!r}")
         v = model.value(paths(to_limbs(numbers), model.config.lookahead))[:, 0]
-        return float(v[0]) if isinstance(n, int) else v
+        return float(v[0]) if one else v
     return V
 
 
@@ -1005,7 +1037,8 @@ def validate(model: Lyapunov, exam: Exam) -> dict[str, float]:
     """Pass rates on the validation numbers and trajectories, and their mean, by which best.pt is chosen."""
     v = model.value(exam.validation_rows)
     _, ok, counts = walk_steps(model.value, exam.walks["validation"])
-    rows, walks = float(holds(v[:, 0], v[:, 1]).mean()), float(ok[counts].mean())
+    ok, walk_ok = holds(v[:, 0], v[:, 1]), ok[counts & exam.validation_steps[:, :counts.shape[1]]]
+    rows, walks = (float(x.mean()) if len(x) else 0.0 for x in (ok, walk_ok))
     return {"val_pass_rate": rows, "val_on_trajectory_pass_rate": walks, "val": (rows + walks) / 2}
 
 
@@ -1016,20 +1049,28 @@ def train(args: argparse.Namespace) -> dict:
     if saved:
         if "optimizers" not in saved:
             raise UserError(f"{args.resume} holds weights alone; --resume needs a last.pt (or use --init-from)")
+        if saved.get("format") != FORMAT or not {"args", "model", "seconds", "cpu_seconds"} <= saved.keys():
+            raise UserError(f"{args.resume}: damaged or of another format, it cannot be resumed")
         args = run.resumed_args(args, saved["args"], args.resume)
     device = devices.get_device(args.device)
     devices.set_threads(args.threads)
     devices.set_seed(args.seed)
     model = Lyapunov(model_config(args))
-    if saved or args.init_from:
-        weights = saved or load_model(args.init_from)[1]
-        checkpoint.load_weights(model, weights["model"], args.resume or args.init_from)
+    if args.init_from and not saved:
+        source, its = load_model(args.init_from)
+        require_same(asdict(source.config), asdict(model.config), args.init_from)
+        seen = ("split", "test_seeds", "eval_csv")  # other weights may have been trained on what is evaluated here
+        if args.split == "honest":
+            require_same({k: its["args"].get(k) for k in seen}, {k: getattr(args, k) for k in seen}, args.init_from)
+        model.load_state_dict(source.state_dict())
+    if saved:
+        checkpoint.load_weights(model, saved["model"], args.resume)
     model.to(device)
     folder = run.open_run(args, __file__)
     clock = run.Clock(args.max_minutes, *((saved["seconds"], saved["cpu_seconds"]) if saved else ()))
     exam = make_exam(args)
     head = f"{devices.describe(device)} | 1 rank | {count_parameters(model)} parameters | lookahead {args.lookahead} | "
-    what = {"script": SCRIPT, "format": 1, "config": asdict(model.config),
+    what = {"script": SCRIPT, "format": FORMAT, "config": asdict(model.config),
             "args": {k: v for k, v in vars(args).items() if k != "given"}}
     if model.config.layers is None:
         print(f"{head}no training | {folder}", flush=True)
@@ -1046,13 +1087,19 @@ def train(args: argparse.Namespace) -> dict:
     rng = np.random.default_rng([args.seed, 2])
     start, logged, best, loss_sum, loss_n, norm = 0, -1, -1.0, torch.zeros((), device=device), 0, math.nan
     if saved:
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        plateau.load_state_dict(saved["plateau"])
-        rng.bit_generator.state = saved["data_rng"]
-        checkpoint.set_rng_state(saved["rng"])
-        start, logged, best, loss_n, pools.mined = (saved[k] for k in ("step", "logged", "best", "loss_n", "mined"))
-        pools.counts, loss_sum, norm = np.array(saved["counts"]), saved["loss_sum"].to(device), saved["norm"]
+        try:
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            plateau.load_state_dict(saved["plateau"])
+            rng.bit_generator.state = saved["data_rng"]
+            checkpoint.set_rng_state(saved["rng"])
+            start, logged, best, loss_n = int(saved["step"]), saved["logged"], saved["best"], saved["loss_n"]
+            pools.counts, pools.mined, norm = np.array(saved["counts"]), saved["mined"], saved["norm"]
+            loss_sum = saved["loss_sum"].to(device)
+            if not 0 <= start <= args.steps:
+                raise ValueError(f"step {start} of {args.steps}")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+            raise UserError(f"{args.resume}: damaged, it cannot be resumed ({type(e).__name__}: {e})") from None
     log = metrics.Metrics(folder / "metrics.csv", logged if saved else None,
                           metrics.open_tracker(args.tracker, folder, vars(args)))
 
@@ -1071,12 +1118,12 @@ def train(args: argparse.Namespace) -> dict:
     with run.StopSignal() as stop:
         for step in range(start, args.steps + 1):
             last = step == args.steps or stop.number or clock.expired()
-            due = logged < step and (step % args.quick_eval_interval == 0 or step == args.steps)
+            full = step % args.eval_interval == 0 or step == args.steps
+            due = logged < step and (full or step % args.quick_eval_interval == 0)
             if (due or last) and not torch.isfinite(loss_sum):
                 raise UserError(f"the loss is not finite at step {step} (try a lower --lr, or --clip 1); the last good "
                                 f"checkpoint is {folder / 'last.pt'}")
             if due:
-                full = step % args.eval_interval == 0 or step == args.steps
                 figures = evaluate(model.value, exam, full=False) if full else dict.fromkeys(LOGGED, math.nan)
                 row = {"step": step, "loss": float(loss_sum / loss_n) if loss_n else math.nan, **validate(model, exam),
                        **figures, "seeds": active_seeds(step, len(pools.first) - 1, args),
@@ -1096,7 +1143,7 @@ def train(args: argparse.Namespace) -> dict:
             if last:
                 break
             if args.mine_negatives and step >= args.mine_start and step % args.mine_interval == 0:
-                pools.mined = mine(model, pools, args, exam, rng)
+                pools.mined = mine(model, pools, args, exam, step, rng)
             parts = [({k: v.to(device) for k, v in chains.items()}, *rest)
                      for chains, *rest in draw(pools, args, step, rng)]
             if args.schedule == "linear":
@@ -1138,7 +1185,8 @@ def finish(args: argparse.Namespace, model: Lyapunov, exam: Exam, folder: Path, 
     title = f"{args.model} V, lookahead {args.lookahead}, {args.split} split, step {facts['best_step']} chosen"
     print(format_report(f"{title} on validation", summary, {**compare, folder.name: figures}))
     print(f"{figures['violations_total']} of {sum(figures['odd_steps'].values())} violations on the test seeds, "
-          f"pass rate {100 * figures['pass_rate']:.2f}%, {clock.seconds():.0f} s, {folder}")
+          f"pass rate {100 * figures['pass_rate']:.2f}%, {summary.get('n_leaked', 0)} numbers leaked, "
+          f"{clock.seconds():.0f} s, {folder}")
     return summary
 
 
@@ -1251,10 +1299,14 @@ def score(model: Lyapunov, numbers: list[int]) -> None:
 
 
 def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> dict:
-    """Figures of a checkpoint by the code that training uses, on the sets of its run, but rows of args' --eval-csv."""
+    """Figures of a checkpoint by the code that training uses, on the sets of its run. With another --eval-csv in args,
+    whose rows may have been trained on, the split is reported as unknown. Raises UserError."""
     model, saved = load_model(path)
+    if not isinstance(saved.get("args"), dict) or not isinstance(saved.get("step"), int):
+        raise UserError(f"{path}: not a checkpoint of a run (no args or no step)")
     own = argparse.Namespace(**{**vars(parse_args([])), **saved["args"], "lookahead": model.config.lookahead})
-    own.eval_csv = getattr(args, "eval_csv", None)
+    if getattr(args, "eval_csv", None) not in (None, own.eval_csv):
+        own.eval_csv, own.split = args.eval_csv, "unknown"
     model.to(devices.get_device(getattr(args, "device", "cpu")))
     return {"script": SCRIPT, "n_params": count_parameters(model), "lookahead": own.lookahead, "split": own.split,
             "step": saved["step"], **evaluate(model.value, make_exam(own))}
@@ -1280,7 +1332,10 @@ def main(argv: list[str] | None = None) -> dict | None:
                 raise UserError("--score needs --checkpoint RUN/best.pt (or --model closed)")
             numbers = read_numbers(args.score) if args.score else None
             model = load_model(args.checkpoint)[0] if args.checkpoint else Lyapunov(model_config(args))
-            require_config(model.config, args, args.checkpoint)
+            config = asdict(model.config)
+            if args.checkpoint:
+                require_same(config, {k: getattr(args, k) for k in args.given if k in config}, args.checkpoint)
+            model.to(devices.get_device(args.device))
             if numbers:
                 return score(model, numbers)
             out = evaluate_checkpoint(args.checkpoint, args)

@@ -32,6 +32,8 @@ def one_line_errors(script: str) -> Iterator[None]:
         yield
     except (UserError, OSError) as e:
         sys.exit(f"{script}: error: {e}")
+    except MemoryError as e:
+        sys.exit(f"{script}: error: not enough memory: {e}")
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -143,7 +145,7 @@ def open_run(args: argparse.Namespace, script_file: str) -> Path:
     """
     folder = run_folder(args, script_file)
     own = args.resume is not None and folder.resolve() == _folder_of(args.resume).resolve()
-    if not own and any((folder / f).exists() for f in ("metrics.csv", "last.pt", "summary.json")):
+    if not own and any((folder / f).exists() for f in ("last.pt", "summary.json")):
         raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume is not None:  # into another folder: the record so far comes along

@@ -263,7 +263,7 @@ def test_honest_split_trains_on_no_forbidden_number(rows_csv, monkeypatch, flags
     exam = collatz.make_exam(args)
     pools = collatz.make_pools(args, exam)
     model = collatz.Lyapunov(collatz.model_config(args))
-    collatz.mine(model, pools, args, exam, np.random.default_rng(0))
+    collatz.mine(model, pools, args, exam, 0, np.random.default_rng(0))
     assert len(made) == 3  # trajectories, random numbers, numbers for mining
     forbidden, masked = forbidden_numbers(args), 0
     for i, (chains, counts, numbers, segment) in enumerate(made):
@@ -331,7 +331,7 @@ def test_mining_keeps_the_lowest_margins_and_trains_on_them(rows_csv):
     exam = collatz.make_exam(args)
     pools = collatz.make_pools(args, exam)
     model = collatz.Lyapunov(collatz.model_config(args))
-    mined = collatz.mine(model, pools, args, exam, np.random.default_rng(0))
+    mined = collatz.mine(model, pools, args, exam, 0, np.random.default_rng(0))
     def gap(chains):
         with torch.no_grad():
             w = model(chains["lg"], chains["k"], chains["res"])
@@ -345,7 +345,7 @@ def test_mining_keeps_the_lowest_margins_and_trains_on_them(rows_csv):
     before, after = (sum(tuple(r) in kept for r in parts[0][0]["lg"].tolist()) for parts in (plain, more))
     assert before < int(0.3 * 32) <= after
     for _ in range(60):
-        pools.mined = collatz.mine(model, pools, args, exam, np.random.default_rng(0))
+        pools.mined = collatz.mine(model, pools, args, exam, 0, np.random.default_rng(0))
     assert len(pools.mined["k"]) == 1000
 
 
