@@ -1049,7 +1049,8 @@ def train(args: argparse.Namespace) -> dict:
     if saved:
         if "optimizers" not in saved:
             raise UserError(f"{args.resume} holds weights alone; --resume needs a last.pt (or use --init-from)")
-        if saved.get("format") != FORMAT or not {"args", "model", "seconds", "cpu_seconds"} <= saved.keys():
+        kinds = {"args": dict, "model": dict, "seconds": float, "cpu_seconds": float}
+        if saved.get("format") != FORMAT or not all(isinstance(saved.get(k), kind) for k, kind in kinds.items()):
             raise UserError(f"{args.resume}: damaged or of another format, it cannot be resumed")
         args = run.resumed_args(args, saved["args"], args.resume)
     device = devices.get_device(args.device)

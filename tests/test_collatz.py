@@ -276,6 +276,60 @@ def test_honest_split_trains_on_no_forbidden_number(rows_csv, monkeypatch, flags
     assert masked > 100  # the mask had something to do
 
 
+@pytest.mark.parametrize("flags", [[], ["--base", "log"], ["--base", "log", "--sees", "2"], ["--base", "closed", "--use-t8"],
+                                   ["--hold", "3", "--use-t4"], ["--recipe", "original", "--use-t8"]], ids=" ".join)
+def test_no_gradient_reaches_the_net_from_a_forbidden_number(rows_csv, flags):
+    args = collatz.parse_args([*SMALL, "--eval-csv", rows_csv, "--max-bits", "24", *flags, "--pool", "3000", "--batch-size", "400",
+                               "--train-seeds", "60", "--hard-ratio", "0.3"])
+    exam = collatz.make_exam(args)
+    model, rng, forbidden = random_model(args), np.random.default_rng(0), forbidden_numbers(args)
+    pools = collatz.make_pools(args, exam)
+    pools.mined = collatz.mine(model, pools, args, exam, 0, rng)
+    seen, real = [], model.net
+
+    def net(lg, k, res):  # the numbers are told by log2, exact in float32 below 2^24
+        u = real(lg, k, res)
+        u.retain_grad()
+        seen.append((lg[..., 0], u))
+        return u
+    model.net = net
+    collatz.batch_loss(model, collatz.draw(pools, args, 0, rng), args, 0).backward()
+    reached, others = set(), set()
+    for lg, u in seen:
+        numbers = [round(2**x) | 1 for x in lg.flatten().double().tolist()]
+        small = [(n, g) for n, g in zip(numbers, u.grad.flatten().tolist(), strict=True) if 1 < n < 2**16]
+        reached |= {n for n, g in small if g != 0}
+        others |= {n for n, g in small if g == 0}
+    assert len(reached) > 100 and others & forbidden
+    assert not reached & forbidden
+    assert not {collatz.syracuse(n)[0] for n in reached} & forbidden
+
+
+def test_validation_shares_no_number_with_the_test_sets(exam):
+    args = collatz.parse_args([])
+    rng = [np.random.default_rng([collatz.EVAL_SEED, i]) for i in range(3)]
+    tested = set(collatz.eval_numbers()).union(
+        *(collatz.trajectory(n) for n in [*args.test_seeds, *collatz.RECORD_SEEDS, *from_limbs(collatz.random_odd(rng[0], 200, 128, 128))]))
+    candidates = from_limbs(collatz.random_odd(rng[1], args.validation_rows, 2, 128))
+    kept = {n for n in candidates if n not in tested}
+    assert len(exam.validation_rows) == len(kept) < len(set(candidates))
+    want = np.sort([math.log2(n) for n in kept])
+    assert np.allclose(np.sort(exam.validation_rows.lg[:, 0]), want)
+    starts = from_limbs(collatz.random_odd(rng[2], args.validation_trajectories, 8, 128))
+    for n, mask in zip(starts, exam.validation_steps, strict=True):
+        path = collatz.trajectory(n)
+        for i in range(len(path) - 1):
+            assert mask[i] == (path[i] not in tested and path[i + 1] not in tested)
+
+
+def test_best_checkpoint_is_chosen_by_validation_alone(rows_csv, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.5, 0.2, 0.3])  # at steps 0, 4, 6, 8, 12
+    monkeypatch.setattr(collatz, "validate", lambda model, exam: {
+        "val_pass_rate": 0.0, "val_on_trajectory_pass_rate": 0.0, "val": next(scores)})
+    assert small(rows_csv, tmp_path / "run")["best_step"] == 4
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 4
+
+
 def from_key(key: int) -> int:
     """The number below 2^61 with this fingerprint (Chinese remainders)."""
     p, q = 2147483647, 2147483629
@@ -496,6 +550,14 @@ def test_init_from_takes_the_weights_alone(rows_csv, tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a)
 
 
+@pytest.mark.parametrize("flags", [["--split", "original"], ["--test-seeds", "97,871"], ["--lookahead", "12"], ["--layers", "8"]])
+def test_init_from_refuses_weights_that_leak_or_do_not_fit(rows_csv, tmp_path, flags):
+    small(rows_csv, tmp_path / "a", *flags, "--steps", "1")
+    with pytest.raises(SystemExit, match="was trained with"):
+        small(rows_csv, tmp_path / "b", "--init-from", str(tmp_path / "a"))
+    assert not (tmp_path / "b").exists()
+
+
 def test_same_seed_same_weights_and_other_seed_other_weights(rows_csv, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         small(rows_csv, tmp_path / name, "--seed", seed, "--steps", "3")
@@ -585,6 +647,28 @@ def test_checkpoint_with_exhaustive_checks_that_v(trained, rows_csv):
     assert out["exhaustive"] == {"limit": 200, "n": 99, "violations": len(bad), "first": bad[:5]}
 
 
+def test_other_rows_than_the_run_s_are_not_called_honest(trained, rows_csv, tmp_path):
+    assert collatz.evaluate_checkpoint(trained, collatz.parse_args([]))["split"] == "honest"
+    other = tmp_path / "other.csv"
+    other.write_text(Path(rows_csv).read_text())
+    assert collatz.evaluate_checkpoint(trained, collatz.parse_args(["--eval-csv", str(other)]))["split"] == "unknown"
+
+
+def test_the_kept_checkpoint_has_its_figures(capsys):
+    kept = ROOT / "logs" / "kept" / "collatz" / "window10-s0"
+    collatz.main(["--score", ",".join(map(str, collatz.trajectory(27)[:-1])), "--checkpoint", str(kept / "best.pt")])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    fails = sum(not float(r["margin"]) > 0 for r in rows)
+    assert len(rows) == 41 and fails == json.loads((kept / "summary.json").read_text())["violations"]["27"]
+
+
+def test_v_takes_numpy_integers_and_refuses_nothing(trained):
+    V = collatz.load(trained)
+    assert V(np.int64(27)) == V(27) and (V(np.array([27, 703])) == V([27, 703])).all()
+    with pytest.raises(ValueError, match="odd numbers"):
+        V([])
+
+
 def test_exhaustive_counts_every_odd_number(capsys):
     model = collatz.Lyapunov(collatz.Config(50, layers=None, sees=0))
     out = collatz.exhaustive(model, 1 << 17, chunk=1000)
@@ -599,6 +683,10 @@ def test_exhaustive_counts_every_odd_number(capsys):
     ["--score", "28", "--checkpoint", "KEPT"], ["--score", "0", "--checkpoint", "KEPT"], ["--score", "-3", "--checkpoint", "KEPT"],
     ["--score", "1", "--checkpoint", "KEPT"], ["--score", "1e6", "--checkpoint", "KEPT"], ["--score", "abc", "--checkpoint", "KEPT"],
     ["--score", "27", "--checkpoint", "KEPT", "--lookahead", "20"], ["--checkpoint", "KEPT", "--layers", "8,8"],
+    ["--checkpoint", "KEPT", "--test-seeds", "97"], ["--score", "27", "--checkpoint", "KEPT", "--exhaustive", "9"],
+    ["--score", "27", "--checkpoint", "KEPT", "--model", "closed"], ["--resume", "KEPT", "--init-from", "KEPT"], ["--out-dir", ""],
+    ["--analyze-seeds", "27", "--score", "27", "--checkpoint", "KEPT"], ["--eval-trajectories", "100000000000"],
+    ["--layers", "1000000,1000000"], ["--lookahead", "5000"], ["--exhaustive", "1" + 30 * "0"],
     ["--score", "27"], ["--score", "27,,31", "--checkpoint", "KEPT"],
     ["--lookahead", "0"], ["--lookahead", "-3"], ["--lookahead", "99999999"], ["--layers", ""], ["--layers", "64,,64"], ["--layers", "0"],
     ["--batch-size", "100000000"], ["--ramp-len", "0"], ["--curriculum", "--start-seeds", "2001"], ["--hard-ratio", "1.5"],
@@ -656,6 +744,23 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys, monkeypatch,
         collatz.main(["--score", "27", "--checkpoint", str(path)])
     assert str(e.value).startswith("collatz.py: error: ") and "\n" not in str(e.value)
     assert not (tmp_path / "evil").exists() and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("change", [
+    {"format": 99}, {"step": "x"}, {"step": 10**9}, {"args": 5}, {"optimizers": [{}]}, {"plateau": None}, {"data_rng": {}},
+    {"rng": 1}, {"loss_sum": 1}, {"mined": None, "counts": None, "logged": None, "seconds": None}, {"model": {}}])
+def test_a_damaged_last_pt_is_not_resumed(rows_csv, tmp_path, change):
+    small(rows_csv, tmp_path / "run", "--steps", "2")
+    tamper(tmp_path / "run" / "last.pt", **change)
+    with pytest.raises(SystemExit) as e:
+        collatz.main(["--resume", str(tmp_path / "run")])
+    assert str(e.value).startswith("collatz.py: error: ") and "\n" not in str(e.value)
+
+
+def test_killed_before_its_first_checkpoint_a_run_can_start_again(rows_csv, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("")  # what a kill during the first evaluation leaves
+    assert small(rows_csv, tmp_path / "run", "--steps", "1")["steps"] == 1
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained, rows_csv):

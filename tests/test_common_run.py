@@ -215,7 +215,7 @@ def test_open_run_writes_the_flags_the_provenance_and_a_copy_of_the_script(tmp_p
     assert "command  python fake.py --name 'two words'\n" in text
 
 
-@pytest.mark.parametrize("file", ["metrics.csv", "last.pt", "summary.json"])
+@pytest.mark.parametrize("file", ["last.pt", "summary.json"])
 def test_open_run_refuses_a_folder_that_holds_a_run_and_leaves_it_alone(file, tmp_path, script):
     folder = tmp_path / "old"
     folder.mkdir()
