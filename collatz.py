@@ -269,16 +269,21 @@ def k_sequence(limbs: np.ndarray, m: int) -> np.ndarray:
     parity, factor, rest = halving_table()
     low16, low32, s16, s32 = np.uint64(0xFFFF), np.uint64(0xFFFFFFFF), np.uint64(16), np.uint64(32)
     n_rows = limbs.shape[1]
-    rows, ones, words, x = np.arange(n_rows), np.zeros(n_rows, np.int64), [], limbs
-    while len(rows):  # rows that have not shown m + 1 odd numbers yet
+    x = limbs                          # (W, rows), where each number stands
+    rows = np.arange(n_rows)           # those that have not shown m + 1 odd numbers yet
+    ones = np.zeros(n_rows, np.int64)  # odd numbers shown so far
+    words = []                         # their parities, 16 halving steps a word
+    while len(rows):
         b = (x[0] & low16).astype(np.int64)
         words.append(np.zeros(n_rows, "<u2"))
         words[-1][rows] = parity[b]
         ones[rows] += np.bitwise_count(parity[b])
-        a, f, carry, y = x >> s16, factor[b], rest[b], np.empty((len(x) + 1, len(rows)), np.uint64)
+        a = x >> s16
         a[:-1] |= (x[1:] & low16) << s16  # x = 2^16 a + b
+        y = np.empty((len(x) + 1, len(rows)), np.uint64)
+        by, carry = factor[b], rest[b]
         for i, limb in enumerate(a):
-            carry = carry + limb * f  # < 2^32 3^16 + 2^64 / 2^32: no overflow
+            carry = carry + limb * by  # < 2^32 3^16 + 2^64 / 2^32: no overflow
             y[i], carry = carry & low32, carry >> s32
         y[-1] = carry
         x, keep = y, ones[rows] <= m
