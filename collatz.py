@@ -104,9 +104,9 @@ def memory_needed(args: argparse.Namespace) -> float:
     """Bytes that evaluation sets, pools and weights take at their peak, roughly (lookahead 100: 1.7 GB measured)."""
     per_number = 40 * (args.lookahead + 2)  # k, log2, residue, fingerprint of each number in sight, and copies
     steps = 350 * (args.eval_trajectories + args.validation_trajectories)
-    chains = args.pool + 164 * args.train_seeds / args.segment + args.train_seeds * 10
-    widths_ = [6 * args.lookahead, *(args.layers if args.model == "mlp" else ())]
-    weights = sum(a * b for a, b in pairwise(widths_))
+    chains = args.pool + args.train_seeds * (164 / args.segment + 10)  # 164 steps a path on average, and its own arrays
+    sizes = [6 * args.lookahead, *(args.layers if args.model == "mlp" else ())]
+    weights = sum(a * b for a, b in pairwise(sizes))
     return per_number * (EVAL_ROWS + args.validation_rows + chains) + 100 * steps + 24 * weights
 
 
@@ -159,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--steps", "--epochs", type=integer(1), default=400, help="optimizer steps (the original's epochs)")
     g.add_argument("--batch-size", type=integer(1), default=512, help="chains per step")
     g.add_argument("--lr", type=real(0, above=True), default=3e-3, help="peak rate of AdamW; Muon's is 5 times that")
-    g.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="muon: for the hidden matrices")
+    g.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="muon: for all matrices but the last")
     g.add_argument("--clip", type=real(0), default=1.0, help="gradient norm; 0: no clipping")
 
     g = p.add_argument_group("evaluation")
@@ -1009,8 +1009,9 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
         model = Lyapunov(c) if sound else None
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError):
         model = None
-    if model is None or not isinstance(saved.get("model"), dict):
-        raise UserError(f"{path}: its config is not that of a V of this script: {saved.get('config')}")
+    kinds = {"model": dict, "args": dict, "step": int}
+    if model is None or not all(isinstance(saved.get(k), kind) for k, kind in kinds.items()):
+        raise UserError(f"{path}: not a V of this script, or damaged (config {saved.get('config')})")
     checkpoint.load_weights(model, saved["model"], path)
     return model, saved
 
@@ -1065,7 +1066,8 @@ def train(args: argparse.Namespace) -> dict:
     if args.init_from and not saved:
         source, its = load_model(args.init_from)
         require_same(asdict(source.config), asdict(model.config), args.init_from)
-        seen = ("split", "test_seeds", "eval_csv")  # other weights may have been trained on what is evaluated here
+        # weights of a run with other sets may have been trained on what is evaluated here
+        seen = ("split", "test_seeds", "eval_csv", "eval_trajectories", "validation_rows", "validation_trajectories")
         if args.split == "honest":
             require_same({k: its["args"].get(k) for k in seen}, {k: getattr(args, k) for k in seen}, args.init_from)
         model.load_state_dict(source.state_dict())
@@ -1308,8 +1310,6 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
     """Figures of a checkpoint by the code that training uses, on the sets of its run. With another --eval-csv in args,
     whose rows may have been trained on, the split is reported as unknown. Raises UserError."""
     model, saved = load_model(path)
-    if not isinstance(saved.get("args"), dict) or not isinstance(saved.get("step"), int):
-        raise UserError(f"{path}: not a checkpoint of a run (no args or no step)")
     own = argparse.Namespace(**{**vars(parse_args([])), **saved["args"], "lookahead": model.config.lookahead})
     if getattr(args, "eval_csv", None) not in (None, own.eval_csv):
         own.eval_csv, own.split = args.eval_csv, "unknown"

@@ -148,11 +148,10 @@ def open_run(args: argparse.Namespace, script_file: str) -> Path:
     if not own and any((folder / f).exists() for f in ("last.pt", "summary.json")):
         raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    if args.resume is not None:  # into another folder: the record so far comes along
-        source = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    if args.resume is not None and not own:  # the record so far comes along
         for name in ("metrics.csv", "best.pt"):
-            if (source / name).exists() and not (folder / name).exists():
-                shutil.copyfile(source / name, folder / name)
+            if (_folder_of(args.resume) / name).exists():
+                shutil.copyfile(_folder_of(args.resume) / name, folder / name)
     write_json(folder / "args.json", {k: v for k, v in vars(args).items() if k != "given"})
     with open(folder / "run.txt", "a") as f:
         f.write(provenance() + "\n")

@@ -550,7 +550,8 @@ def test_init_from_takes_the_weights_alone(rows_csv, tmp_path):
     assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a)
 
 
-@pytest.mark.parametrize("flags", [["--split", "original"], ["--test-seeds", "97,871"], ["--lookahead", "12"], ["--layers", "8"]])
+@pytest.mark.parametrize("flags", [["--split", "original"], ["--test-seeds", "97,871"], ["--lookahead", "12"], ["--layers", "8"],
+                                   ["--eval-trajectories", "2"]])
 def test_init_from_refuses_weights_that_leak_or_do_not_fit(rows_csv, tmp_path, flags):
     small(rows_csv, tmp_path / "a", *flags, "--steps", "1")
     with pytest.raises(SystemExit, match="was trained with"):
@@ -722,7 +723,7 @@ class Evil:
         return (os.mkdir, ("evil",))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle", "lookahead", "layers", "nan", "huge", "foreign", "no config"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle", "lookahead", "layers", "nan", "huge", "foreign", "no config", "no args", "no step"])
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pt"
@@ -734,6 +735,8 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys, monkeypatch,
         tamper(path, config={"lookahead": {"lookahead": 0}, "layers": {"layers": (17,)}, "huge": {"layers": (10**9,)}}[damage])
     if damage == "foreign":
         tamper(path, script="addition_train.py")
+    if damage in ("no args", "no step"):
+        tamper(path, **{damage[3:]: None})
     if damage == "no config":
         tamper(path, config={"color": "red"})
     if damage == "nan":
