@@ -19,19 +19,16 @@ def save(path: str | os.PathLike, checkpoint: dict) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def load(path: str | os.PathLike, script: str | None = None) -> dict:
-    """The checkpoint at `path` (a file, or a run folder: its last.pt), tensors on the CPU.
+def read(path: str | os.PathLike) -> dict:
+    """The dict of plain types and tensors in a file of torch.save, tensors on the CPU.
 
     Read with weights_only=True, so a pickle that would run code is refused.
-    Raises UserError: missing, empty, cut short, not a checkpoint, or written by another script than `script`.
+    Raises UserError: missing, empty, cut short, not a dict.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "last.pt"
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # foreign bytes trip the unpickler in a dozen ways, IndexError and struct.error among them
         reason = "cut short, damaged, or not written by torch.save"
         if isinstance(e, (RuntimeError, PermissionError)):
@@ -39,10 +36,22 @@ def load(path: str | os.PathLike, script: str | None = None) -> dict:
         elif "GLOBAL" in str(e) or "Unsupported class" in str(e):
             reason = "it holds more than plain data, and loading that could run code"
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("script"), str):
+    return saved if isinstance(saved, dict) else {}
+
+
+def check_script(checkpoint: dict, script: str | None, path: str | os.PathLike) -> None:
+    """Raises UserError when a checkpoint names no script, or another one than `script`."""
+    if not isinstance(checkpoint.get("script"), str):
         raise UserError(f"{path}: not a checkpoint of this project (no field 'script')")
     if script is not None and checkpoint["script"] != script:
         raise UserError(f"{path}: a checkpoint of {checkpoint['script']!r}, not of {script!r}")
+
+
+def load(path: str | os.PathLike, script: str | None = None) -> dict:
+    """The checkpoint at `path` (a file, or a run folder: its last.pt). Raises UserError as `read` and `check_script` do."""
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    checkpoint = read(path)
+    check_script(checkpoint, script, path)
     return checkpoint
 
 

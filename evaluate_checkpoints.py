@@ -1,0 +1,180 @@
+"""Evaluate checkpoints of any experiment by the code that its training uses.
+
+    python evaluate_checkpoints.py logs/kept/addition_train/rope196/best_s0.pt     # 100,000 sums and tables, 2 s
+    python evaluate_checkpoints.py logs/kept/collatz/window10-s0 --output out.json  # a run folder, all figures as JSON
+
+The checkpoint's field `script` says which script's `evaluate_checkpoint(path, args)` is called; published checkpoints
+of the 456-parameter addition project have no such field and are known by their keys. Reads plain data, runs no pickle.
+A checkpoint that cannot be evaluated does not stop the others; the exit code is then 1.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import addition_train
+from addition_train import DIGITS, LIMIT, SPLIT_SEEDS, digits_of, uniform_pairs
+from common import checkpoint, devices, run
+from common.evaluation import format_rate
+from common.run import UserError, integer
+
+SCRIPTS = (             # whose checkpoints can be evaluated
+    "addition_train.py",
+    "collatz.py",
+)
+TABLES = 4              # stream of the pairs of the tables; training, validation and test have others
+EDGE_CASES = ((0, 0), (0, 1), (1, 0), (9, 1), (5, 5), (LIMIT - 1, 0), (LIMIT - 1, 1), (1, LIMIT - 1),
+              (LIMIT - 1, LIMIT - 1), (LIMIT // 2, LIMIT // 2), (1234567890, 9876543210), (1111111111, 8888888889),
+              (9090909090, 909090910), (4999999999, 5000000001), (9999999990, 10), (123456789, 987654321))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = run.Parser(usage="%(prog)s CKPT [CKPT ...] [flags]", description=__doc__)
+    p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoint, or run folder")
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto: CUDA, MPS, else CPU")
+    p.add_argument("--threads", type=integer(0), default=1, help="CPU threads of torch; 0: torch's choice")
+    p.add_argument("--output", metavar="FILE.json", help="write all figures there")
+    g = p.add_argument_group("addition")
+    g.add_argument("--n", type=integer(1, 1 << 22), default=10_000, help="pairs for each split seed; the tables have n / 10 "
+                   "an entry, that of operand lengths n / 50")
+    g.add_argument("--split-seeds", type=addition_train.seed_list, default=list(SPLIT_SEEDS), metavar="A-B,C",
+                   help="seeds of the test pairs (default: the original's ten)")
+    g.add_argument("--mode", choices=["tf", "ar"], default="tf",
+                   help="tf: one teacher-forced pass by tables; ar: greedy decoding by the module, digit by digit")
+    return p.parse_args(argv)
+
+
+# ---- Tables of an addition model
+
+def longest_chain(carry: np.ndarray) -> np.ndarray:
+    """Most columns in a row that carry: (..., 10) of 0 and 1 -> (...,), 0..10."""
+    longest = current = np.zeros(carry.shape[:-1], np.int64)
+    for i in range(DIGITS):
+        current = (current + 1) * carry[..., i]
+        longest = np.maximum(longest, current)
+    return longest
+
+
+def chained_pairs(stream: Sequence[int], n: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Digits of n pairs, uniform among all pairs of ten-digit operands whose longest carry chain is `length`.
+
+    A column carries for 45 of its 100 digit pairs without a carry into it and for 55 with one, so the weight of each
+    of the 2^10 carry patterns is known: draw a pattern, then each column's digits among those that give it.
+    """
+    rng = np.random.default_rng(stream)
+    patterns = (np.arange(1 << DIGITS)[:, None] >> np.arange(DIGITS) & 1).astype(np.int8)
+    into = np.concatenate([np.zeros_like(patterns[:, :1]), patterns[:, :-1]], 1)
+    weight = np.where(patterns, 45 + 10 * into, 55 - 10 * into).astype(float).prod(1) * (longest_chain(patterns) == length)
+    drawn = rng.choice(len(patterns), n, p=weight / weight.sum())
+    out = np.empty((2, n, DIGITS), np.int8)
+    x, y = np.divmod(np.arange(100), 10)
+    for carry_in in (0, 1):
+        for carry_out in (0, 1):
+            fits = np.flatnonzero((x + y + carry_in > 9) == carry_out)
+            where = (into[drawn] == carry_in) & (patterns[drawn] == carry_out)
+            chosen = rng.choice(fits, int(where.sum()))
+            out[:, where] = x[chosen], y[chosen]
+    return out[0], out[1]
+
+
+def pairs_of_lengths(stream: Sequence[int], n: int, a_length: int, b_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Digits of n pairs, uniform among those with exactly so many digits in a and b (one digit: 0..9)."""
+    pairs = uniform_pairs(stream, n)
+    for i, (x, length) in enumerate(zip(pairs, (a_length, b_length), strict=True)):
+        x[:, length:] = 0
+        if length > 1:
+            x[:, length - 1] = np.random.default_rng([*stream, i]).integers(1, 10, n)
+    return pairs
+
+
+def addition_tables(path: str, args: argparse.Namespace) -> dict:
+    """Exact match of an addition model where uniform pairs say little, as [right, of] counts.
+
+    by_digits[k]: both operands uniform below 10^k (the short ones are seen in training). by_chain[k]: uniform among the
+    pairs whose longest run of columns that carry is k. by_lengths[i][j]: a has i + 1 digits, b has j + 1. edge_cases.
+    """
+    model, _ = addition_train.load_model(path)
+    model.to(devices.get_device(args.device))
+    few, fewer, lengths = max(args.n // 10, 1), max(args.n // 50, 1), range(1, DIGITS + 1)
+
+    def count(pairs: tuple[np.ndarray, np.ndarray]) -> list[int]:
+        got, target = addition_train.answers(model, pairs, args.mode)
+        return [int((got == target).all(1).sum()), len(got)]
+    edges = tuple(digits_of(np.array(x, np.int64), DIGITS) for x in zip(*EDGE_CASES, strict=True))
+    return {"by_digits": {str(k): count(uniform_pairs([TABLES, 0, k], few, k)) for k in lengths},
+            "by_chain": {str(k): count(chained_pairs([TABLES, 1, k], few, k)) for k in range(DIGITS + 1)},
+            "by_lengths": [[count(pairs_of_lengths([TABLES, 2, i, j], fewer, i, j)) for j in lengths] for i in lengths],
+            "edge_cases": count(edges)}
+
+
+def format_addition(out: dict) -> str:
+    """The figures of an addition model as text."""
+    def row(title: str, cells: Sequence[list[int]]) -> str:
+        return f"  {title:<37}" + " ".join(f"{100 * k / n:6.2f}" for k, n in cells)
+    (right, total), edges = out["exact"], out["edge_cases"]
+    return "\n".join([
+        f"  {out['n_params']} parameters, {out['config']['family']}, step {out['step']}, mode {out['mode']}, "
+        f"{out['additions_per_cpu_second']:.0f} additions per CPU-s",
+        f"  exact match {format_rate(right, total)}, {total - right} errors, token accuracy "
+        f"{100 * out['token_accuracy']:.4f}%, edge cases {edges[0]}/{edges[1]}",
+        "  errors by split seed: " + ", ".join(f"{s}: {n - k}" for s, (k, n) in out["splits"].items()),
+        row("% by position, lowest digit first", out["positions"]),
+        row("% by longest carry chain, 0..10", list(out["by_chain"].values())),
+        row("% by digits, both below 10^1..10^10", list(out["by_digits"].values())),
+        *(row(f"% a of {i} digit{'s' * (i > 1)}, b of 1..10", cells) for i, cells in enumerate(out["by_lengths"], 1)),
+        *(f"  {a} + {b} = {c}, got {'no number' if d is None else d}" for a, b, c, d in out["failures"])])
+
+
+# ---- Any checkpoint
+
+def script_of(path: str) -> str:
+    """The script that wrote a checkpoint. Raises UserError when it is none of SCRIPTS."""
+    saved = checkpoint.read(Path(path) / "last.pt" if os.path.isdir(path) else path)
+    if addition_train.is_published(saved):
+        return "addition_train.py"
+    checkpoint.check_script(saved, None, path)
+    if saved["script"] not in SCRIPTS:
+        raise UserError(f"{path}: written by {saved['script']!r:.60}, which is not one of {', '.join(SCRIPTS)}")
+    return saved["script"]
+
+
+def evaluate(path: str, args: argparse.Namespace) -> tuple[dict, str]:
+    """The figures of one checkpoint, and the same as text. Raises UserError."""
+    script = script_of(path)
+    out = importlib.import_module(script.removesuffix(".py")).evaluate_checkpoint(path, args)
+    if script == addition_train.SCRIPT:
+        out.update(addition_tables(path, args))
+        return out, format_addition(out)
+    numbers = {k: v for k, v in out.items() if isinstance(v, (bool, int, float, str))}
+    return out, "\n".join(f"  {k} {v:.6g}" if isinstance(v, float) else f"  {k} {v}" for k, v in numbers.items())
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    results, failed = {}, 0
+    with run.one_line_errors("evaluate_checkpoints.py"):
+        devices.set_threads(args.threads)
+        devices.get_device(args.device)
+        for path in args.checkpoints:
+            try:
+                results[path], text = evaluate(path, args)
+                print(f"{path}\n{text}", flush=True)
+            except (UserError, OSError) as e:
+                failed += 1
+                results[path] = {"error": str(e)}
+                print(f"evaluate_checkpoints.py: error: {e}", file=sys.stderr, flush=True)
+        if args.output:
+            run.write_json(args.output, {"command": run.command(), "commit": run.commit(), "checkpoints": results})
+    if failed:
+        sys.exit(1)
+    return results
+
+
+if __name__ == "__main__":
+    main()
