@@ -50,7 +50,8 @@ SPLIT_SEEDS = (41, 100, 200, 300, 400, 500, 999, 1234, 7777, 31415)  # of the or
 ROTARY = {"family": "rotary", "init": "arc+phase", "batch_size": 128, "lr": 0.03, "beta2": 0.99, "weight_decay": 0.01,
           "warmup": 0.1, "steps": 6000}
 REF = {"family": "learned", "init": "reference", "d_model": 7, "d_ff": 14, "batch_size": 512, "lr": 0.02,
-       "beta2": 0.999, "weight_decay": 0.01, "warmup": 0.05, "steps": 27_000, "curriculum": "3:2000,6:7000"}
+       "beta2": 0.999, "weight_decay": 0.01, "warmup": 0.05, "steps": 27_000, "curriculum": "3:2000,6:7000",
+       "eval_every": 1000, "val_size": 5000}
 LOW_RANK = {"pos_rank": 3, "qkv_rank": 3, "attn_out_rank": 2, "ffn_rank": 3, "use_rmsnorm": True,
             "tie_qkv": "shareA_tieKV"}
 PRESETS = {
@@ -141,7 +142,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--restart-stuck", action="store_true", help="start a seed anew, from other random weights, if it "
                    "has below 1 %% a quarter of the run after its start; counted and reported")
     g.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                   help="torch.compile of the step; auto: in runs of 500 steps or more, and eager where it fails")
+                   help="torch.compile of the step; auto: in runs of 1000 steps or more, and eager where it fails")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval-every", type=integer(1), default=500, help="steps between validations and saves")
@@ -856,7 +857,7 @@ def train(args: argparse.Namespace) -> dict:
     print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, params {n_params} learned, 0 frozen, init "
           f"{args.init}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
-    if args.compile == "on" or (args.compile == "auto" and args.steps - start >= 500):
+    if args.compile == "on" or (args.compile == "auto" and args.steps - start >= 1000):
         print("compiling the step (half a minute the first time, then cached)", flush=True)
         example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)))
         loss_fn, how = compiled(loss_fn, *example)
