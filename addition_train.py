@@ -40,28 +40,29 @@ SCRIPT, FORMAT = "addition_train.py", 1  # of its checkpoints
 DIGITS, ANSWER = 10, 11                  # digits of an operand, of a sum
 LIMIT = 10**DIGITS                       # operands are below
 PLUS, EQUALS, EOS = 10, 11, 13           # tokens of the learned family; 0..9 are the digits, 12 is padding, never used
-MAX_BYTES = 10_000_000                   # a checkpoint of these models has a few kB, 64 seeds with their optimizer 1 MB
+MAX_BYTES = 10_000_000                   # a checkpoint of one of these models has a few kB
 CHUNK = 50                               # steps whose batches are drawn at once
 GROKKED = 0.99                           # exact match from which a seed counts
 TRAIN, VALIDATION, TEST = 1, 2, 3        # streams of pairs
 SPLIT_SEEDS = (41, 100, 200, 300, 400, 500, 999, 1234, 7777, 31415)  # of the original evaluation, 10,000 pairs each
 
 # What --preset sets; a flag on the command line wins. ref: the defaults of the original's command line.
-ROTARY = {"family": "rotary", "init": "arc+phase", "batch_size": 128, "lr": 0.03, "beta2": 0.99, "weight_decay": 0.01,
-          "warmup": 0.1, "steps": 6000}
+ROTARY = {"family": "rotary", "init": "arc+phase", "batch_size": 128, "optimizer": "soap", "lr": 0.05, "beta2": 0.99,
+          "weight_decay": 0.05, "decay_until": 0.4, "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0, "steps": 3000,
+          "eval_every": 100}
 REF = {"family": "learned", "init": "reference", "d_model": 7, "d_ff": 14, "batch_size": 512, "lr": 0.02,
-       "beta2": 0.999, "weight_decay": 0.01, "warmup": 0.05, "steps": 27_000, "curriculum": "3:2000,6:7000",
+       "beta2": 0.999, "weight_decay": 0.01, "warmup": 1350, "steps": 27_000, "curriculum": "3:2000,6:7000",
        "eval_every": 1000, "val_size": 5000}
 LOW_RANK = {"pos_rank": 3, "qkv_rank": 3, "attn_out_rank": 2, "ffn_rank": 3, "use_rmsnorm": True,
             "tie_qkv": "shareA_tieKV"}
 PRESETS = {
-    "rope196": {**ROTARY, "d_model": 4, "d_ff": 6},
-    "rope140": {**ROTARY, "d_model": 4, "d_ff": 4, "tie": "kv+oq", "weight_decay": 0.0, "steps": 15_000},
-    "rope122": {**ROTARY, "d_model": 3, "d_ff": 3, "lr": 0.04, "weight_decay": 0.0, "steps": 20_000},
-    "rope62": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "kv+oq", "embedding": "arc", "weight_decay": 0.0,
-               "steps": 40_000},
+    "rope196": {**ROTARY, "d_model": 4, "d_ff": 6, "steps": 2000},
+    "rope140": {**ROTARY, "d_model": 4, "d_ff": 4, "tie": "kv+oq"},
+    "rope122": {**ROTARY, "d_model": 3, "d_ff": 3, "lr": 0.06},
+    "rope62": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "kv+oq", "embedding": "arc", "steps": 10_000,
+               "eval_every": 500},
     "ref": REF,
-    "ref456": {**REF, **LOW_RANK, "warmup": 0.025, "steps": 54_000},
+    "ref456": {**REF, **LOW_RANK, "steps": 54_000},
     "grok456": {**REF, **LOW_RANK, "batch_size": 128, "lr": 0.015, "beta2": 0.99, "grokfast": 1.0, "warmup": 0.1,
                 "full_length": 0.5, "steps": 36_000, "curriculum": ""},
 }
@@ -106,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "both operands are below 10^n, n uniform in 1..10")
     g.add_argument("--random-zeros", type=real(0, 1), default=0.0, help="share of sums in which each operand's digits "
                    "are set to 0 at random, at a rate drawn for each operand")
+    g.add_argument("--zeros-until", type=real(0, 1), default=0.0, help="share of the run at whose end a share of random "
+                   "zeros that falls linearly is 0; 0: it does not fall")
     g.add_argument("--curriculum", metavar="N:STEP,...", default="", help="n at most N before STEP, e.g. 3:2000,6:7000")
 
     g = p.add_argument_group("model")
@@ -133,19 +136,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--lr", type=real(0, 10, above=True), help="peak learning rate")
     g.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="of lr after the warm-up")
     g.add_argument("--beta2", type=real(0, 0.999999), help="of AdamW; beta1 is 0.9")
-    g.add_argument("--weight-decay", type=real(0, 1), help="of AdamW, on every parameter")
-    g.add_argument("--warmup", type=real(0, 1), help="share of the steps in which lr rises from 0; then a cosine")
+    g.add_argument("--weight-decay", type=real(0, 1), help="decoupled, on every parameter")
+    g.add_argument("--decay-until", type=real(0, 1), default=0.0, help="share of the run at whose end a weight decay that "
+                   "falls linearly is 0; 0: it does not fall")
+    g.add_argument("--warmup", "--warmup-steps", type=real(0), help="steps in which lr rises from 0; below 1: a share")
     g.add_argument("--min-lr-ratio", type=real(0, 1), default=0.1, help="lr at the end, as a share of --lr")
+    g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the second differences "
+                   "of the position table, fading linearly until 70 %% of the run; 0: off")
     g.add_argument("--grad-clip", type=real(0), default=1.0, help="gradient norm of a seed; 0: no clipping")
     g.add_argument("--grokfast", type=real(0), default=0.0, help="adds this times the gradient's running mean; 0: off")
     g.add_argument("--grokfast-alpha", type=real(0, 0.999999), default=0.98, help="memory of that mean, per step")
     g.add_argument("--restart-stuck", action="store_true", help="start a seed anew, from other random weights, if it "
                    "has below 1 %% a quarter of the run after its start; counted and reported")
     g.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                   help="torch.compile of the step; auto: in runs of 1000 steps or more, and eager where it fails")
+                   help="torch.compile of the step; auto: in runs of 3000 steps or more (compiling takes half a minute), and eager where it fails")
 
     g = p.add_argument_group("evaluation")
-    g.add_argument("--eval-every", type=integer(1), default=500, help="steps between validations and saves")
+    g.add_argument("--eval-every", "--eval-interval", type=integer(1), default=500, help="steps between validations and saves")
     g.add_argument("--val-size", type=integer(1, 1 << 20), default=2000, help="pairs for choosing best_sSEED.pt")
     g.add_argument("--test-size", type=integer(1, 1 << 24), default=100_000, help="fresh pairs at the end")
 
@@ -156,9 +163,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--plot", metavar="RUN", type=Path, help="draw the pictures of this run again")
     run.add_run_arguments(p)
 
-    preset = p.parse_known_args(argv)[0].preset
-    learned = [f for f in FAMILY_FLAGS["learned"] if f in run.parse(p, argv).given]
-    preset = preset or ("ref" if learned else "rope196")
+    first = run.parse(p, argv)
+    preset = first.preset or ("ref" if set(FAMILY_FLAGS["learned"]) & set(first.given) else "rope196")
     p.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k != "family"}, preset=preset)
     args = run.parse(p, argv)
     args.family = family = PRESETS[preset]["family"]
@@ -169,17 +175,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.seed = args.seeds[0]
     try:
         phases = curriculum(args.curriculum)
-        make_config(vars(args), "flags")
+        n_params = sum(math.prod(shape) for _, shape in shapes_of(make_config(vars(args), "flags")))
     except (argparse.ArgumentTypeError, UserError) as e:
         p.error(str(e) if isinstance(e, UserError) else f"argument --curriculum: {e}")
     foreign = [f for f in FAMILY_FLAGS["learned" if family == "rotary" else "rotary"] if f in args.given]
     modes = [m for m in (args.add or args.export_submission or args.checkpoint, args.plot, args.resume) if m]
-    need = memory_needed(args)
+    need = memory_needed(args, n_params)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
     for wrong, message in (
         (foreign, f"--{(foreign or [''])[0].replace('_', '-')}: not a flag of the {family} models ({preset})"),
         (args.init not in INITS[family], f"--init: {args.init} is not for the {family} models"),
         (phases and phases[-1][1] >= args.steps, f"--curriculum: longer than the {args.steps} steps of the run"),
+        (args.warmup >= args.steps, f"--warmup: {args.warmup:g} steps of a run of {args.steps}"),
+        (args.optimizer == "soap" and n_params > 2000, f"--optimizer: soap has a basis of all {n_params} parameters at "
+         "once; it is for models of up to 2000"),
         (args.precision == "bf16", "--precision: these models are trained in fp32"),
         (len(modes) > 1, "--checkpoint: one of --checkpoint, --plot, --resume at a time"),
         (args.add and args.export_submission, "--add: not together with --export-submission"),
@@ -194,10 +203,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def memory_needed(args: argparse.Namespace) -> float:
-    """Bytes that the step and a chunk of its batches take, roughly: attention weights in fp32, tokens in int64."""
+def memory_needed(args: argparse.Namespace, n_params: int) -> float:
+    """Bytes of the step, a chunk of batches and the optimizer, roughly: attention weights in fp32, tokens in int64."""
     per_sum = 4 * 12 * 34 * (8 + args.d_model) + 4 * 12 * 6 * args.d_ff + CHUNK * 8 * 60
-    return len(args.seeds) * args.batch_size * per_sum
+    return len(args.seeds) * (args.batch_size * per_sum + 24 * n_params * (n_params if args.optimizer == "soap" else 1))
 
 
 # ---- Problem: digits, carries, tokens
@@ -263,7 +272,8 @@ def batches(chunk: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.T
         n = np.where(rng.random((CHUNK, B)) < args.full_length, most[:, None], n)
         x[np.broadcast_to(np.arange(DIGITS) >= n[:, :, None, None], x.shape)] = 0
         if args.random_zeros:
-            rate = rng.random((CHUNK, B, 2, 1)) * (rng.random((CHUNK, B, 1, 1)) < args.random_zeros)
+            share = args.random_zeros * faded(torch.from_numpy(steps), args.zeros_until * args.steps).numpy()
+            rate = rng.random((CHUNK, B, 2, 1)) * (rng.random((CHUNK, B, 1, 1)) < share[:, None, None, None])
             x[rng.random(x.shape) < rate] = 0
         drawn.append(x)
     x = np.stack(drawn, 1)
@@ -471,6 +481,8 @@ class LearnedAdder(nn.Module):
 
 
 FAMILIES = {"rotary": RotaryAdder, "learned": LearnedAdder}
+CURVATURE = np.diff(np.eye(33), 2, axis=0)                       # (31, 33), second differences of a table of positions
+ROUGHNESS = torch.from_numpy(CURVATURE.T @ CURVATURE).float()    # (33, 33), gradient of half their sum of squares
 
 
 def make_config(values: dict, where: str) -> Config:
@@ -508,9 +520,12 @@ def make_config(values: dict, where: str) -> Config:
 def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
     """Initial weights of a seed as one row (P,).
 
-    reference: the original's. random: embedding N(0, 1/D), matrices uniform within +- 1/(inputs)^1/2, gains 1.
-    arc+phase: the same, but digit t at 2.5 (cos, sin)(0.29 t - 1.2) in the first two coordinates of the embedding, and
-    the first coordinate's query and key in phase where positions differ by 2 (mod the period), where the operands are.
+    reference: the original's. random (rotary): embedding N(0, 1/D), other matrices uniform, wq and wk within
+    +- 1/(inputs)^1/2, the rest half of that; gains 1, but those of query and key 0.5, so that the attention starts soft:
+    where it sharpens onto one column before the carry is noticed, the column below gets no gradient any more, and the
+    seed is stuck. arc+phase: also digit t near 2.5 (cos, sin)(0.29 t - 1.2) in the first two coordinates of the
+    embedding, and the first coordinate's query and key in phase where positions differ by 2 (mod the period), where the
+    operands are.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -518,24 +533,22 @@ def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
         if config.family == "learned":
             return parameters_to_vector(module.parameters()).detach()
         w = {name: p.data for name, p in module.named_parameters()}
+        designed, line = how == "arc+phase", torch.tensor([2.5, -1.2, 0.29])
         for name, p in w.items():
-            if name in ("wq", "wk") and how == "arc+phase":
-                p.normal_(std=0.1)
-            elif name == "emb" and p.dim() == 2:
-                p.normal_(std=0.1 if how == "arc+phase" else config.d_model**-0.5)
-            elif "norm" not in name and name != "emb":
-                p.uniform_(-1, 1).div_(math.sqrt(p.shape[0]))
-        line = torch.tensor([2.5, -1.2, 0.29])
-        if config.embedding == "arc":
-            w["emb"].copy_(line if how == "arc+phase" else torch.randn(3))
-        elif how == "arc+phase":
-            w["emb"].add_(arc(line, config.d_model))
-        if how == "arc+phase":
-            phase = 2 * math.pi * torch.rand(())
-            for name, angle in (("wq", phase), ("wk", phase - 4 * math.pi / config.period)):
-                w[name][0, 0] += angle.cos()
-                w[name][0, config.head_dim // 2] += angle.sin()
-                w[name[1] + "_norm.weight"].fill_(1.5)
+            if name == "emb" and config.embedding == "arc":
+                p.copy_(line if designed else torch.randn(3))
+            elif name == "emb":
+                p.normal_(std=0.1 if designed else config.d_model**-0.5).add_(arc(line, config.d_model) if designed else 0)
+            elif name in ("wq", "wk"):
+                p.normal_(std=0.1) if designed else p.uniform_(-1, 1).mul_(p.shape[0]**-0.5)
+            elif "norm" not in name:
+                p.uniform_(-0.5, 0.5).mul_(p.shape[0]**-0.5)
+        phase = 2 * math.pi * torch.rand(())
+        for x, angle in (("q", phase), ("k", phase - 4 * math.pi / config.period)):
+            w[x + "_norm.weight"].fill_(0.5)
+            if designed:
+                w["w" + x][0, 0] += angle.cos()
+                w["w" + x][0, config.head_dim // 2] += angle.sin()
         return parameters_to_vector(module.parameters()).detach()
 
 
@@ -635,9 +648,15 @@ def learned_logits(p: dict[str, torch.Tensor], c: Config, hot: torch.Tensor, fut
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-    """Attention with the batch innermost: q (S, Q, R, B), k and v (S, J, R, B) -> (S, Q, R, B)."""
-    score = (q[:, :, None] * k[:, None]).sum(3) + future[:, :, None]         # (S, Q, J, B)
-    return (score.softmax(2)[:, :, :, None] * v[:, None]).sum(2)
+    """Attention with the batch innermost: q (S, Q, R, B), k and v (S, J, R, B) -> (S, Q, R, B).
+
+    R is 3 to 7: a sum over it term by term needs no product of five axes in memory, and the compiler fuses it.
+    """
+    score = future[:, :, None]
+    for r in range(q.shape[2]):
+        score = torch.addcmul(score, q[:, :, None, r], k[:, None, :, r])     # (S, Q, J, B)
+    weight = score.softmax(2)
+    return torch.stack([(weight * v[:, None, :, r]).sum(2) for r in range(v.shape[2])], 2)
 
 
 def batched_logits(weights: torch.Tensor, tokens: torch.Tensor, config: Config, shapes: Shapes) -> torch.Tensor:
@@ -700,11 +719,17 @@ def new_population(config: Config, args: argparse.Namespace) -> Population:
 
 def learning_rates(age: torch.Tensor, total: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
     """Rate of each seed at its own step `age` of `total`: linear warm-up, then a cosine (or line) to the least rate."""
-    warm = (args.warmup * total).clamp(min=1)
+    warm = (args.warmup * (total if args.warmup < 1 else torch.ones_like(total))).clamp(min=1)
     done = ((age - warm) / (total - warm).clamp(min=1)).clamp(0, 1)
     falling = 1 - done if args.schedule == "linear" else 0.5 * (1 + torch.cos(math.pi * done))
     rate = args.min_lr_ratio + (1 - args.min_lr_ratio) * falling
     return args.lr * torch.where(age < warm, (age + 1) / warm, rate)
+
+
+def faded(age: torch.Tensor, end: torch.Tensor | float) -> torch.Tensor:
+    """A factor that falls linearly from 1 at age 0 to 0 at `end`, and stays there; 1 for ever if end is 0."""
+    end = torch.as_tensor(end, dtype=torch.float32, device=age.device)
+    return torch.where(end > 0, (1 - age / end.clamp(min=1e-9)).clamp(min=0), 1.0)
 
 
 def turn(state: Population) -> None:
@@ -745,7 +770,15 @@ def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
     move = mean / (1 - 0.9**t) / ((state.square / (1 - args.beta2**t)).sqrt() + 1e-8)
     if args.optimizer == "soap":
         move = (move[:, None] @ state.basis.transpose(1, 2))[:, 0]
-    state.weights.mul_(1 - lr * args.weight_decay).sub_(lr * move)
+    total = args.steps - state.born
+    decay = args.weight_decay * faded(age, args.decay_until * total)[:, None]
+    state.weights.mul_(1 - lr * decay).sub_(lr * move)
+    if args.smooth_positions:
+        rough = lr[:, :, None] * args.smooth_positions * faded(age, 0.7 * total)[:, None, None]
+        first = LearnedAdder.V * args.d_model                                # the position table follows the tokens
+        width = args.pos_rank or args.d_model
+        table = state.weights[:, first:first + ROUGHNESS.shape[0] * width].view(len(lr), -1, width)   # (S, T, r)
+        table -= rough * (ROUGHNESS.to(table)[:, :, None] * table[:, None]).sum(2)
     return norm
 
 
@@ -833,7 +866,7 @@ def train(args: argparse.Namespace) -> dict:
     devices.refuse_ranks(SCRIPT)
     saved = None
     if args.resume:
-        saved = read_checkpoint(args.resume)
+        saved = read_checkpoint(args.resume, whole_run=True)
         if "population" not in saved or not isinstance(saved.get("args"), dict):
             raise UserError(f"{args.resume}: holds one model; a run goes on from its last.pt")
         args = run.resumed_args(args, saved["args"], args.resume)
@@ -857,7 +890,7 @@ def train(args: argparse.Namespace) -> dict:
     print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, params {n_params} learned, 0 frozen, init "
           f"{args.init}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
-    if args.compile == "on" or (args.compile == "auto" and args.steps - start >= 1000):
+    if args.compile == "on" or (args.compile == "auto" and args.steps - start >= 3000):
         print("compiling the step (half a minute the first time, then cached)", flush=True)
         example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)))
         loss_fn, how = compiled(loss_fn, *example)
@@ -1022,12 +1055,27 @@ def draw_attention(model: nn.Module, path: Path, seed: str, a: int = 1234567890,
 
 # ---- Use of a trained model
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """A checkpoint of this script (a folder: its last.pt), or a published one with its keys renamed. Raises UserError."""
-    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size / 1e6:.0f} MB; a checkpoint of {SCRIPT} has at most "
-                        f"{MAX_BYTES // 10**6} MB")
+def file_of(path: str | os.PathLike) -> Path:
+    """The checkpoint that `path` means: itself, or of a folder best.pt, the best_sSEED.pt with the best validation, or
+    last.pt."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / "best.pt").is_file():
+        return path / "best.pt"
+    seeds = sorted(path.glob("best_s*.pt"))
+    return max(seeds, key=lambda f: read_checkpoint(f).get("val_exact", 0.0)) if seeds else path / "last.pt"
+
+
+def read_checkpoint(path: str | os.PathLike, whole_run: bool = False) -> dict:
+    """A checkpoint of this script, or a published one with its keys renamed. Raises UserError.
+
+    Over 10 MB is refused, but for whole_run=True: the optimizer state of many seeds is larger.
+    """
+    path = Path(path) / "last.pt" if whole_run and Path(path).is_dir() else file_of(path)
+    if path.is_file() and path.stat().st_size > MAX_BYTES and not whole_run:
+        raise UserError(f"{path}: {path.stat().st_size / 1e6:.0f} MB; a model of {SCRIPT} has at most "
+                        f"{MAX_BYTES // 10**6} MB (of a run, take a best_sSEED.pt)")
     saved = checkpoint.read(path)
     if is_published(saved):
         return {"script": SCRIPT, "format": FORMAT, "model": saved["model_state"], "step": saved.get("step", -1),
@@ -1085,7 +1133,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
 
 def initial_weights(args: argparse.Namespace, config: Config, like: torch.Tensor) -> torch.Tensor:
     """Weights (S, P) of --init-from: the same seeds of a last.pt, or one model for every seed. Raises UserError."""
-    saved = read_checkpoint(args.init_from)
+    saved = read_checkpoint(args.init_from, whole_run=not os.path.isdir(args.init_from))
     theirs = make_config(saved["config"], args.init_from)
     if theirs != config:
         raise UserError(f"{args.init_from}: a model of another config ({theirs}, here {config})")

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -135,7 +133,7 @@ def format_addition(out: dict) -> str:
 
 def script_of(path: str) -> str:
     """The script that wrote a checkpoint. Raises UserError when it is none of SCRIPTS."""
-    saved = checkpoint.read(Path(path) / "last.pt" if os.path.isdir(path) else path)
+    saved = checkpoint.read(addition_train.file_of(path))
     if addition_train.is_published(saved):
         return "addition_train.py"
     checkpoint.check_script(saved, None, path)
