@@ -61,6 +61,7 @@ PRESETS = {
     "rope122": {**ROTARY, "d_model": 3, "d_ff": 3, "lr": 0.06},
     "rope62": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "kv+oq", "embedding": "arc", "steps": 10_000,
                "eval_every": 500},
+    "rope36": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "all", "embedding": "arc", "steps": 10_000, "eval_every": 500},
     "ref": REF,
     "ref456": {**REF, **LOW_RANK, "steps": 54_000},
     "grok456": {**REF, **LOW_RANK, "batch_size": 128, "lr": 0.015, "beta2": 0.99, "grokfast": 1.0, "warmup": 0.1,
@@ -105,8 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--batch-size", type=integer(1, 1 << 16), help="sums per step and seed")
     g.add_argument("--full-length", type=real(0, 1), default=0.0, help="share of sums with ten digits; in the others "
                    "both operands are below 10^n, n uniform in 1..10")
-    g.add_argument("--random-zeros", type=real(0, 1), default=0.0, help="share of sums in which each operand's digits "
-                   "are set to 0 at random, at a rate drawn for each operand")
+    g.add_argument("--random-zeros", type=real(0, 10), default=0.0, help="share of sums in which each operand's digits "
+                   "are set to 0 at random, at a rate drawn for each operand; above 1: all, until it has fallen to 1")
     g.add_argument("--zeros-until", type=real(0, 1), default=0.0, help="share of the run at whose end a share of random "
                    "zeros that falls linearly is 0; 0: it does not fall")
     g.add_argument("--curriculum", metavar="N:STEP,...", default="", help="n at most N before STEP, e.g. 3:2000,6:7000")
@@ -118,7 +119,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="rotary: arc+phase (digits on an arc, queries and keys in phase) or random; learned: reference")
     g.add_argument("--head-dim", type=integer(4, 256), default=4, help="rotary: width of the head, a multiple of 4")
     g.add_argument("--period", type=real(2, 1e6), default=12.0, help="rotary: positions per turn of the first frequency")
-    g.add_argument("--tie", choices=["none", "kv+oq"], default="none", help="rotary: K = V and O = Q^T")
+    g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: K = V and O = Q^T; all: "
+                   "everything from Q, gate and up, and one norm")
     g.add_argument("--embedding", choices=["table", "arc"], default="table", help="rotary: arc has 3 parameters")
     g.add_argument("--pos-rank", type=integer(0), default=0, help="learned: rank of the positions; 0: full")
     g.add_argument("--qkv-rank", type=integer(0), default=0, help="learned: rank of Q, K and V; 0: full")
@@ -143,6 +145,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--min-lr-ratio", type=real(0, 1), default=0.1, help="lr at the end, as a share of --lr")
     g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the second differences "
                    "of the position table, fading linearly until 70 %% of the run; 0: off")
+    g.add_argument("--entropy-bonus", type=real(0), default=0.0, help="reward in nats of loss for each nat of entropy of "
+                   "the attention, which keeps it soft; falls linearly")
+    g.add_argument("--entropy-until", type=real(0, 1, above=True), default=0.5, help="share of the run at whose end it is 0")
     g.add_argument("--grad-clip", type=real(0), default=1.0, help="gradient norm of a seed; 0: no clipping")
     g.add_argument("--grokfast", type=real(0), default=0.0, help="adds this times the gradient's running mean; 0: off")
     g.add_argument("--grokfast-alpha", type=real(0, 0.999999), default=0.98, help="memory of that mean, per step")
@@ -352,6 +357,25 @@ def arc(p: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(p[..., 0, None, None] * torch.stack([angle.cos(), angle.sin()], -1), (0, width - 2))
 
 
+def untied(p: dict[str, torch.Tensor], c: Config) -> dict[str, torch.Tensor]:
+    """Adds the matrices that a tied rotary model derives: of one model, or of many along leading axes.
+
+    kv+oq: V = K, O = Q^T. all: K is Q with its first pair turned by an angle, V = Q, O = Q^T, down is up^T with its first
+    two outputs turned by another one (the tying of AdderBoard's 36-parameter model).
+    """
+    def turned(w: torch.Tensor, i: int, j: int, angle: torch.Tensor) -> torch.Tensor:
+        cos, sin, columns = angle.cos(), angle.sin(), list(w.unbind(-1))
+        a, b = columns[i], columns[j]
+        columns[i], columns[j] = a * cos - b * sin, b * cos + a * sin
+        return torch.stack(columns, -1)
+    if c.tie == "none":
+        return p
+    if c.tie == "all":
+        p = {**p, "wk": turned(p["wq"], 0, c.head_dim // 2, p["wk_angle"]), "wv": p["wq"],
+             "down": turned(p["up"].mT, 0, 1, p["down_angle"])}
+    return {"wv": p["wk"], **p, "wo": p["wq"].mT}
+
+
 class RotaryAdder(nn.Module):
     """One layer, one head, rotary positions, QK-norm, SwiGLU, no biases, the output tied with the embedding.
 
@@ -364,28 +388,32 @@ class RotaryAdder(nn.Module):
         super().__init__()
         D, H = c.d_model, c.head_dim
         self.config = c
-        self.emb = nn.Parameter(torch.empty((10, D) if c.embedding == "table" else (3,)))
-        self.norm1, self.norm2, self.norm_f = (RMSNorm(D, 1e-6) for _ in range(3))
-        self.q_norm, self.k_norm = RMSNorm(H, 1e-6), RMSNorm(H, 1e-6)
-        self.wq, self.wk = nn.Parameter(torch.empty(D, H)), nn.Parameter(torch.empty(D, H))
-        if c.tie == "none":
-            self.wv, self.wo = nn.Parameter(torch.empty(D, H)), nn.Parameter(torch.empty(H, D))
-        self.gate, self.up = nn.Parameter(torch.empty(D, c.d_ff)), nn.Parameter(torch.empty(D, c.d_ff))
-        self.down = nn.Parameter(torch.empty(c.d_ff, D))
+        self.norm1, self.q_norm = RMSNorm(D, 1e-6), RMSNorm(H, 1e-6)
+        if c.tie == "all":
+            self.norm2 = self.norm_f = self.norm1
+            self.k_norm = self.q_norm
+        else:
+            self.norm2, self.norm_f, self.k_norm = RMSNorm(D, 1e-6), RMSNorm(D, 1e-6), RMSNorm(H, 1e-6)
+        shapes = {"emb": (10, D) if c.embedding == "table" else (3,), "wq": (D, H), "wk": (D, H), "wv": (D, H), "wo": (H, D),
+                  "gate": (D, c.d_ff), "up": (D, c.d_ff), "down": (c.d_ff, D), "wk_angle": (1,), "down_angle": (1,)}
+        derived = {"none": ("wk_angle", "down_angle"), "kv+oq": ("wv", "wo", "wk_angle", "down_angle"),
+                   "all": ("wk", "wv", "wo", "down")}[c.tie]
+        for name in (x for x in shapes if x not in derived):
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
         self.attention = CausalAttention()
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         """Tokens (B, T) -> logits (B, T, V)."""
         c, T = self.config, idx.shape[1]
-        wv, wo = (self.wv, self.wo) if c.tie == "none" else (self.wk, self.wq.T)
-        emb = self.emb if c.embedding == "table" else arc(self.emb, c.d_model)
+        w = untied(dict(self.named_parameters(recurse=False)), c)
+        emb = w["emb"] if c.embedding == "table" else arc(w["emb"], c.d_model)
         angle = rotary_angles(c, T).to(idx.device)
         x = emb[idx]                                                       # (B, T, D)
         h = self.norm1(x)
-        q, k = rotate(self.q_norm(h @ self.wq), angle), rotate(self.k_norm(h @ self.wk), angle)
-        x = x + self.attention(q, k, h @ wv) @ wo
+        q, k = rotate(self.q_norm(h @ w["wq"]), angle), rotate(self.k_norm(h @ w["wk"]), angle)
+        x = x + self.attention(q, k, h @ w["wv"]) @ w["wo"]
         h = self.norm2(x)
-        x = x + (F.silu(h @ self.gate) * (h @ self.up)) @ self.down
+        x = x + (F.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
         return self.norm_f(x) @ emb.T                                      # (B, T, V)
 
 
@@ -507,7 +535,7 @@ def make_config(values: dict, where: str) -> Config:
         (not 1 <= c.d_ff <= 4096, f"d_ff {c.d_ff} is not in 1..4096"),
         (not 4 <= c.head_dim <= 256 or c.head_dim % 4, f"head_dim {c.head_dim} is not a multiple of 4 up to 256"),
         (not (math.isfinite(c.period) and c.period >= 2), f"period {c.period} is below 2"),
-        (c.tie not in ("none", "kv+oq") or c.embedding not in ("table", "arc"), f"unknown tie {c.tie!r:.40} or embedding"),
+        (c.tie not in ("none", "kv+oq", "all") or c.embedding not in ("table", "arc"), f"unknown tie {c.tie!r:.40} or embedding"),
         (not all(0 <= r <= D for r in ranks), f"a rank of {max(ranks)} is not in 0..d_model = {D}"),
         (c.tie_qkv != "none" and c.tie_qkv not in QKV, f"tie_qkv {c.tie_qkv!r:.40} is not one of none, {', '.join(QKV)}"),
         (c.tie_qkv != "none" and not c.qkv_rank, f"tie_qkv {c.tie_qkv} needs a qkv_rank above 0"),
@@ -541,12 +569,15 @@ def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
                 p.normal_(std=0.1 if designed else config.d_model**-0.5).add_(arc(line, config.d_model) if designed else 0)
             elif name in ("wq", "wk"):
                 p.normal_(std=0.1) if designed else p.uniform_(-1, 1).mul_(p.shape[0]**-0.5)
+            elif name in ("wk_angle", "down_angle"):
+                p.fill_(-4 * math.pi / config.period) if designed and name == "wk_angle" else p.normal_()
             elif "norm" not in name:
                 p.uniform_(-0.5, 0.5).mul_(p.shape[0]**-0.5)
         phase = 2 * math.pi * torch.rand(())
         for x, angle in (("q", phase), ("k", phase - 4 * math.pi / config.period)):
-            w[x + "_norm.weight"].fill_(0.5)
-            if designed:
+            if x + "_norm.weight" in w:
+                w[x + "_norm.weight"].fill_(0.5)
+            if designed and "w" + x in w:
                 w["w" + x][0, 0] += angle.cos()
                 w["w" + x][0, config.head_dim // 2] += angle.sin()
         return parameters_to_vector(module.parameters()).detach()
@@ -597,24 +628,34 @@ def matrices(p: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
     return [p[name + ".A"], p[name + ".B"]] if name + ".A" in p else [p[name + ".weight"].transpose(1, 2)]
 
 
-def rotary_logits(p: dict[str, torch.Tensor], c: Config, hot: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-    """Logits (S, Q, V, B) of RotaryAdder at the last Q positions; hot (S, J, V, B), future (Q, J) is added to scores."""
+Tensors = dict[str, torch.Tensor]
+
+
+def rotary_logits(p: Tensors, c: Config, hot: torch.Tensor, future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (S, Q, V, B) of RotaryAdder at the last Q positions, and attention weights (S, Q, J, B).
+
+    hot (S, J, V, B) are the tokens, future (Q, J) is added to the scores.
+    """
     Q, J = future.shape
     emb = p["emb"] if c.embedding == "table" else arc(p["emb"], c.d_model)   # (S, V, D)
-    wv, wo = (p["wv"], p["wo"]) if c.tie == "none" else (p["wk"], p["wq"].transpose(1, 2))
+    p = untied(p, c)
+    if c.tie == "all":
+        p["norm2.weight"] = p["norm_f.weight"] = p["norm1.weight"]
+        p["k_norm.weight"] = p["q_norm.weight"]
     angle = rotary_angles(c, J).to(emb.device)[:, None]                      # (J, 1, H/2)
     h = normed(emb, p, "norm1", 2)
     q = rotate(normed(h @ p["wq"], p, "q_norm", 2)[:, None], angle[J - Q:]) * c.head_dim**-0.5  # (S, Q, V, H)
     k = rotate(normed(h @ p["wk"], p, "k_norm", 2)[:, None], angle)          # (S, J, V, H)
-    y = attend(look_up(q, hot[:, J - Q:]), look_up(k, hot), look_up((h @ wv)[:, None].expand_as(k), hot), future)
-    x = look_up(emb[:, None].expand(-1, Q, -1, -1), hot[:, J - Q:]) + project(wo, y)
+    v = (h @ p["wv"])[:, None].expand_as(k)
+    y, weight = attend(look_up(q, hot[:, J - Q:]), look_up(k, hot), look_up(v, hot), future)
+    x = look_up(emb[:, None].expand(-1, Q, -1, -1), hot[:, J - Q:]) + project(p["wo"], y)
     h = normed(x, p, "norm2", 2)
     x = x + project(p["down"], F.silu(project(p["gate"], h)) * project(p["up"], h))
-    return project(emb.transpose(1, 2), normed(x, p, "norm_f", 2))
+    return project(emb.transpose(1, 2), normed(x, p, "norm_f", 2)), weight
 
 
-def learned_logits(p: dict[str, torch.Tensor], c: Config, hot: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-    """Logits (S, Q, V, B) of LearnedAdder at the last Q positions; hot (S, J, V, B), future (Q, J) is added to scores.
+def learned_logits(p: Tensors, c: Config, hot: torch.Tensor, future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of LearnedAdder.
 
     With h A as keys and values, the rest of Q and K folds into one matrix, that of V into the output map.
     """
@@ -632,7 +673,7 @@ def learned_logits(p: dict[str, torch.Tensor], c: Config, hot: torch.Tensor, fut
         h = h @ factor[:, None]                                              # (S, J, V, R)
     q = h[:, J - Q:] @ (bq @ bk.transpose(1, 2) * D**-0.5)[:, None]          # (S, Q, V, R)
     kv = look_up(h, hot)
-    y = attend(look_up(q, hot[:, J - Q:]), kv, kv, future)                   # (S, Q, R, B)
+    y, weight = attend(look_up(q, hot[:, J - Q:]), kv, kv, future)           # (S, Q, R, B)
     first, *rest = matrices(p, "blocks.0.attn.proj")
     x = look_up(x[:, J - Q:], hot[:, J - Q:])
     for w in [bv @ first, *rest]:
@@ -644,11 +685,11 @@ def learned_logits(p: dict[str, torch.Tensor], c: Config, hot: torch.Tensor, fut
     h = F.gelu(h)
     for w in matrices(p, "blocks.0.mlp.fc2"):
         h = project(w, h)
-    return project(p["token_emb.weight"].transpose(1, 2), normed(x + h, p, "ln_f", 2, 1e-8))
+    return project(p["token_emb.weight"].transpose(1, 2), normed(x + h, p, "ln_f", 2, 1e-8)), weight
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-    """Attention with the batch innermost: q (S, Q, R, B), k and v (S, J, R, B) -> (S, Q, R, B).
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with the batch innermost: q (S, Q, R, B), k and v (S, J, R, B) -> (S, Q, R, B), weights (S, Q, J, B).
 
     R is 3 to 7: a sum over it term by term needs no product of five axes in memory, and the compiler fuses it.
     """
@@ -656,11 +697,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, future: torch.Tens
     for r in range(q.shape[2]):
         score = torch.addcmul(score, q[:, :, None, r], k[:, None, :, r])     # (S, Q, J, B)
     weight = score.softmax(2)
-    return torch.stack([(weight * v[:, None, :, r]).sum(2) for r in range(v.shape[2])], 2)
+    return torch.stack([(weight * v[:, None, :, r]).sum(2) for r in range(v.shape[2])], 2), weight
 
 
-def batched_logits(weights: torch.Tensor, tokens: torch.Tensor, config: Config, shapes: Shapes) -> torch.Tensor:
-    """Logits (S, Q, V, B) at the positions that predict: weights (S, P), tokens (S, J, B) or (1, J, B)."""
+def batched_logits(weights: torch.Tensor, tokens: torch.Tensor, config: Config,
+                   shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (S, Q, V, B) and attention (S, Q, J, B) where the model predicts: weights (S, P), tokens (S or 1, J, B)."""
     family = FAMILIES[config.family]
     Q, J = family.OUTPUTS, family.PROMPT + family.OUTPUTS - 1
     where = torch.arange(J, device=weights.device)
@@ -670,18 +712,23 @@ def batched_logits(weights: torch.Tensor, tokens: torch.Tensor, config: Config, 
     return logits(unflatten(weights, shapes), config, hot, future)
 
 
-def batch_loss(weights: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor, config: Config,
-               shapes: Shapes) -> torch.Tensor:
-    """Mean cross-entropy (nats) of each seed: weights (S, P), tokens (S, J, B), target (S, Q, B) -> (S,)."""
-    logits = batched_logits(weights, tokens, config, shapes)
-    return (logits.logsumexp(2) - logits.gather(2, target[:, :, None])[:, :, 0]).mean((1, 2))
+def batch_loss(weights: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor, bonus: torch.Tensor | None = None, *,
+               config: Config, shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step minimizes, and its mean cross-entropy (nats), both (S,): weights (S, P), tokens (S, J, B), target
+    (S, Q, B); bonus () is a reward for each nat of the attention's mean entropy, or None."""
+    logits, attention = batched_logits(weights, tokens, config, shapes)
+    loss = (logits.logsumexp(2) - logits.gather(2, target[:, :, None])[:, :, 0]).mean((1, 2))
+    if bonus is None:
+        return loss, loss
+    entropy = -(attention * (attention + 1e-9).log()).sum(2).mean((1, 2))
+    return loss - bonus * entropy, loss
 
 
 def compiled(loss: Callable, weights: torch.Tensor, *batch: torch.Tensor) -> tuple[Callable, str]:
     """The compiled loss, tried out on a batch, and how it runs: the plain loss where compilation fails."""
     try:
         fast = torch.compile(loss, dynamic=False, fullgraph=True)
-        torch.autograd.grad(fast(weights, *batch).sum(), weights)
+        torch.autograd.grad(fast(weights, *batch)[0].sum(), weights)
         return fast, "compiled"
     except Exception as e:  # a missing or broken C++ compiler shows itself in many types of exception
         return loss, f"eager, about 5 times slower: torch.compile failed ({(str(e).splitlines() or [type(e).__name__])[0]:.90})"
@@ -730,6 +777,13 @@ def faded(age: torch.Tensor, end: torch.Tensor | float) -> torch.Tensor:
     """A factor that falls linearly from 1 at age 0 to 0 at `end`, and stays there; 1 for ever if end is 0."""
     end = torch.as_tensor(end, dtype=torch.float32, device=age.device)
     return torch.where(end > 0, (1 - age / end.clamp(min=1e-9)).clamp(min=0), 1.0)
+
+
+def entropy_bonus(step: int, args: argparse.Namespace, device: torch.device) -> torch.Tensor | None:
+    """The bonus for entropy of the attention at a step, of all seeds alike; None without."""
+    if not args.entropy_bonus:
+        return None
+    return args.entropy_bonus * faded(torch.tensor(step, device=device), args.entropy_until * args.steps)
 
 
 def turn(state: Population) -> None:
@@ -809,7 +863,7 @@ def predictions(weights: torch.Tensor, tokens: np.ndarray, config: Config, shape
     with torch.no_grad():
         for lo in range(0, len(tokens), 1000):
             idx = torch.from_numpy(np.ascontiguousarray(tokens[lo:lo + 1000].T)).long().to(weights.device)
-            top = batched_logits(weights[None], idx[None], config, shapes)[0].max(1)   # (Q, B)
+            top = batched_logits(weights[None], idx[None], config, shapes)[0][0].max(1)   # (Q, B)
             out.append(torch.where(top.values.isnan(), -1, top.indices).T.cpu().numpy())
     return np.concatenate(out)
 
@@ -892,7 +946,7 @@ def train(args: argparse.Namespace) -> dict:
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
     if args.compile == "on" or (args.compile == "auto" and args.steps - start >= 3000):
         print("compiling the step (half a minute the first time, then cached)", flush=True)
-        example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)))
+        example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)), entropy_bonus(0, args, device))
         loss_fn, how = compiled(loss_fn, *example)
     print(f"the step runs {how}; ready after {clock.seconds():.1f} s", flush=True)
     log = metrics.Metrics(folder / "metrics.csv", logged if saved else None)
@@ -934,11 +988,12 @@ def train(args: argparse.Namespace) -> dict:
             if step % CHUNK == 0 or step == start:
                 tokens, target = batches(step // CHUNK, args)
             weights = state.weights.detach().requires_grad_()
-            loss = loss_fn(weights, tokens[step % CHUNK], target[step % CHUNK])
-            grad, = torch.autograd.grad(loss.sum(), weights)
+            bonus = entropy_bonus(step, args, device)
+            goal, loss = loss_fn(weights, tokens[step % CHUNK], target[step % CHUNK], bonus)
+            grad, = torch.autograd.grad(goal.sum(), weights)
             with torch.no_grad():
                 norm = update(state, grad, loss, step, args)
-                loss_sum += loss
+                loss_sum += loss.detach()
     if stop.number:
         print(f"stopped at step {step}; go on with: python {SCRIPT} --resume {folder}", flush=True)
         sys.exit(128 + stop.number)
@@ -1115,14 +1170,11 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     if "population" in saved:
         try:
             i = int(saved["population"]["best_val"].argmax())
-            row, saved = saved["population"]["best"][i], {**saved, "seed": saved["args"]["seeds"][i]}
-            saved["step"] = int(saved["population"]["best_step"][i])
-            state = {**unflatten(row[None], shapes_of(config))}
-            state = {k: v[0] for k, v in state.items()}
+            vector_to_parameters(saved["population"]["best"][i], module.parameters())
+            saved = {**saved, "seed": saved["args"]["seeds"][i], "step": int(saved["population"]["best_step"][i])}
+            state = {k: v.clone() for k, v in module.state_dict().items()}
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
             raise UserError(f"{path}: damaged ({type(e).__name__}: {e})") from None
-        if config.family == "learned":
-            state["lm_head.weight"] = state["token_emb.weight"]
     if not isinstance(state, dict):
         raise UserError(f"{path}: it holds no weights")
     checkpoint.load_weights(module, state, path)
@@ -1224,7 +1276,7 @@ def export_submission(model: nn.Module, path: str, name: str) -> None:
     c = model.config
     parts = [Config, RMSNorm, CausalAttention]
     if c.family == "rotary":
-        parts += [rotary_angles, rotate, arc, RotaryAdder]
+        parts += [rotary_angles, rotate, arc, untied, RotaryAdder]
         prompt, tricks = "[int(x) for x in '0' + a[::-1] + '00' + b[::-1] + '0']", ["rotary positions of period 12", c.tie]
     else:
         parts += [LowRank, linear, Attention, Block, LearnedAdder]
