@@ -48,8 +48,8 @@ SPLIT_SEEDS = (41, 100, 200, 300, 400, 500, 999, 1234, 7777, 31415)  # of the or
 
 # What --preset sets; a flag on the command line wins. ref: the defaults of the original's command line.
 ROTARY = {"family": "rotary", "init": "arc+phase", "batch_size": 128, "optimizer": "soap", "lr": 0.05, "beta2": 0.99,
-          "weight_decay": 0.05, "decay_until": 0.4, "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0, "steps": 3000,
-          "eval_every": 100}
+          "weight_decay": 0.05, "decay_until": 0.4, "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0,
+          "entropy_bonus": 0.03, "entropy_until": 0.3, "steps": 3000, "eval_every": 100}
 REF = {"family": "learned", "init": "reference", "d_model": 7, "d_ff": 14, "batch_size": 512, "lr": 0.02,
        "beta2": 0.999, "weight_decay": 0.01, "warmup": 1350, "steps": 27_000, "curriculum": "3:2000,6:7000",
        "eval_every": 1000, "val_size": 5000}
@@ -64,11 +64,13 @@ PRESETS = {
     "rope36": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "all", "embedding": "arc", "steps": 10_000, "eval_every": 500},
     "ref": REF,
     "ref456": {**REF, **LOW_RANK, "steps": 54_000},
-    "grok456": {**REF, **LOW_RANK, "batch_size": 128, "lr": 0.015, "beta2": 0.99, "grokfast": 1.0, "warmup": 0.1,
-                "full_length": 0.5, "steps": 36_000, "curriculum": ""},
+    "grok456": {**REF, **LOW_RANK, "batch_size": 128, "optimizer": "soap", "lr": 0.03, "beta2": 0.99, "basis_every": 100,
+                "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0, "full_length": 1.0, "random_zeros": 1.5,
+                "zeros_until": 1.0, "smooth_positions": 1.0, "entropy_bonus": 0.05, "entropy_until": 0.6, "steps": 8000,
+                "curriculum": "", "eval_every": 500, "val_size": 2000},
 }
 FAMILY_FLAGS = {"rotary": ("head_dim", "period", "tie", "embedding"),
-                "learned": ("pos_rank", "qkv_rank", "attn_out_rank", "ffn_rank", "use_rmsnorm", "tie_qkv")}
+                "learned": ("pos_rank", "qkv_rank", "attn_out_rank", "ffn_rank", "use_rmsnorm", "tie_qkv", "smooth_positions")}
 INITS = {"rotary": ("arc+phase", "random"), "learned": ("reference",)}
 
 
@@ -934,12 +936,12 @@ def train(args: argparse.Namespace) -> dict:
         state.weights = initial_weights(args, config, state.weights)
     start, logged, loss_sum = 0, -1, torch.zeros(len(args.seeds))
     if saved:
-        start, logged = saved["step"], saved["logged"]
-        state, loss_sum = load_population(saved, state, args.resume), saved["loss_sum"]
+        start, logged, loss_sum, seconds = resumed_state(saved, args)
+        state = load_population(saved, state, args.resume)
     for f in fields(state):
         setattr(state, f.name, getattr(state, f.name).to(device))
     folder = run.open_run(args, __file__)
-    clock = run.Clock(args.max_minutes, *((saved["seconds"], saved["cpu_seconds"]) if saved else ()))
+    clock = run.Clock(args.max_minutes, *(seconds if saved else ()))
     n_params = state.weights.shape[1]
     print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, params {n_params} learned, 0 frozen, init "
           f"{args.init}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
@@ -975,7 +977,7 @@ def train(args: argparse.Namespace) -> dict:
                     tracker(mean)
                 loss_sum, logged, since = torch.zeros_like(loss_sum), step, step
                 save_best(folder, state, step, config, args)
-                if args.restart_stuck and not last:
+                if args.restart_stuck and step < args.steps:
                     restart_stuck(state, exact, step, config, args)
             if due or last:
                 checkpoint.save(folder / "last.pt", {
@@ -1156,6 +1158,17 @@ def load_population(saved: dict, like: Population, path: str | os.PathLike) -> P
     return Population(**{f.name: stored[f.name] for f in fields(Population)})
 
 
+def resumed_state(saved: dict, args: argparse.Namespace) -> tuple[int, int, torch.Tensor, tuple[float, float]]:
+    """Step, last logged step, sum of losses since then, wall and CPU seconds of a last.pt. Raises UserError."""
+    step, logged, loss_sum = (saved.get(k) for k in ("step", "logged", "loss_sum"))
+    seconds = saved.get("seconds"), saved.get("cpu_seconds")
+    if not (type(step) is type(logged) is int and -1 <= logged <= step <= args.steps and step >= 0
+            and isinstance(loss_sum, torch.Tensor) and loss_sum.shape == (len(args.seeds),)
+            and all(type(x) is float and math.isfinite(x) for x in seconds)):
+        raise UserError(f"{args.resume}: damaged, it cannot be resumed (step {step!r:.20}, logged {logged!r:.20})")
+    return step, logged, loss_sum, seconds
+
+
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     """The trained module at `path` and its checkpoint; of a last.pt or a run folder, the seed with the best validation.
 
@@ -1168,13 +1181,15 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
         module = FAMILIES[config.family](config)
     state = saved.get("model")
     if "population" in saved:
-        try:
-            i = int(saved["population"]["best_val"].argmax())
-            vector_to_parameters(saved["population"]["best"][i], module.parameters())
-            saved = {**saved, "seed": saved["args"]["seeds"][i], "step": int(saved["population"]["best_step"][i])}
-            state = {k: v.clone() for k, v in module.state_dict().items()}
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
-            raise UserError(f"{path}: damaged ({type(e).__name__}: {e})") from None
+        seeds, population = their_seeds(saved, path), saved["population"]
+        i, n = int(population["best_val"].argmax()), count_parameters(module)
+        best, steps = population.get("best"), population.get("best_step")
+        if not all(isinstance(x, torch.Tensor) and x.shape == shape for x, shape in
+                   ((best, (len(seeds), n)), (steps, (len(seeds),)))):
+            raise UserError(f"{path}: damaged, its best weights are missing or of another shape")
+        vector_to_parameters(best[i].to(torch.float32), module.parameters())
+        saved = {**saved, "seed": seeds[i], "step": int(steps[i])}
+        state = {k: v.clone() for k, v in module.state_dict().items()}
     if not isinstance(state, dict):
         raise UserError(f"{path}: it holds no weights")
     checkpoint.load_weights(module, state, path)
@@ -1192,10 +1207,26 @@ def initial_weights(args: argparse.Namespace, config: Config, like: torch.Tensor
     if "population" not in saved:
         module, _ = load_model(args.init_from)
         return parameters_to_vector(module.parameters()).detach().expand_as(like).clone()
-    missing = set(args.seeds) - set(saved["args"]["seeds"])
+    seeds, weights = their_seeds(saved, args.init_from), saved["population"].get("weights")
+    missing = set(args.seeds) - set(seeds)
     if missing:
         raise UserError(f"{args.init_from}: it has no seed {min(missing)}; give one model (best_sSEED.pt), or its seeds")
-    return saved["population"]["weights"][[saved["args"]["seeds"].index(s) for s in args.seeds]].clone()
+    if not isinstance(weights, torch.Tensor) or weights.shape != (len(seeds), like.shape[1]) or weights.dtype != like.dtype:
+        raise UserError(f"{args.init_from}: damaged, its weights are missing or of another shape")
+    weights = weights[[seeds.index(s) for s in args.seeds]]
+    if not torch.isfinite(weights).all():
+        raise UserError(f"{args.init_from}: its weights are not finite")
+    return weights.clone()
+
+
+def their_seeds(saved: dict, path: str | os.PathLike) -> list[int]:
+    """The seeds of a last.pt. Raises UserError when they do not fit its population."""
+    args, population = saved.get("args"), saved.get("population")
+    seeds = args.get("seeds") if isinstance(args, dict) else None
+    if not (isinstance(seeds, list) and all(type(s) is int for s in seeds) and isinstance(population, dict)
+            and isinstance(population.get("best_val"), torch.Tensor) and population["best_val"].shape == (len(seeds),)):
+        raise UserError(f"{path}: damaged, its seeds and their models do not fit")
+    return seeds
 
 
 def operand(x: object, name: str) -> int:
