@@ -66,7 +66,7 @@ PRESETS = {
     "ref456": {**REF, **LOW_RANK, "steps": 54_000},
     "grok456": {**REF, **LOW_RANK, "batch_size": 128, "optimizer": "soap", "lr": 0.03, "beta2": 0.99, "basis_every": 100,
                 "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0, "full_length": 1.0, "random_zeros": 1.5,
-                "zeros_until": 1.0, "smooth_positions": 1.0, "entropy_bonus": 0.05, "entropy_until": 0.6, "steps": 8000,
+                "zeros_until": 1.0, "smooth_positions": 3.0, "entropy_bonus": 0.1, "entropy_until": 0.6, "steps": 8000,
                 "curriculum": "", "eval_every": 500, "val_size": 2000},
 }
 FAMILY_FLAGS = {"rotary": ("head_dim", "period", "tie", "embedding"),

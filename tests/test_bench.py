@@ -86,8 +86,8 @@ def test_training_steps_of_addition_against_the_module(preset, n_seeds):
     def steps(loss_fn, n):
         for i in range(n):
             weights = state.weights.detach().requires_grad_()
-            loss = loss_fn(weights, tokens[i], target[i])
-            grad, = torch.autograd.grad(loss.sum(), weights)
+            goal, loss = loss_fn(weights, tokens[i], target[i])
+            grad, = torch.autograd.grad(goal.sum(), weights)
             with torch.no_grad():
                 addition_train.update(state, grad, loss, 1, args)
 
