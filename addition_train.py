@@ -41,6 +41,7 @@ DIGITS, ANSWER = 10, 11                  # digits of an operand, of a sum
 LIMIT = 10**DIGITS                       # operands are below
 PLUS, EQUALS, EOS = 10, 11, 13           # tokens of the learned family; 0..9 are the digits, 12 is padding, never used
 MAX_BYTES = 10_000_000                   # a checkpoint of one of these models has a few kB
+PAYS = 2_500_000                         # sums in a run from which compiling the step, half a minute, pays
 CHUNK = 50                               # steps whose batches are drawn at once
 GROKKED = 0.99                           # exact match from which a seed counts
 TRAIN, VALIDATION, TEST = 1, 2, 3        # streams of pairs
@@ -92,8 +93,9 @@ def seed_list(text: str) -> list[int]:
 
 def curriculum(text: str) -> list[tuple[int, int]]:
     """(digits, step) pairs of a text like 3:2000,6:7000: operands of up to 3 digits before step 2000, and so on."""
-    phases = re.fullmatch(r"(\d{1,2}:\d{1,9},?)*", text) and [tuple(map(int, x.split(":"))) for x in text.split(",") if x]
-    if phases is None or any(not 1 <= d <= DIGITS for d, _ in phases) or phases != sorted(phases, key=lambda x: x[1]):
+    parts = text.split(",") if text else []
+    phases = [tuple(map(int, x.split(":"))) for x in parts if re.fullmatch(r"\d{1,2}:\d{1,9}", x)]
+    if len(phases) < len(parts) or any(not 1 <= d <= DIGITS for d, _ in phases) or phases != sorted(phases, key=lambda x: x[1]):
         raise argparse.ArgumentTypeError(f"{text!r}: expected DIGITS:STEP pairs like 3:2000,6:7000, digits 1..{DIGITS}")
     return phases
 
@@ -156,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--restart-stuck", action="store_true", help="start a seed anew, from other random weights, if it "
                    "has below 1 %% a quarter of the run after its start; counted and reported")
     g.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                   help="torch.compile of the step; auto: in runs of 3000 steps or more (compiling takes half a minute), and eager where it fails")
+                   help="torch.compile of the step; auto: in runs of 2.5 million sums or more (it takes half a minute), and eager where it fails")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval-every", "--eval-interval", type=integer(1), default=500, help="steps between validations and saves")
@@ -187,6 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(str(e) if isinstance(e, UserError) else f"argument --curriculum: {e}")
     foreign = [f for f in FAMILY_FLAGS["learned" if family == "rotary" else "rotary"] if f in args.given]
     modes = [m for m in (args.add or args.export_submission or args.checkpoint, args.plot, args.resume) if m]
+    empty = [f for f in ("checkpoint", "add", "export_submission", "resume", "init_from", "out_dir") if vars(args)[f] == ""]
     need = memory_needed(args, n_params)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
     for wrong, message in (
@@ -201,7 +204,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.add and args.export_submission, "--add: not together with --export-submission"),
         ((args.add or args.export_submission) and not args.checkpoint, "--checkpoint: which model? give its path"),
         (args.resume and args.init_from, "--init-from: not together with --resume"),
-        (args.out_dir == "", "--out-dir: empty"),
+        (empty, f"--{(empty or [''])[0].replace('_', '-')}: empty"),
         (need > 0.6 * have, f"--batch-size: {len(args.seeds)} seeds x {args.batch_size} sums need about "
          f"{need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
     ):
@@ -524,7 +527,7 @@ def make_config(values: dict, where: str) -> Config:
         if type(value) is not wanted:
             raise UserError(f"{where}: {name} is {value!r:.40}, expected {wanted.__name__}")
     for name, value in fixed.items():
-        if values.get(name, value) != value:
+        if name in values and (type(values[name]) not in (int, float) or values[name] != value):
             raise UserError(f"{where}: {name} is {values[name]!r:.40}, models here have {value}")
     try:
         c = Config(**known)
@@ -946,7 +949,7 @@ def train(args: argparse.Namespace) -> dict:
     print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, params {n_params} learned, 0 frozen, init "
           f"{args.init}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
-    if args.compile == "on" or (args.compile == "auto" and args.steps - start >= 3000):
+    if args.compile == "on" or (args.compile == "auto" and (args.steps - start) * args.batch_size * len(args.seeds) >= PAYS):
         print("compiling the step (half a minute the first time, then cached)", flush=True)
         example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)), entropy_bonus(0, args, device))
         loss_fn, how = compiled(loss_fn, *example)
@@ -1054,7 +1057,10 @@ def finish(args: argparse.Namespace, state: Population, config: Config, folder: 
 def draw_pictures(folder: Path) -> list[Path]:
     """Draw exact.png, positions.png and attention.png of a run from its metrics.csv, summary.json and best_s*.pt."""
     from matplotlib import colormaps
-    summary, rows = run.read_json(folder / "summary.json"), metrics.read(folder)
+    summary = run.read_json(folder / "summary.json")
+    if summary.get("script") != SCRIPT:
+        raise UserError(f"{folder}: a run of {summary.get('script')!r:.40}, not of {SCRIPT}")
+    rows = metrics.read(folder)
     seeds, made = list(summary["seeds"]), []
     fig, ax = plots.new_figure()
     for i, seed in enumerate(seeds):
@@ -1120,7 +1126,7 @@ def file_of(path: str | os.PathLike) -> Path:
         return path
     if (path / "best.pt").is_file():
         return path / "best.pt"
-    seeds = sorted(path.glob("best_s*.pt"))
+    seeds = sorted((f for f in path.glob("best_s*.pt") if f.stem[6:].isdecimal()), key=lambda f: int(f.stem[6:]))
     return max(seeds, key=lambda f: read_checkpoint(f).get("val_exact", 0.0)) if seeds else path / "last.pt"
 
 
@@ -1138,8 +1144,10 @@ def read_checkpoint(path: str | os.PathLike, whole_run: bool = False) -> dict:
         return {"script": SCRIPT, "format": FORMAT, "model": saved["model_state"], "step": saved.get("step", -1),
                 "config": {"family": "learned", **saved["model_config"]}, "args": {}}
     checkpoint.check_script(saved, SCRIPT, path)
-    if saved.get("format") != FORMAT or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path}: format {saved.get('format')!r:.20} is not {FORMAT}, or it has no config")
+    for key, good in (("format", saved.get("format") == FORMAT), ("config", isinstance(saved.get("config"), dict)),
+                      ("step", type(saved.get("step")) is int)):
+        if not good:
+            raise UserError(f"{path}: its {key} is {repr(saved.get(key))[:20]}, which this script cannot read")
     return saved
 
 
@@ -1232,9 +1240,10 @@ def their_seeds(saved: dict, path: str | os.PathLike) -> list[int]:
 def operand(x: object, name: str) -> int:
     """x as an operand. Raises UserError when it is not a whole number in 0..10^10 - 1."""
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-        raise UserError(f"{name}: {x!r:.40} is not a whole number")
+        raise UserError(f"{name}: {repr(x)[:40]} is not a whole number")
     if not 0 <= x < LIMIT:
-        raise UserError(f"{name}: {str(x)[:40]} is not in 0..{LIMIT - 1}")
+        shown = str(x) if abs(x) < 10**40 else f"a number of {int(x).bit_length()} bits"
+        raise UserError(f"{name}: {shown} is not in 0..{LIMIT - 1}")
     return int(x)
 
 
@@ -1288,8 +1297,8 @@ WEIGHTS = {weights}
 def build_model():
     model = {cls}(CONFIG)
     model.load_state_dict({{name: torch.tensor(values) for name, values in WEIGHTS.items()}})
-    metadata = {{"name": "{name}", "author": "stalled-experiments", "params": sum(p.numel() for p in model.parameters()),
-                "architecture": "{cls}, one layer, one head, {config}", "tricks": {tricks}}}
+    metadata = {{"name": {name!r}, "author": "stalled-experiments", "params": sum(p.numel() for p in model.parameters()),
+                "architecture": f"{cls}, one layer, one head, {{CONFIG}}", "tricks": {tricks}}}
     return model.eval(), metadata
 
 
