@@ -171,6 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--export-submission", metavar="FILE.py", help="write the model as a file for AdderBoard's verifier")
     g.add_argument("--plot", metavar="RUN", type=Path, help="draw the pictures of this run again")
     run.add_run_arguments(p)
+    p.add_argument("--run-name", dest="name", default=argparse.SUPPRESS, help="the same as --name, as in the original")
 
     first = run.parse(p, argv)
     preset = first.preset or ("ref" if set(FAMILY_FLAGS["learned"]) & set(first.given) else "rope196")
