@@ -67,7 +67,7 @@ PRESETS = {
     "ref456": {**REF, **LOW_RANK, "steps": 54_000},
     "grok456": {**REF, **LOW_RANK, "batch_size": 128, "optimizer": "soap", "lr": 0.03, "beta2": 0.99, "basis_every": 100,
                 "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0, "full_length": 1.0, "random_zeros": 1.5,
-                "zeros_until": 1.0, "smooth_positions": 3.0, "entropy_bonus": 0.1, "entropy_until": 0.6, "steps": 8000,
+                "zeros_until": 1.0, "smooth_positions": 3.0, "entropy_bonus": 0.1, "entropy_until": 0.6, "steps": 10_000,
                 "curriculum": "", "eval_every": 500, "val_size": 2000},
 }
 FAMILY_FLAGS = {"rotary": ("head_dim", "period", "tie", "embedding"),
@@ -191,6 +191,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     foreign = [f for f in FAMILY_FLAGS["learned" if family == "rotary" else "rotary"] if f in args.given]
     modes = [m for m in (args.add or args.export_submission or args.checkpoint, args.plot, args.resume) if m]
     empty = [f for f in ("checkpoint", "add", "export_submission", "resume", "init_from", "out_dir") if vars(args)[f] == ""]
+    idle = sorted(set(args.given) - {"checkpoint", "add", "export_submission", "device", "threads", "precision"})
     need = memory_needed(args, n_params)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
     for wrong, message in (
@@ -205,6 +206,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.add and args.export_submission, "--add: not together with --export-submission"),
         ((args.add or args.export_submission) and not args.checkpoint, "--checkpoint: which model? give its path"),
         (args.resume and args.init_from, "--init-from: not together with --resume"),
+        (args.checkpoint and idle and not empty, f"--checkpoint: not together with --{(idle or [''])[0].replace('_', '-')}, a flag of training"),
         (empty, f"--{(empty or [''])[0].replace('_', '-')}: empty"),
         (need > 0.6 * have, f"--batch-size: {len(args.seeds)} seeds x {args.batch_size} sums need about "
          f"{need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
@@ -721,7 +723,7 @@ def batched_logits(weights: torch.Tensor, tokens: torch.Tensor, config: Config,
 def batch_loss(weights: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor, bonus: torch.Tensor | None = None, *,
                config: Config, shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
     """What a step minimizes, and its mean cross-entropy (nats), both (S,): weights (S, P), tokens (S, J, B), target
-    (S, Q, B); bonus () is a reward for each nat of the attention's mean entropy, or None."""
+    (S, Q, B); bonus (S,) is a reward for each nat of the attention's mean entropy, or None."""
     logits, attention = batched_logits(weights, tokens, config, shapes)
     loss = (logits.logsumexp(2) - logits.gather(2, target[:, :, None])[:, :, 0]).mean((1, 2))
     if bonus is None:
@@ -776,7 +778,7 @@ def learning_rates(age: torch.Tensor, total: torch.Tensor, args: argparse.Namesp
     done = ((age - warm) / (total - warm).clamp(min=1)).clamp(0, 1)
     falling = 1 - done if args.schedule == "linear" else 0.5 * (1 + torch.cos(math.pi * done))
     rate = args.min_lr_ratio + (1 - args.min_lr_ratio) * falling
-    return args.lr * torch.where(age < warm, (age + 1) / warm, rate)
+    return args.lr * torch.where(age < warm, ((age + 1) / warm).clamp(max=1), rate)
 
 
 def faded(age: torch.Tensor, end: torch.Tensor | float) -> torch.Tensor:
@@ -785,11 +787,11 @@ def faded(age: torch.Tensor, end: torch.Tensor | float) -> torch.Tensor:
     return torch.where(end > 0, (1 - age / end.clamp(min=1e-9)).clamp(min=0), 1.0)
 
 
-def entropy_bonus(step: int, args: argparse.Namespace, device: torch.device) -> torch.Tensor | None:
-    """The bonus for entropy of the attention at a step, of all seeds alike; None without."""
+def entropy_bonus(state: Population, step: int, args: argparse.Namespace) -> torch.Tensor | None:
+    """The bonus of each seed for entropy of its attention at a step (S,); None without."""
     if not args.entropy_bonus:
         return None
-    return args.entropy_bonus * faded(torch.tensor(step, device=device), args.entropy_until * args.steps)
+    return args.entropy_bonus * faded(step - state.born, args.entropy_until * (args.steps - state.born))
 
 
 def turn(state: Population) -> None:
@@ -848,7 +850,8 @@ def restart_stuck(state: Population, exact: torch.Tensor, step: int, config: Con
     for i in torch.nonzero(due & state.alive & (exact < 0.01) & (step <= args.steps / 2)).flatten().tolist():
         state.restarts[i] += 1
         state.born[i] = step
-        fresh = init_weights(config, args.init, args.seeds[i] + (int(state.restarts[i]) << 32))
+        again = np.random.SeedSequence([args.seeds[i], int(state.restarts[i])]).generate_state(1)[0]
+        fresh = init_weights(config, args.init, int(again))
         state.weights[i] = fresh.to(state.weights)
         for part in (state.mean, state.square, state.slow, state.covariance):
             part[i] = 0
@@ -899,7 +902,9 @@ def answers(model: nn.Module, pairs: tuple[np.ndarray, np.ndarray], mode: str) -
     with eval_mode(model):
         for lo in range(0, len(tokens), 2000):
             prompt = torch.from_numpy(np.ascontiguousarray(tokens[lo:lo + 2000, :model.PROMPT])).long().to(device)
-            out.append(greedy(model, prompt, ANSWER).cpu().numpy())
+            given = greedy(model, prompt, ANSWER)
+            logits = model(torch.cat([prompt, given], 1))[:, model.PROMPT - 1:-1]
+            out.append(torch.where(logits.isnan().any(-1), -1, given).cpu().numpy())
     return np.concatenate(out), target[:, :ANSWER]
 
 
@@ -952,7 +957,7 @@ def train(args: argparse.Namespace) -> dict:
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
     if args.compile == "on" or (args.compile == "auto" and (args.steps - start) * args.batch_size * len(args.seeds) >= PAYS):
         print("compiling the step (half a minute the first time, then cached)", flush=True)
-        example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)), entropy_bonus(0, args, device))
+        example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)), entropy_bonus(state, 0, args))
         loss_fn, how = compiled(loss_fn, *example)
     print(f"the step runs {how}; ready after {clock.seconds():.1f} s", flush=True)
     log = metrics.Metrics(folder / "metrics.csv", logged if saved else None)
@@ -994,7 +999,7 @@ def train(args: argparse.Namespace) -> dict:
             if step % CHUNK == 0 or step == start:
                 tokens, target = batches(step // CHUNK, args)
             weights = state.weights.detach().requires_grad_()
-            bonus = entropy_bonus(step, args, device)
+            bonus = entropy_bonus(state, step, args)
             goal, loss = loss_fn(weights, tokens[step % CHUNK], target[step % CHUNK], bonus)
             grad, = torch.autograd.grad(goal.sum(), weights)
             with torch.no_grad():
@@ -1142,13 +1147,13 @@ def read_checkpoint(path: str | os.PathLike, whole_run: bool = False) -> dict:
                         f"{MAX_BYTES // 10**6} MB (of a run, take a best_sSEED.pt)")
     saved = checkpoint.read(path)
     if is_published(saved):
-        return {"script": SCRIPT, "format": FORMAT, "model": saved["model_state"], "step": saved.get("step", -1),
-                "config": {"family": "learned", **saved["model_config"]}, "args": {}}
+        saved = {"script": SCRIPT, "format": FORMAT, "model": saved["model_state"], "step": saved.get("step", -1), "args": {},
+                 "config": {"family": "learned", **saved["model_config"]}}
     checkpoint.check_script(saved, SCRIPT, path)
-    for key, good in (("format", saved.get("format") == FORMAT), ("config", isinstance(saved.get("config"), dict)),
-                      ("step", type(saved.get("step")) is int)):
-        if not good:
-            raise UserError(f"{path}: its {key} is {repr(saved.get(key))[:20]}, which this script cannot read")
+    kinds = {"format": int, "config": dict, "step": int, **({"seed": int} if "seed" in saved else {})}  # last.pt has many
+    for key, kind in kinds.items():
+        if type(saved.get(key)) is not kind or (key == "format" and saved[key] != FORMAT):
+            raise UserError(f"{path}: its {key} is {' '.join(repr(saved.get(key))[:20].split())}, which cannot be read here")
     return saved
 
 

@@ -149,9 +149,9 @@ def open_run(args: argparse.Namespace, script_file: str) -> Path:
         raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume is not None and not own:  # the record so far comes along
-        for name in ("metrics.csv", "best.pt"):
-            if (_folder_of(args.resume) / name).exists():
-                shutil.copyfile(_folder_of(args.resume) / name, folder / name)
+        for pattern in ("metrics.csv", "best*.pt"):
+            for file in _folder_of(args.resume).glob(pattern):
+                shutil.copyfile(file, folder / file.name)
     write_json(folder / "args.json", {k: v for k, v in vars(args).items() if k != "given"})
     with open(folder / "run.txt", "a") as f:
         f.write(provenance() + "\n")
