@@ -3,14 +3,15 @@
     python addition_train.py                                     # 8 seeds of 196 parameters, about a minute, all grok
     python addition_train.py --preset rope122 --seeds 0-15       # smaller, 16 seeds in one batched computation
     python addition_train.py --preset ref456 --seeds 42-49       # the published 456 parameters that failed in the notes
-    python addition_train.py --add 1234567890+9876543210 --checkpoint logs/kept/addition_train/rope196/best_s0.pt
+    python addition_train.py --add 1234567890+9876543210 --checkpoint logs/kept/addition_train/rope196
     python evaluate_checkpoints.py logs/kept/addition_train/*/best_*.pt     # 100,000 pairs and tables for each
 
 All seeds of a run train side by side: the seed is the leading axis of every tensor. A model is one layer, so whatever
 comes before the attention depends on (position, token) alone: `batch_loss` looks it up in tables and computes only the
 positions that predict. The modules RotaryAdder and LearnedAdder are the same models written plainly.
 A run writes logs/addition_train/NAME/: args.json, run.txt, addition_train.py, metrics.csv, last.pt (all seeds),
-best_sSEED.pt (one model each), summary.json and pictures. Descends from yinglunz/A-456-Parameter-Transformer and AdderBoard.
+best_sSEED.pt (one model each), summary.json and pictures. Descends from yinglunz/A-456-Parameter-Transformer and from
+AdderBoard.
 """
 from __future__ import annotations
 
@@ -65,13 +66,14 @@ PRESETS = {
     "rope36": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "all", "embedding": "arc", "steps": 10_000, "eval_every": 500},
     "ref": REF,
     "ref456": {**REF, **LOW_RANK, "steps": 54_000},
-    "grok456": {**REF, **LOW_RANK, "batch_size": 128, "optimizer": "soap", "lr": 0.03, "beta2": 0.99, "basis_every": 100,
-                "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0, "full_length": 1.0, "random_zeros": 1.5,
-                "zeros_until": 1.0, "smooth_positions": 3.0, "entropy_bonus": 0.1, "entropy_until": 0.6, "steps": 10_000,
-                "curriculum": "", "eval_every": 500, "val_size": 2000},
+    "grok456": {**REF, **LOW_RANK, "curriculum": "", "full_length": 1.0, "random_zeros": 1.5, "zeros_until": 1.0,
+                "optimizer": "soap", "basis_every": 100, "lr": 0.03, "beta2": 0.99, "warmup": 0.1, "schedule": "linear",
+                "min_lr_ratio": 0.0, "smooth_positions": 3.0, "entropy_bonus": 0.1, "entropy_until": 0.6,
+                "batch_size": 128, "steps": 10_000, "eval_every": 500, "val_size": 2000},
 }
 FAMILY_FLAGS = {"rotary": ("head_dim", "period", "tie", "embedding"),
-                "learned": ("pos_rank", "qkv_rank", "attn_out_rank", "ffn_rank", "use_rmsnorm", "tie_qkv", "smooth_positions")}
+                "learned": ("pos_rank", "qkv_rank", "attn_out_rank", "ffn_rank", "use_rmsnorm", "tie_qkv",
+                            "smooth_positions")}
 INITS = {"rotary": ("arc+phase", "random"), "learned": ("reference",)}
 
 
@@ -95,7 +97,8 @@ def curriculum(text: str) -> list[tuple[int, int]]:
     """(digits, step) pairs of a text like 3:2000,6:7000: operands of up to 3 digits before step 2000, and so on."""
     parts = text.split(",") if text else []
     phases = [tuple(map(int, x.split(":"))) for x in parts if re.fullmatch(r"\d{1,2}:\d{1,9}", x)]
-    if len(phases) < len(parts) or any(not 1 <= d <= DIGITS for d, _ in phases) or phases != sorted(phases, key=lambda x: x[1]):
+    in_order = phases == sorted(phases, key=lambda phase: phase[1])
+    if len(phases) < len(parts) or not in_order or any(not 1 <= d <= DIGITS for d, _ in phases):
         raise argparse.ArgumentTypeError(f"{text!r}: expected DIGITS:STEP pairs like 3:2000,6:7000, digits 1..{DIGITS}")
     return phases
 
@@ -112,8 +115,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "both operands are below 10^n, n uniform in 1..10")
     g.add_argument("--random-zeros", type=real(0, 10), default=0.0, help="share of sums in which each operand's digits "
                    "are set to 0 at random, at a rate drawn for each operand; above 1: all, until it has fallen to 1")
-    g.add_argument("--zeros-until", type=real(0, 1), default=0.0, help="share of the run at whose end a share of random "
-                   "zeros that falls linearly is 0; 0: it does not fall")
+    g.add_argument("--zeros-until", type=real(0, 1), default=0.0, help="share of the run at whose end the share of "
+                   "random zeros, which falls linearly, is 0; 0: it does not fall")
     g.add_argument("--curriculum", metavar="N:STEP,...", default="", help="n at most N before STEP, e.g. 3:2000,6:7000")
 
     g = p.add_argument_group("model")
@@ -122,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--init", choices=sorted({x for y in INITS.values() for x in y}),
                    help="rotary: arc+phase (digits on an arc, queries and keys in phase) or random; learned: reference")
     g.add_argument("--head-dim", type=integer(4, 256), default=4, help="rotary: width of the head, a multiple of 4")
-    g.add_argument("--period", type=real(2, 1e6), default=12.0, help="rotary: positions per turn of the first frequency")
+    g.add_argument("--period", type=real(2, 1e6), default=12.0, help="rotary: positions a turn of the first frequency")
     g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: K = V and O = Q^T; all: "
                    "everything from Q, gate and up, and one norm")
     g.add_argument("--embedding", choices=["table", "arc"], default="table", help="rotary: arc has 3 parameters")
@@ -136,32 +139,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", "--train-steps", type=integer(1), help="optimizer steps of each seed")
-    g.add_argument("--optimizer", choices=["adamw", "soap"], default="adamw", help="soap: AdamW in the eigenbasis of the "
-                   "covariance of a seed's gradient")
+    g.add_argument("--optimizer", choices=["adamw", "soap"], default="adamw", help="soap: AdamW in the eigenbasis of "
+                   "the covariance of a seed's gradient")
     g.add_argument("--basis-every", type=integer(1), default=25, help="soap: steps between new eigenbases")
     g.add_argument("--lr", type=real(0, 10, above=True), help="peak learning rate")
     g.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="of lr after the warm-up")
     g.add_argument("--beta2", type=real(0, 0.999999), help="of AdamW; beta1 is 0.9")
     g.add_argument("--weight-decay", type=real(0, 1), help="decoupled, on every parameter")
-    g.add_argument("--decay-until", type=real(0, 1), default=0.0, help="share of the run at whose end a weight decay that "
-                   "falls linearly is 0; 0: it does not fall")
+    g.add_argument("--decay-until", type=real(0, 1), default=0.0, help="share of the run at whose end the weight "
+                   "decay, which falls linearly, is 0; 0: it does not fall")
     g.add_argument("--warmup", "--warmup-steps", type=real(0), help="steps in which lr rises from 0; below 1: a share")
     g.add_argument("--min-lr-ratio", type=real(0, 1), default=0.1, help="lr at the end, as a share of --lr")
-    g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the second differences "
-                   "of the position table, fading linearly until 70 %% of the run; 0: off")
-    g.add_argument("--entropy-bonus", type=real(0), default=0.0, help="reward in nats of loss for each nat of entropy of "
-                   "the attention, which keeps it soft; falls linearly")
-    g.add_argument("--entropy-until", type=real(0, 1, above=True), default=0.5, help="share of the run at whose end it is 0")
+    g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the second "
+                   "differences of the positions (or their factor A), fading until 70 %% of the run; 0: off")
+    g.add_argument("--entropy-bonus", type=real(0), default=0.0, help="reward in nats of loss for each nat of entropy "
+                   "of the attention, which keeps it soft; falls linearly")
+    g.add_argument("--entropy-until", type=real(0, 1, above=True), default=0.5, help="share of the run when it is 0")
     g.add_argument("--grad-clip", type=real(0), default=1.0, help="gradient norm of a seed; 0: no clipping")
-    g.add_argument("--grokfast", type=real(0), default=0.0, help="adds this times the gradient's running mean; 0: off")
-    g.add_argument("--grokfast-alpha", type=real(0, 0.999999), default=0.98, help="memory of that mean, per step")
     g.add_argument("--restart-stuck", action="store_true", help="start a seed anew, from other random weights, if it "
                    "has below 1 %% a quarter of the run after its start; counted and reported")
     g.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                   help="torch.compile of the step; auto: in runs of 2.5 million sums or more (it takes half a minute), and eager where it fails")
+                   help="torch.compile of the step, eager where it fails; auto: in runs of 2.5 million sums or more, "
+                   "as it takes half a minute")
 
     g = p.add_argument_group("evaluation")
-    g.add_argument("--eval-every", "--eval-interval", type=integer(1), default=500, help="steps between validations and saves")
+    g.add_argument("--eval-every", "--eval-interval", type=integer(1), default=500,
+                   help="steps between validations and saves")
     g.add_argument("--val-size", type=integer(1, 1 << 20), default=2000, help="pairs for choosing best_sSEED.pt")
     g.add_argument("--test-size", type=integer(1, 1 << 24), default=100_000, help="fresh pairs at the end")
 
@@ -190,15 +193,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(str(e) if isinstance(e, UserError) else f"argument --curriculum: {e}")
     foreign = [f for f in FAMILY_FLAGS["learned" if family == "rotary" else "rotary"] if f in args.given]
     modes = [m for m in (args.add or args.export_submission or args.checkpoint, args.plot, args.resume) if m]
-    empty = [f for f in ("checkpoint", "add", "export_submission", "resume", "init_from", "out_dir") if vars(args)[f] == ""]
+    paths = ("checkpoint", "add", "export_submission", "resume", "init_from", "out_dir")
+    empty = [f for f in paths if vars(args)[f] == ""]
     idle = sorted(set(args.given) - {"checkpoint", "add", "export_submission", "device", "threads", "precision"})
     need = memory_needed(args, n_params)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
     for wrong, message in (
         (foreign, f"--{(foreign or [''])[0].replace('_', '-')}: not a flag of the {family} models ({preset})"),
         (args.init not in INITS[family], f"--init: {args.init} is not for the {family} models"),
-        (phases and phases[-1][1] >= args.steps, f"--curriculum: longer than the {args.steps} steps of the run"),
-        (args.warmup >= args.steps, f"--warmup: {args.warmup:g} steps of a run of {args.steps}"),
+        ("curriculum" in args.given and phases and phases[-1][1] >= args.steps,
+         f"--curriculum: longer than the {args.steps} steps of the run"),
+        ("warmup" in args.given and args.warmup >= args.steps,
+         f"--warmup: {args.warmup:g} steps of a run of {args.steps}"),
         (args.optimizer == "soap" and n_params > 2000, f"--optimizer: soap has a basis of all {n_params} parameters at "
          "once; it is for models of up to 2000"),
         (args.precision == "bf16", "--precision: these models are trained in fp32"),
@@ -206,7 +212,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         (args.add and args.export_submission, "--add: not together with --export-submission"),
         ((args.add or args.export_submission) and not args.checkpoint, "--checkpoint: which model? give its path"),
         (args.resume and args.init_from, "--init-from: not together with --resume"),
-        (args.checkpoint and idle and not empty, f"--checkpoint: not together with --{(idle or [''])[0].replace('_', '-')}, a flag of training"),
+        (args.checkpoint and idle and not empty,
+         f"--checkpoint: not together with --{(idle or [''])[0].replace('_', '-')}, a flag of training"),
         (empty, f"--{(empty or [''])[0].replace('_', '-')}: empty"),
         (need > 0.6 * have, f"--batch-size: {len(args.seeds)} seeds x {args.batch_size} sums need about "
          f"{need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
@@ -214,6 +221,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if wrong:
             p.error(f"argument {message}")
     return args
+
+
+def flags_of(args: argparse.Namespace) -> list[str]:
+    """The command line that gives the training flags in a namespace."""
+    flags, foreign = [], FAMILY_FLAGS["learned" if args.family == "rotary" else "rotary"]
+    for name, value in vars(args).items():
+        if name not in ("given", "family", "seed", *foreign, *run.RUN_FLAGS) and value not in (None, False):
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [text])
+    return flags
 
 
 def memory_needed(args: argparse.Namespace, n_params: int) -> float:
@@ -272,7 +289,7 @@ def uniform_pairs(stream: Sequence[int], n: int, digits: int = DIGITS) -> tuple[
 
 
 def batches(chunk: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batches of CHUNK steps: tokens (CHUNK, S, J, B) and targets (CHUNK, S, Q, B). Each seed has its own stream."""
+    """The batches of CHUNK steps: tokens (CHUNK, S, J, B), targets (CHUNK, S, Q, B). Each seed has its own stream."""
     steps, B = chunk * CHUNK + np.arange(CHUNK), args.batch_size
     most = np.full(CHUNK, DIGITS)
     for digits, until in reversed(curriculum(args.curriculum)):
@@ -333,18 +350,12 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-class CausalAttention(nn.Module):
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Softmax of the causal scores, times v: q, k, v (B, T, H) -> (B, T, H)."""
-
-    def __init__(self):
-        super().__init__()
-        self.softmax = nn.Softmax(-1)  # a module, so that a hook can look at the weights
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        T = q.shape[1]
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores = (q @ k.transpose(1, 2)) * q.shape[-1]**-0.5
-        return self.softmax(scores.masked_fill(future, -math.inf)) @ v       # (B, T, T) @ (B, T, H)
+    T = q.shape[1]
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(1, 2)) * q.shape[-1]**-0.5
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v             # (B, T, T) @ (B, T, H)
 
 
 def rotary_angles(c: Config, T: int) -> torch.Tensor:
@@ -368,8 +379,8 @@ def arc(p: torch.Tensor, width: int) -> torch.Tensor:
 def untied(p: dict[str, torch.Tensor], c: Config) -> dict[str, torch.Tensor]:
     """Adds the matrices that a tied rotary model derives: of one model, or of many along leading axes.
 
-    kv+oq: V = K, O = Q^T. all: K is Q with its first pair turned by an angle, V = Q, O = Q^T, down is up^T with its first
-    two outputs turned by another one (the tying of AdderBoard's 36-parameter model).
+    kv+oq: V = K, O = Q^T. all: K is Q with its first pair turned by an angle, V = Q, O = Q^T, down is up^T with its
+    first two outputs turned by another one (after AdderBoard's 36-parameter model).
     """
     def turned(w: torch.Tensor, i: int, j: int, angle: torch.Tensor) -> torch.Tensor:
         cos, sin, columns = angle.cos(), angle.sin(), list(w.unbind(-1))
@@ -402,13 +413,13 @@ class RotaryAdder(nn.Module):
             self.k_norm = self.q_norm
         else:
             self.norm2, self.norm_f, self.k_norm = RMSNorm(D, 1e-6), RMSNorm(D, 1e-6), RMSNorm(H, 1e-6)
-        shapes = {"emb": (10, D) if c.embedding == "table" else (3,), "wq": (D, H), "wk": (D, H), "wv": (D, H), "wo": (H, D),
+        shapes = {"emb": (10, D) if c.embedding == "table" else (3,),
+                  "wq": (D, H), "wk": (D, H), "wv": (D, H), "wo": (H, D),
                   "gate": (D, c.d_ff), "up": (D, c.d_ff), "down": (c.d_ff, D), "wk_angle": (1,), "down_angle": (1,)}
         derived = {"none": ("wk_angle", "down_angle"), "kv+oq": ("wv", "wo", "wk_angle", "down_angle"),
                    "all": ("wk", "wv", "wo", "down")}[c.tie]
         for name in (x for x in shapes if x not in derived):
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
-        self.attention = CausalAttention()
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         """Tokens (B, T) -> logits (B, T, V)."""
@@ -419,7 +430,7 @@ class RotaryAdder(nn.Module):
         x = emb[idx]                                                       # (B, T, D)
         h = self.norm1(x)
         q, k = rotate(self.q_norm(h @ w["wq"]), angle), rotate(self.k_norm(h @ w["wk"]), angle)
-        x = x + self.attention(q, k, h @ w["wv"]) @ w["wo"]
+        x = x + causal_attention(q, k, h @ w["wv"]) @ w["wo"]
         h = self.norm2(x)
         x = x + (F.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
         return self.norm_f(x) @ emb.T                                      # (B, T, V)
@@ -461,7 +472,6 @@ class Attention(nn.Module):
             for name in dict.fromkeys(QKV[self.tie]):
                 self.register_parameter("qkv_B" + name, nn.Parameter(torch.empty(r, D).normal_(std=std)))
         self.proj = linear(D, D, c.attn_out_rank)
-        self.attention = CausalAttention()
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         if self.tie == "none":
@@ -469,7 +479,7 @@ class Attention(nn.Module):
         else:
             h = h @ self.qkv_A
             q, k, v = (h @ getattr(self, "qkv_B" + name) for name in QKV[self.tie])
-        return self.proj(self.attention(q, k, v))
+        return self.proj(causal_attention(q, k, v))
 
 
 class Block(nn.Module):
@@ -543,9 +553,10 @@ def make_config(values: dict, where: str) -> Config:
         (not 1 <= c.d_ff <= 4096, f"d_ff {c.d_ff} is not in 1..4096"),
         (not 4 <= c.head_dim <= 256 or c.head_dim % 4, f"head_dim {c.head_dim} is not a multiple of 4 up to 256"),
         (not (math.isfinite(c.period) and c.period >= 2), f"period {c.period} is below 2"),
-        (c.tie not in ("none", "kv+oq", "all") or c.embedding not in ("table", "arc"), f"unknown tie {c.tie!r:.40} or embedding"),
+        (c.tie not in ("none", "kv+oq", "all"), f"tie {c.tie!r:.40} is not one of none, kv+oq, all"),
+        (c.embedding not in ("table", "arc"), f"embedding {c.embedding!r:.40} is not table or arc"),
         (not all(0 <= r <= D for r in ranks), f"a rank of {max(ranks)} is not in 0..d_model = {D}"),
-        (c.tie_qkv != "none" and c.tie_qkv not in QKV, f"tie_qkv {c.tie_qkv!r:.40} is not one of none, {', '.join(QKV)}"),
+        (c.tie_qkv not in ("none", *QKV), f"tie_qkv {c.tie_qkv!r:.40} is not one of none, {', '.join(QKV)}"),
         (c.tie_qkv != "none" and not c.qkv_rank, f"tie_qkv {c.tie_qkv} needs a qkv_rank above 0"),
     ):
         if wrong:
@@ -557,9 +568,9 @@ def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
     """Initial weights of a seed as one row (P,).
 
     reference: the original's. random (rotary): embedding N(0, 1/D), other matrices uniform, wq and wk within
-    +- 1/(inputs)^1/2, the rest half of that; gains 1, but those of query and key 0.5, so that the attention starts soft:
-    where it sharpens onto one column before the carry is noticed, the column below gets no gradient any more, and the
-    seed is stuck. arc+phase: also digit t near 2.5 (cos, sin)(0.29 t - 1.2) in the first two coordinates of the
+    +- 1/(inputs)^1/2, the rest half of that; gains 1, but those of query and key 0.5, so that the attention starts
+    soft: where it sharpens onto one column before the carry is noticed, the column below gets no gradient any more,
+    and the seed is stuck. arc+phase: also digit t near 2.5 (cos, sin)(0.29 t - 1.2) in the first two coordinates of the
     embedding, and the first coordinate's query and key in phase where positions differ by 2 (mod the period), where the
     operands are.
     """
@@ -574,7 +585,8 @@ def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
             if name == "emb" and config.embedding == "arc":
                 p.copy_(line if designed else torch.randn(3))
             elif name == "emb":
-                p.normal_(std=0.1 if designed else config.d_model**-0.5).add_(arc(line, config.d_model) if designed else 0)
+                p.normal_(std=0.1 if designed else config.d_model**-0.5)
+                p.add_(arc(line, config.d_model) if designed else 0)
             elif name in ("wq", "wk"):
                 p.normal_(std=0.1) if designed else p.uniform_(-1, 1).mul_(p.shape[0]**-0.5)
             elif name in ("wk_angle", "down_angle"):
@@ -696,7 +708,8 @@ def learned_logits(p: Tensors, c: Config, hot: torch.Tensor, future: torch.Tenso
     return project(p["token_emb.weight"].transpose(1, 2), normed(x + h, p, "ln_f", 2, 1e-8)), weight
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+           future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with the batch innermost: q (S, Q, R, B), k and v (S, J, R, B) -> (S, Q, R, B), weights (S, Q, J, B).
 
     R is 3 to 7: a sum over it term by term needs no product of five axes in memory, and the compiler fuses it.
@@ -710,7 +723,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, future: torch.Tens
 
 def batched_logits(weights: torch.Tensor, tokens: torch.Tensor, config: Config,
                    shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (S, Q, V, B) and attention (S, Q, J, B) where the model predicts: weights (S, P), tokens (S or 1, J, B)."""
+    """Logits (S, Q, V, B) and attention (S, Q, J, B) where it predicts: weights (S, P), tokens (S or 1, J, B)."""
     family = FAMILIES[config.family]
     Q, J = family.OUTPUTS, family.PROMPT + family.OUTPUTS - 1
     where = torch.arange(J, device=weights.device)
@@ -739,7 +752,8 @@ def compiled(loss: Callable, weights: torch.Tensor, *batch: torch.Tensor) -> tup
         torch.autograd.grad(fast(weights, *batch)[0].sum(), weights)
         return fast, "compiled"
     except Exception as e:  # a missing or broken C++ compiler shows itself in many types of exception
-        return loss, f"eager, about 5 times slower: torch.compile failed ({(str(e).splitlines() or [type(e).__name__])[0]:.90})"
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        return loss, f"eager, 2 to 4 times slower: torch.compile failed ({reason:.90})"
 
 
 # ---- Optimizer: all seeds at once
@@ -750,7 +764,6 @@ class Population:
     weights: torch.Tensor      # (S, P)
     mean: torch.Tensor         # (S, P) running mean of the gradient
     square: torch.Tensor       # (S, P) running mean of its square, in the basis
-    slow: torch.Tensor         # (S, P) running mean of the gradient for Grokfast
     covariance: torch.Tensor   # (S, P, P) running mean of g g^T; (S, 0, 0) without --optimizer soap
     basis: torch.Tensor        # (S, P, P) its eigenvectors, in columns
     born: torch.Tensor         # (S,) step at which the seed started, or started anew
@@ -767,9 +780,10 @@ def new_population(config: Config, args: argparse.Namespace) -> Population:
     S, P = weights.shape
     n = P if args.optimizer == "soap" else 0
     whole = torch.zeros(S, dtype=torch.long)
-    return Population(weights, *(torch.zeros(S, P) for _ in range(3)), torch.zeros(S, n, n), torch.eye(n).repeat(S, 1, 1),
-                      whole.clone(), torch.ones(S, dtype=torch.bool), whole.clone(), whole - 1, weights.clone(), whole - 1,
-                      whole.clone())
+    return Population(
+        weights, mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
+        basis=torch.eye(n).repeat(S, 1, 1), born=whole.clone(), alive=torch.ones(S, dtype=torch.bool),
+        restarts=whole.clone(), first=whole - 1, best=weights.clone(), best_val=whole - 1, best_step=whole.clone())
 
 
 def learning_rates(age: torch.Tensor, total: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
@@ -797,13 +811,15 @@ def entropy_bonus(state: Population, step: int, args: argparse.Namespace) -> tor
 def turn(state: Population) -> None:
     """Take the eigenvectors of the gradient covariance as the new basis, and carry the mean square over to it."""
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
-    new = torch.linalg.eigh(state.covariance / scale)[1]
+    scaled = state.covariance / scale
+    new = torch.linalg.eigh(scaled.cpu() if scaled.is_mps else scaled)[1].to(scaled.device)  # older MPS has no eigh
     between = new.transpose(1, 2) @ state.basis                              # (S, P, P), old basis -> new
-    state.square = (between.square() * state.square[:, None]).sum(2)         # as if it were the diagonal of a covariance
+    state.square = (between.square() * state.square[:, None]).sum(2)         # as if a covariance's diagonal
     state.basis = new
 
 
-def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int, args: argparse.Namespace) -> torch.Tensor:
+def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
+           args: argparse.Namespace) -> torch.Tensor:
     """One step of AdamW for every seed; with --optimizer soap, in the eigenbasis of its gradient covariance.
 
     SOAP (Vyas et al., arXiv:2409.11321) has a basis for each side of each matrix; with a few hundred parameters one for
@@ -813,9 +829,6 @@ def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
     norm = grad.norm(dim=1)
     state.alive &= torch.isfinite(loss) & torch.isfinite(norm)
     grad = torch.where(state.alive[:, None], grad, 0.0)
-    if args.grokfast:  # Lee et al., arXiv:2405.20233: the slow part of the gradient generalizes
-        state.slow.lerp_(grad, 1 - args.grokfast_alpha)
-        grad = grad + args.grokfast * state.slow
     if args.grad_clip:
         grad = grad * (args.grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
     state.mean.lerp_(grad, 0.1)
@@ -853,7 +866,7 @@ def restart_stuck(state: Population, exact: torch.Tensor, step: int, config: Con
         again = np.random.SeedSequence([args.seeds[i], int(state.restarts[i])]).generate_state(1)[0]
         fresh = init_weights(config, args.init, int(again))
         state.weights[i] = fresh.to(state.weights)
-        for part in (state.mean, state.square, state.slow, state.covariance):
+        for part in (state.mean, state.square, state.covariance):
             part[i] = 0
         if len(state.basis[i]):
             state.basis[i] = torch.eye(len(fresh))
@@ -917,13 +930,13 @@ def number(digits: np.ndarray) -> int | None:
 
 def validate(state: Population, pairs: tuple[np.ndarray, np.ndarray], config: Config, shapes: Shapes,
              step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact match (S,) and digit accuracy (S, 11) on the validation pairs; notes the best weights and the first 99 %."""
+    """Exact match (S,) and digit accuracy (S, 11) on the validation pairs; keeps the best weights, the first 99 %."""
     right, digits = exact_match(state.weights, pairs, config, shapes)
     right, n = right.to(state.best_val), len(pairs[0])
-    better = right >= state.best_val
+    better = (right >= state.best_val) & torch.isfinite(state.weights).all(1)
     state.best[better], state.best_val[better], state.best_step[better] = state.weights[better], right[better], step
     state.first[(state.first < 0) & (right >= GROKKED * n)] = step
-    return right / n, digits.to(right.device) / n
+    return right.double() / n, digits.to(right.device).double() / n
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -934,13 +947,16 @@ def train(args: argparse.Namespace) -> dict:
         saved = read_checkpoint(args.resume, whole_run=True)
         if "population" not in saved or not isinstance(saved.get("args"), dict):
             raise UserError(f"{args.resume}: holds one model; a run goes on from its last.pt")
+        lacking = set(vars(args)) - set(saved["args"]) - {"given"}
+        if lacking:
+            raise UserError(f"{args.resume}: damaged, its flags lack {min(lacking)}")
         args = run.resumed_args(args, saved["args"], args.resume)
+        parse_args(flags_of(args))  # a file's flags pass the same checks as a command line's
     device = devices.get_device(args.device)
     args.device = str(device)
-    devices.set_seed(args.seed)
     config = make_config(vars(args), "flags")
     shapes = shapes_of(config)
-    state = new_population(config, args)
+    state, init = new_population(config, args), f"from {args.init_from}" if args.init_from else args.init
     if args.init_from:
         state.weights = initial_weights(args, config, state.weights)
     start, logged, loss_sum = 0, -1, torch.zeros(len(args.seeds))
@@ -952,13 +968,15 @@ def train(args: argparse.Namespace) -> dict:
     folder = run.open_run(args, __file__)
     clock = run.Clock(args.max_minutes, *(seconds if saved else ()))
     n_params = state.weights.shape[1]
-    print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, params {n_params} learned, 0 frozen, init "
-          f"{args.init}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
+    print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, params {n_params} learned, 0 frozen, "
+          f"init {init}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
+    if args.warmup >= args.steps or any(until >= args.steps for _, until in curriculum(args.curriculum)):
+        print(f"the warm-up or the curriculum of preset {args.preset} is longer than this run and is cut off")
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
-    if args.compile == "on" or (args.compile == "auto" and (args.steps - start) * args.batch_size * len(args.seeds) >= PAYS):
+    if args.compile == "on" or (args.compile == "auto" and args.steps * args.batch_size * len(args.seeds) >= PAYS):
         print("compiling the step (half a minute the first time, then cached)", flush=True)
-        example = (state.weights.clone().requires_grad_(), *(x[0] for x in batches(0, args)), entropy_bonus(state, 0, args))
-        loss_fn, how = compiled(loss_fn, *example)
+        weights, bonus = state.weights.clone().requires_grad_(), entropy_bonus(state, 0, args)
+        loss_fn, how = compiled(loss_fn, weights, *(x[0] for x in batches(0, args)), bonus)
     print(f"the step runs {how}; ready after {clock.seconds():.1f} s", flush=True)
     log = metrics.Metrics(folder / "metrics.csv", logged if saved else None)
     tracker = metrics.open_tracker(args.tracker, folder, vars(args))
@@ -992,7 +1010,7 @@ def train(args: argparse.Namespace) -> dict:
                 checkpoint.save(folder / "last.pt", {
                     "script": SCRIPT, "format": FORMAT, "step": step, "config": asdict(config), "args": vars(args),
                     "population": {f.name: getattr(state, f.name).cpu() for f in fields(state)}, "ema": None,
-                    "loss_sum": loss_sum.cpu(), "logged": logged, "rng": checkpoint.rng_state(),
+                    "loss_sum": loss_sum.cpu(), "logged": logged,
                     "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds()})
             if last:
                 break
@@ -1031,19 +1049,20 @@ def finish(args: argparse.Namespace, state: Population, config: Config, folder: 
     for i, seed in enumerate(args.seeds):
         seeds[str(seed)] = {
             "first_step": int(state.first[i]) if state.first[i] >= 0 else None, "errors": n - int(right[i]),
-            "exact": int(right[i]) / n, "digits": (digits[i] / n).tolist(), "failed": not state.alive[i].item(),
+            "exact": int(right[i]) / n, "digits": (digits[i].double() / n).tolist(),
+            "failed": not state.alive[i].item(),
             "restarts": int(state.restarts[i]), "best_step": int(state.best_step[i]),
             "best_val": int(state.best_val[i]) / args.val_size}
     grokked = [s for s in seeds.values() if s["exact"] >= GROKKED and not s["failed"]]
     alone = sum(not s["restarts"] for s in grokked)
     summary = {"script": SCRIPT, "name": folder.resolve().name, "seed": args.seed, "n_params": state.weights.shape[1],
                "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds(), "command": run.command(),
-               "preset": args.preset, "init": args.init, "steps": step, "stopped_early": step < args.steps, "step_runs": how,
+               "preset": args.preset, "init": f"from {args.init_from}" if args.init_from else args.init,
+               "steps": step, "stopped_early": step < args.steps, "step_runs": how,
                "test_size": n, "n_seeds": len(seeds), "n_grokked": len(grokked), "grok_rate": len(grokked) / len(seeds),
                "grok_interval": wilson(len(grokked), len(seeds)), "n_perfect": sum(s["errors"] == 0 for s in grokked),
                "n_grokked_without_restarts": alone, "n_restarts": int(state.restarts.sum()), "seeds": seeds}
     run.write_json(folder / "summary.json", summary)
-    draw_pictures(folder)
     for seed, s in seeds.items():
         note = (", failed: its loss was not finite" if s["failed"] else "") + (
             f", restarted {s['restarts']} times" if s["restarts"] else "")
@@ -1052,7 +1071,9 @@ def finish(args: argparse.Namespace, state: Population, config: Config, folder: 
         print(f"seed {seed:>5}: {100 * s['exact']:8.3f}%, {s['errors']:6d} errors, {at}{note}"
               + (f"; below 95%: {', '.join(weak)}" if weak else ""))
     restarts = f", {alone} without restarts ({summary['n_restarts']} restarts)" if summary["n_restarts"] else ""
-    print(f"{format_rate(len(grokked), len(seeds))} of the seeds have >= 99% of {n} pairs{restarts}, "
+    early = f"stopped at step {step} of {args.steps} by --max-minutes: " if step < args.steps else ""
+    draw_pictures(folder)
+    print(f"{early}{format_rate(len(grokked), len(seeds))} of the seeds have >= 99% of {n} pairs{restarts}, "
           f"{summary['n_perfect']} make no error; {summary['n_params']} parameters, {clock.seconds():.0f} s "
           f"({clock.cpu_seconds():.0f} CPU-s), {folder}")
     return summary
@@ -1074,7 +1095,7 @@ def draw_pictures(folder: Path) -> list[Path]:
         ax.plot(*zip(*curve, strict=True), marker=".", ms=4, lw=1.2, color=f"C{i % 10}", alpha=0.8,
                 label=f"seed {seed}" if len(seeds) <= 16 else None)
     ax.set(xlabel="step", ylabel="exact match on validation, %", ylim=(-3, 103),
-           title=f"{summary['n_params']} parameters: {summary['n_grokked']} of {len(seeds)} seeds reach 99 % on fresh pairs")
+           title=f"{summary['n_params']} parameters: {summary['n_grokked']} of {len(seeds)} seeds reach 99 %")
     if len(seeds) <= 16:
         ax.legend(frameon=False, fontsize=8, ncols=2)
     made.append(plots.save_figure(fig, folder / "exact.png"))
@@ -1084,7 +1105,8 @@ def draw_pictures(folder: Path) -> list[Path]:
     grid = np.array([summary["seeds"][s]["digits"] for s in seeds])
     image = left.imshow(100 * grid, vmin=0, vmax=100, aspect="auto", cmap="viridis")
     left.grid(False)
-    left.set(xlabel="digit of the sum, lowest first", ylabel="seed", xticks=range(ANSWER), title="accuracy at the end, %")
+    left.set(xlabel="digit of the sum, lowest first", ylabel="seed", xticks=range(ANSWER),
+             title="accuracy at the end, %")
     if len(seeds) <= 32:
         left.set_yticks(range(len(seeds)), seeds)
     fig.colorbar(image, ax=left)
@@ -1092,7 +1114,8 @@ def draw_pictures(folder: Path) -> list[Path]:
     for k in range(ANSWER):
         right.plot([r["step"] for r in history], [100 * r[f"digit{k}"] for r in history], lw=1.2,
                    color=colormaps["viridis"](k / (ANSWER - 1)), label=f"digit {k}")
-    right.set(xlabel="step", ylabel="accuracy on validation, %", ylim=(-3, 103), title=f"seed {worst}, the lowest at the end")
+    right.set(xlabel="step", ylabel="accuracy on validation, %", ylim=(-3, 103),
+              title=f"seed {worst}, the lowest at the end")
     right.legend(frameon=False, fontsize=8)
     made.append(plots.save_figure(fig, folder / "positions.png"))
 
@@ -1105,14 +1128,11 @@ def draw_pictures(folder: Path) -> list[Path]:
 def draw_attention(model: nn.Module, path: Path, seed: str, a: int = 1234567890, b: int = 9876543210) -> Path:
     """The attention of the positions that predict the sum of a and b, over all positions."""
     tokens, _ = encode(model.config.family, *(digits_of(np.array([x]), DIGITS) for x in (a, b)))
-    kept = []
-    softmax = next(m for m in model.modules() if isinstance(m, nn.Softmax))
-    hook = softmax.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
-    with eval_mode(model):
-        model(torch.from_numpy(tokens).long())
-    hook.remove()
+    weights, shapes = parameters_to_vector(model.parameters()), shapes_of(model.config)
+    with torch.no_grad():
+        _, attention = batched_logits(weights[None], torch.from_numpy(tokens.T).long()[None], model.config, shapes)
     fig, ax = plots.new_figure(width=9)
-    image = ax.imshow(kept[0][model.PROMPT - 1:model.PROMPT - 1 + ANSWER].numpy(), vmin=0, aspect="auto")
+    image = ax.imshow(attention[0, :ANSWER, :, 0].numpy(), vmin=0, aspect="auto")
     ax.grid(False)
     names = ["+" if t == PLUS else "=" if t == EQUALS else str(t) for t in tokens[0].tolist()]
     ax.set_xticks(range(len(names)), names)
@@ -1133,7 +1153,10 @@ def file_of(path: str | os.PathLike) -> Path:
     if (path / "best.pt").is_file():
         return path / "best.pt"
     seeds = sorted((f for f in path.glob("best_s*.pt") if f.stem[6:].isdecimal()), key=lambda f: int(f.stem[6:]))
-    return max(seeds, key=lambda f: read_checkpoint(f).get("val_exact", 0.0)) if seeds else path / "last.pt"
+    def validation(file: Path) -> float:
+        value = read_checkpoint(file).get("val_exact")
+        return value if type(value) is float else -1.0
+    return max(seeds, key=validation) if seeds else path / "last.pt"
 
 
 def read_checkpoint(path: str | os.PathLike, whole_run: bool = False) -> dict:
@@ -1147,13 +1170,16 @@ def read_checkpoint(path: str | os.PathLike, whole_run: bool = False) -> dict:
                         f"{MAX_BYTES // 10**6} MB (of a run, take a best_sSEED.pt)")
     saved = checkpoint.read(path)
     if is_published(saved):
-        saved = {"script": SCRIPT, "format": FORMAT, "model": saved["model_state"], "step": saved.get("step", -1), "args": {},
-                 "config": {"family": "learned", **saved["model_config"]}}
+        saved = {"script": SCRIPT, "format": FORMAT, "model": saved["model_state"], "step": saved.get("step", -1),
+                 "args": {}, "config": {"family": "learned", **saved["model_config"]}}
     checkpoint.check_script(saved, SCRIPT, path)
-    kinds = {"format": int, "config": dict, "step": int, **({"seed": int} if "seed" in saved else {})}  # last.pt has many
+    kinds = {"format": int, "config": dict, "step": int}
+    if "seed" in saved:  # not in a last.pt, which has many
+        kinds["seed"] = int
     for key, kind in kinds.items():
         if type(saved.get(key)) is not kind or (key == "format" and saved[key] != FORMAT):
-            raise UserError(f"{path}: its {key} is {' '.join(repr(saved.get(key))[:20].split())}, which cannot be read here")
+            shown = " ".join(repr(saved.get(key))[:20].split())
+            raise UserError(f"{path}: its {key} is {shown}, which cannot be read here")
     return saved
 
 
@@ -1198,10 +1224,10 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
         seeds, population = their_seeds(saved, path), saved["population"]
         i, n = int(population["best_val"].argmax()), count_parameters(module)
         best, steps = population.get("best"), population.get("best_step")
-        if not all(isinstance(x, torch.Tensor) and x.shape == shape for x, shape in
-                   ((best, (len(seeds), n)), (steps, (len(seeds),)))):
+        if not all(isinstance(x, torch.Tensor) and x.shape == shape and x.dtype == kind for x, shape, kind in
+                   ((best, (len(seeds), n), torch.float32), (steps, (len(seeds),), torch.long))):
             raise UserError(f"{path}: damaged, its best weights are missing or of another shape")
-        vector_to_parameters(best[i].to(torch.float32), module.parameters())
+        vector_to_parameters(best[i], module.parameters())
         saved = {**saved, "seed": seeds[i], "step": int(steps[i])}
         state = {k: v.clone() for k, v in module.state_dict().items()}
     if not isinstance(state, dict):
@@ -1224,8 +1250,9 @@ def initial_weights(args: argparse.Namespace, config: Config, like: torch.Tensor
     seeds, weights = their_seeds(saved, args.init_from), saved["population"].get("weights")
     missing = set(args.seeds) - set(seeds)
     if missing:
-        raise UserError(f"{args.init_from}: it has no seed {min(missing)}; give one model (best_sSEED.pt), or its seeds")
-    if not isinstance(weights, torch.Tensor) or weights.shape != (len(seeds), like.shape[1]) or weights.dtype != like.dtype:
+        raise UserError(f"{args.init_from}: has no seed {min(missing)}; give one model (best_sSEED.pt), or its seeds")
+    if not (isinstance(weights, torch.Tensor) and weights.shape == (len(seeds), like.shape[1])
+            and weights.dtype == like.dtype):
         raise UserError(f"{args.init_from}: damaged, its weights are missing or of another shape")
     weights = weights[[seeds.index(s) for s in args.seeds]]
     if not torch.isfinite(weights).all():
@@ -1238,7 +1265,8 @@ def their_seeds(saved: dict, path: str | os.PathLike) -> list[int]:
     args, population = saved.get("args"), saved.get("population")
     seeds = args.get("seeds") if isinstance(args, dict) else None
     if not (isinstance(seeds, list) and all(type(s) is int for s in seeds) and isinstance(population, dict)
-            and isinstance(population.get("best_val"), torch.Tensor) and population["best_val"].shape == (len(seeds),)):
+            and seeds and isinstance(population.get("best_val"), torch.Tensor)
+            and population["best_val"].shape == (len(seeds),) and population["best_val"].dtype == torch.long):
         raise UserError(f"{path}: damaged, its seeds and their models do not fit")
     return seeds
 
@@ -1272,15 +1300,14 @@ def show_sum(model: nn.Module, text: str) -> dict:
     if not found:
         raise UserError(f"--add {text[:60]!r}: expected two whole numbers like 1234567890+9876543210")
     a, b = (operand(int(x), "--add") for x in found.groups())
-    tokens, _ = encode(model.config.family, *(digits_of(np.array([x]), DIGITS) for x in (a, b)))
-    idx, given = torch.from_numpy(tokens[:, :model.PROMPT]).long(), []
+    pair = tuple(digits_of(np.array([x]), DIGITS) for x in (a, b))
+    given = answers(model, pair, "ar")[0][0]
+    prompt = torch.from_numpy(encode(model.config.family, *pair)[0][:, :model.PROMPT]).long()
     with eval_mode(model):
-        for k in range(ANSWER):
-            p = model(idx)[0, -1].softmax(-1)
-            given.append(int(p.argmax()))
-            print(f"digit {k:2d}: {given[-1]:2d}  probability {p.max():.4f}")
-            idx = torch.cat([idx, p.argmax().view(1, 1)], 1)
-    answer = number(np.array(given))
+        p = model(torch.cat([prompt, torch.from_numpy(given[None]).clamp(min=0)], 1))[0, model.PROMPT - 1:].softmax(-1)
+    for k, digit in enumerate(given.tolist()):
+        print(f"digit {k:2d}: {digit:2d}  probability {p[k, digit]:.4f}")
+    answer = number(given)
     print(f"{a} + {b} = {'no number' if answer is None else answer}, "
           + ("right" if answer == a + b else f"wrong: it is {a + b}"))
     return {"a": a, "b": b, "answer": answer, "right": answer == a + b}
@@ -1288,7 +1315,9 @@ def show_sum(model: nn.Module, text: str) -> dict:
 
 SUBMISSION = '''"""{n} parameters, trained: a submission for AdderBoard, written by {script} --export-submission."""
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -1303,7 +1332,8 @@ WEIGHTS = {weights}
 def build_model():
     model = {cls}(CONFIG)
     model.load_state_dict({{name: torch.tensor(values) for name, values in WEIGHTS.items()}})
-    metadata = {{"name": {name!r}, "author": "stalled-experiments", "params": sum(p.numel() for p in model.parameters()),
+    metadata = {{"name": {name!r}, "author": "stalled-experiments",
+                "params": sum(p.numel() for p in model.parameters()),
                 "architecture": f"{cls}, one layer, one head, {{CONFIG}}", "tricks": {tricks}}}
     return model.eval(), metadata
 
@@ -1320,18 +1350,21 @@ def add(model, a, b):
 def export_submission(model: nn.Module, path: str, name: str) -> None:
     """Write the model as one file with build_model() and add(model, a, b): its classes' source, weights as numbers."""
     c = model.config
-    parts = [Config, RMSNorm, CausalAttention]
+    parts = [Config, RMSNorm, causal_attention]
     if c.family == "rotary":
         parts += [rotary_angles, rotate, arc, untied, RotaryAdder]
-        prompt, tricks = "[int(x) for x in '0' + a[::-1] + '00' + b[::-1] + '0']", ["rotary positions of period 12", c.tie]
+        prompt = "[int(x) for x in '0' + a[::-1] + '00' + b[::-1] + '0']"
+        tricks = [f"rotary positions of period {c.period:g}", f"tie {c.tie}"]
     else:
         parts += [LowRank, linear, Attention, Block, LearnedAdder]
-        prompt, tricks = f"[*map(int, a), {PLUS}, *map(int, b), {EQUALS}]", ["low-rank maps", c.tie_qkv]
+        prompt = f"[*map(int, a), {PLUS}, *map(int, b), {EQUALS}]"
+        tricks = [f"ranks {c.pos_rank} {c.qkv_rank} {c.attn_out_rank} {c.ffn_rank}", f"tie {c.tie_qkv}"]
     sources = "\n\n".join(inspect.getsource(part) for part in (*parts, greedy))
-    head = "" if c.family == "rotary" else f"from collections.abc import Callable\nfrom functools import partial\n\nQKV = {QKV}\n\n\n"
-    text = SUBMISSION.format(n=count_parameters(model), script=SCRIPT, sources=head + sources, config=c, cls=type(model).__name__,
-                             weights={k: v.tolist() for k, v in model.state_dict().items()}, name=name, prompt=prompt,
-                             tricks=tricks)
+    if c.family == "learned":
+        sources = f"QKV = {QKV}\n\n\n{sources}"
+    text = SUBMISSION.format(
+        n=count_parameters(model), script=SCRIPT, sources=sources, config=c, cls=type(model).__name__, name=name,
+        weights={k: v.tolist() for k, v in model.state_dict().items()}, prompt=prompt, tricks=tricks)
     run.write_atomic(path, text.encode())
     print(f"{path}: {count_parameters(model)} parameters; check it with AdderBoard's verify.py")
 
@@ -1340,6 +1373,7 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
     """Exact match of a checkpoint on the original's test pairs, as [right, of] counts. Raises UserError.
 
     A sum is right if all 11 digits are (EOS is not asked, as in the original; a token that is no digit is wrong).
+    With mode tf, token accuracy and positions are teacher-forced. Intervals are Wilson's, 95 %.
     args may have: n (10,000) pairs for each of split_seeds, mode (tf: one teacher-forced pass; ar: greedy), device.
     failures: the first ten as a, b, a + b, greedy answer. positions: each digit of the sum, lowest first.
     """
@@ -1359,10 +1393,14 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
             a, b = number(one[0][0]), number(one[1][0])
             failures.append([a, b, a + b, number(answers(model, one, "ar")[0][0])])
     cpu, right = time.process_time() - cpu, sum(k for k, _ in splits.values())
-    return {"script": SCRIPT, "n_params": count_parameters(model), "config": asdict(model.config), "step": saved["step"],
-            "seed": saved.get("seed"), "mode": mode, "exact": [right, total], "exact_rate": right / total, "splits": splits,
-            "token_accuracy": int(positions.sum()) / (total * ANSWER), "positions": [[int(k), total] for k in positions],
-            "failures": failures, "seconds": time.monotonic() - wall, "cpu_seconds": cpu,
+    return {"script": SCRIPT, "file": str(file_of(path)), "n_params": count_parameters(model),
+            "config": asdict(model.config), "step": saved["step"], "seed": saved.get("seed"), "mode": mode,
+            "exact": [right, total], "exact_rate": right / total, "exact_interval": list(wilson(right, total)),
+            "splits": splits,
+            "split_intervals": {seed: list(wilson(*counts)) for seed, counts in splits.items()},
+            "token_accuracy": int(positions.sum()) / (total * ANSWER),
+            "positions": [[int(k), total] for k in positions], "failures": failures,
+            "seconds": time.monotonic() - wall, "cpu_seconds": cpu,
             "additions_per_cpu_second": total / max(cpu, 1e-9)}
 
 

@@ -1,6 +1,6 @@
 """Evaluate checkpoints of any experiment by the code that its training uses.
 
-    python evaluate_checkpoints.py logs/kept/addition_train/rope196/best_s0.pt     # 100,000 sums and tables, 2 s
+    python evaluate_checkpoints.py logs/kept/addition_train/rope196     # 100,000 sums and tables, 2 s
     python evaluate_checkpoints.py logs/kept/collatz/window10-s0 --output out.json  # a run folder, all figures as JSON
 
 The checkpoint's field `script` says which script's `evaluate_checkpoint(path, args)` is called; published checkpoints
@@ -13,6 +13,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -39,8 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--threads", type=integer(0), default=1, help="CPU threads of torch; 0: torch's choice")
     p.add_argument("--output", metavar="FILE.json", help="write all figures there")
     g = p.add_argument_group("addition")
-    g.add_argument("--n", type=integer(1, 1 << 22), default=10_000, help="pairs for each split seed; the tables have n / 10 "
-                   "an entry, that of operand lengths n / 50")
+    g.add_argument("--n", type=integer(1, 1 << 22), default=10_000, help="pairs for each split seed; the tables have "
+                   "n / 10 an entry, that of operand lengths n / 50")
     g.add_argument("--split-seeds", type=addition_train.seed_list, default=list(SPLIT_SEEDS), metavar="A-B,C",
                    help="seeds of the test pairs (default: the original's ten)")
     g.add_argument("--mode", choices=["tf", "ar"], default="tf",
@@ -68,7 +69,8 @@ def chained_pairs(stream: Sequence[int], n: int, length: int) -> tuple[np.ndarra
     rng = np.random.default_rng(stream)
     patterns = (np.arange(1 << DIGITS)[:, None] >> np.arange(DIGITS) & 1).astype(np.int8)
     into = np.concatenate([np.zeros_like(patterns[:, :1]), patterns[:, :-1]], 1)
-    weight = np.where(patterns, 45 + 10 * into, 55 - 10 * into).astype(float).prod(1) * (longest_chain(patterns) == length)
+    weight = np.where(patterns, 45 + 10 * into, 55 - 10 * into).astype(float).prod(1)
+    weight[longest_chain(patterns) != length] = 0
     drawn = rng.choice(len(patterns), n, p=weight / weight.sum())
     out = np.empty((2, n, DIGITS), np.int8)
     x, y = np.divmod(np.arange(100), 10)
@@ -106,7 +108,7 @@ def addition_tables(path: str, args: argparse.Namespace) -> dict:
         return [int((got == target).all(1).sum()), len(got)]
     edges = tuple(digits_of(np.array(x, np.int64), DIGITS) for x in zip(*EDGE_CASES, strict=True))
     return {"by_digits": {str(k): count(uniform_pairs([TABLES, 0, k], few, k)) for k in lengths},
-            "by_chain": {str(k): count(chained_pairs([TABLES, 1, k], few, k)) for k in range(DIGITS + 1)},
+            "by_chain": {str(k): count(chained_pairs([TABLES, 3, k], few, k)) for k in range(DIGITS + 1)},
             "by_lengths": [[count(pairs_of_lengths([TABLES, 2, i, j], fewer, i, j)) for j in lengths] for i in lengths],
             "edge_cases": count(edges)}
 
@@ -114,10 +116,11 @@ def addition_tables(path: str, args: argparse.Namespace) -> dict:
 def format_addition(out: dict) -> str:
     """The figures of an addition model as text."""
     def row(title: str, cells: Sequence[list[int]]) -> str:
-        return f"  {title:<37}" + " ".join(f"{100 * k / n:6.2f}" for k, n in cells)
+        return f"  {title:<37}" + " ".join(f"{100 * k / n:6.2f}" for k, n in cells) + f"  (n = {cells[0][1]} each)"
     (right, total), edges = out["exact"], out["edge_cases"]
     return "\n".join([
-        f"  {out['n_params']} parameters, {out['config']['family']}, step {out['step']}, mode {out['mode']}, "
+        f"  {out['file']}: {out['n_params']} parameters, {out['config']['family']}, step {out['step']}, "
+        f"mode {out['mode']}, "
         f"{out['additions_per_cpu_second']:.0f} additions per CPU-s",
         f"  exact match {format_rate(right, total)}, {total - right} errors, token accuracy "
         f"{100 * out['token_accuracy']:.4f}%, edge cases {edges[0]}/{edges[1]}",
@@ -159,14 +162,17 @@ def main(argv: list[str] | None = None) -> dict:
     with run.one_line_errors("evaluate_checkpoints.py"):
         devices.set_threads(args.threads)
         devices.get_device(args.device)
+        if args.output and not Path(args.output).absolute().parent.is_dir():
+            raise UserError(f"--output {args.output}: its folder does not exist")
         for path in args.checkpoints:
             try:
                 results[path], text = evaluate(path, args)
                 print(f"{path}\n{text}", flush=True)
-            except (UserError, OSError) as e:
+            except Exception as e:  # a file may be broken in ways that no check foresees, and must not stop the others
                 failed += 1
-                results[path] = {"error": str(e)}
-                print(f"evaluate_checkpoints.py: error: {e}", file=sys.stderr, flush=True)
+                reason = str(e) if isinstance(e, (UserError, OSError)) else f"{path}: {type(e).__name__}: {e}"
+                results[path] = {"error": " ".join(reason.split())}
+                print(f"evaluate_checkpoints.py: error: {results[path]['error']}", file=sys.stderr, flush=True)
         if args.output:
             run.write_json(args.output, {"command": run.command(), "commit": run.commit(), "checkpoints": results})
     if failed:

@@ -48,7 +48,7 @@ def check_script(checkpoint: dict, script: str | None, path: str | os.PathLike) 
 
 
 def load(path: str | os.PathLike, script: str | None = None) -> dict:
-    """The checkpoint at `path` (a file, or a run folder: its last.pt). Raises UserError as `read` and `check_script` do."""
+    """The checkpoint at `path` (a file, or a run folder: its last.pt). Raises UserError: see read, check_script."""
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     checkpoint = read(path)
     check_script(checkpoint, script, path)
@@ -61,9 +61,13 @@ def load_weights(module: torch.nn.Module, state: dict, path: str | os.PathLike) 
     for name in [*own, *state]:
         if name not in state or name not in own:
             raise UserError(f"{path}: tensor {name} is {'missing' if name in own else 'not of this model'}")
-        if not isinstance(state[name], torch.Tensor) or state[name].shape != own[name].shape:
-            got = tuple(state[name].shape) if isinstance(state[name], torch.Tensor) else type(state[name]).__name__
+        x = state[name]
+        if not isinstance(x, torch.Tensor) or x.is_nested or x.shape != own[name].shape:
+            got = tuple(x.shape) if isinstance(x, torch.Tensor) and not x.is_nested else type(x).__name__
             raise UserError(f"{path}: tensor {name} is {got}, this model wants {tuple(own[name].shape)}")
+        plain = x.layout == torch.strided and not x.is_quantized and not x.is_meta
+        if not plain or x.is_floating_point() != own[name].is_floating_point():
+            raise UserError(f"{path}: tensor {name} cannot be read ({x.layout}, {x.dtype}, {x.device})")
         if not torch.isfinite(state[name].to(own[name].dtype)).all():  # a float64 may be too large for the model
             raise UserError(f"{path}: tensor {name} is not finite")
     module.load_state_dict(state)

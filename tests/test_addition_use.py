@@ -18,7 +18,8 @@ import addition_train as A
 from common.run import UserError
 
 ROOT = Path(__file__).parent.parent
-KEPT = sorted((ROOT / "logs" / "kept" / "addition_train").glob("*"))
+KEPT = sorted(f.parent for f in (Path(__file__).parent.parent / "logs/kept/addition_train").glob("*/summary.json")
+              if json.loads(f.read_text())["n_perfect"] and list(f.parent.glob("best_s*.pt")))
 COLLATZ = ROOT / "logs" / "kept" / "collatz" / "window10-s0"
 SMALL = ["--steps", "60", "--batch-size", "16", "--curriculum", "", "--warmup", "0.1", "--compile", "off",
          "--device", "cpu", "--val-size", "50", "--test-size", "100", "--eval-every", "20"]
@@ -38,7 +39,7 @@ def rotary(tmp_path_factory):
     """A third to a half of the pairs right."""
     folder = tmp_path_factory.mktemp("use") / "rotary"
     train(folder, "--preset", "rope196", "--steps", "600", "--batch-size", "32", "--seeds", "0-1", "--lr", "0.03", "--beta2",
-          "0.99", "--weight-decay", "0.01", "--eval-every", "200", "--grokfast", "0", "--decay-until", "0", "--entropy-bonus", "0", "--schedule", "cosine")
+          "0.99", "--weight-decay", "0.01", "--eval-every", "200", "--decay-until", "0", "--entropy-bonus", "0", "--schedule", "cosine")
     return folder
 
 
