@@ -119,8 +119,7 @@ def format_addition(out: dict) -> str:
         return f"  {title:<37}" + " ".join(f"{100 * k / n:6.2f}" for k, n in cells) + f"  (n = {cells[0][1]} each)"
     (right, total), edges = out["exact"], out["edge_cases"]
     return "\n".join([
-        f"  {out['file']}: {out['n_params']} parameters, {out['config']['family']}, step {out['step']}, "
-        f"mode {out['mode']}, "
+        f"  {out['n_params']} parameters, {out['config']['family']}, step {out['step']}, mode {out['mode']}, "
         f"{out['additions_per_cpu_second']:.0f} additions per CPU-s",
         f"  exact match {format_rate(right, total)}, {total - right} errors, token accuracy "
         f"{100 * out['token_accuracy']:.4f}%, edge cases {edges[0]}/{edges[1]}",
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict:
         for path in args.checkpoints:
             try:
                 results[path], text = evaluate(path, args)
-                print(f"{path}\n{text}", flush=True)
+                print(f"{results[path].get('file', path)}\n{text}", flush=True)
             except Exception as e:  # a file may be broken in ways that no check foresees, and must not stop the others
                 failed += 1
                 reason = str(e) if isinstance(e, (UserError, OSError)) else f"{path}: {type(e).__name__}: {e}"
