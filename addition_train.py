@@ -775,15 +775,19 @@ class Population:
     best_step: torch.Tensor    # (S,)
 
 
+def empty_population(S: int, P: int, soap: bool) -> Population:
+    n, whole = P if soap else 0, torch.zeros(S, dtype=torch.long)
+    return Population(
+        weights=torch.zeros(S, P), mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
+        basis=torch.eye(n).repeat(S, 1, 1), born=whole.clone(), alive=torch.ones(S, dtype=torch.bool),
+        restarts=whole.clone(), first=whole - 1, best=torch.zeros(S, P), best_val=whole - 1, best_step=whole.clone())
+
+
 def new_population(config: Config, args: argparse.Namespace) -> Population:
     weights = torch.stack([init_weights(config, args.init, seed) for seed in args.seeds])
-    S, P = weights.shape
-    n = P if args.optimizer == "soap" else 0
-    whole = torch.zeros(S, dtype=torch.long)
-    return Population(
-        weights, mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
-        basis=torch.eye(n).repeat(S, 1, 1), born=whole.clone(), alive=torch.ones(S, dtype=torch.bool),
-        restarts=whole.clone(), first=whole - 1, best=weights.clone(), best_val=whole - 1, best_step=whole.clone())
+    state = empty_population(*weights.shape, args.optimizer == "soap")
+    state.weights, state.best = weights, weights.clone()
+    return state
 
 
 def learning_rates(age: torch.Tensor, total: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
@@ -962,7 +966,7 @@ def train(args: argparse.Namespace) -> dict:
     start, logged, loss_sum = 0, -1, torch.zeros(len(args.seeds))
     if saved:
         start, logged, loss_sum, seconds = resumed_state(saved, args)
-        state = load_population(saved, state, args.resume)
+        _, state = load_population(saved, args.resume)
     for f in fields(state):
         setattr(state, f.name, getattr(state, f.name).to(device))
     folder = run.open_run(args, __file__)
@@ -1188,14 +1192,20 @@ def is_published(saved: dict) -> bool:
     return all(isinstance(saved.get(k), dict) for k in ("model_state", "model_config"))
 
 
-def load_population(saved: dict, like: Population, path: str | os.PathLike) -> Population:
-    """The population in a last.pt, checked against one of the same shapes. Raises UserError."""
-    stored = saved.get("population")
+def load_population(saved: dict, path: str | os.PathLike) -> tuple[list[int], Population]:
+    """The seeds of a last.pt and their population. Raises UserError when they do not fit each other or the config."""
+    args, stored = (saved[k] if isinstance(saved.get(k), dict) else {} for k in ("args", "population"))
+    seeds = args.get("seeds")
+    if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
+        raise UserError(f"{path}: damaged, it names no seeds")
+    n_params = sum(math.prod(shape) for _, shape in shapes_of(make_config(saved["config"], str(path))))
+    like = empty_population(len(seeds), n_params, args.get("optimizer") == "soap")
     for f in fields(Population):
-        got, own = stored.get(f.name) if isinstance(stored, dict) else None, getattr(like, f.name)
+        got, own = stored.get(f.name), getattr(like, f.name)
         if not isinstance(got, torch.Tensor) or got.shape != own.shape or got.dtype != own.dtype:
             raise UserError(f"{path}: damaged, {f.name} of its seeds is missing or not {tuple(own.shape)}")
-    return Population(**{f.name: stored[f.name] for f in fields(Population)})
+        setattr(like, f.name, got)
+    return seeds, like
 
 
 def resumed_state(saved: dict, args: argparse.Namespace) -> tuple[int, int, torch.Tensor, tuple[float, float]]:
@@ -1221,14 +1231,10 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
         module = FAMILIES[config.family](config)
     state = saved.get("model")
     if "population" in saved:
-        seeds, population = their_seeds(saved, path), saved["population"]
-        i, n = int(population["best_val"].argmax()), count_parameters(module)
-        best, steps = population.get("best"), population.get("best_step")
-        if not all(isinstance(x, torch.Tensor) and x.shape == shape and x.dtype == kind for x, shape, kind in
-                   ((best, (len(seeds), n), torch.float32), (steps, (len(seeds),), torch.long))):
-            raise UserError(f"{path}: damaged, its best weights are missing or of another shape")
-        vector_to_parameters(best[i], module.parameters())
-        saved = {**saved, "seed": seeds[i], "step": int(steps[i])}
+        seeds, population = load_population(saved, path)
+        i = int(population.best_val.argmax())
+        vector_to_parameters(population.best[i], module.parameters())
+        saved = {**saved, "seed": seeds[i], "step": int(population.best_step[i])}
         state = {k: v.clone() for k, v in module.state_dict().items()}
     if not isinstance(state, dict):
         raise UserError(f"{path}: it holds no weights")
@@ -1247,28 +1253,14 @@ def initial_weights(args: argparse.Namespace, config: Config, like: torch.Tensor
     if "population" not in saved:
         module, _ = load_model(args.init_from)
         return parameters_to_vector(module.parameters()).detach().expand_as(like).clone()
-    seeds, weights = their_seeds(saved, args.init_from), saved["population"].get("weights")
+    seeds, population = load_population(saved, args.init_from)
     missing = set(args.seeds) - set(seeds)
     if missing:
         raise UserError(f"{args.init_from}: has no seed {min(missing)}; give one model (best_sSEED.pt), or its seeds")
-    if not (isinstance(weights, torch.Tensor) and weights.shape == (len(seeds), like.shape[1])
-            and weights.dtype == like.dtype):
-        raise UserError(f"{args.init_from}: damaged, its weights are missing or of another shape")
-    weights = weights[[seeds.index(s) for s in args.seeds]]
+    weights = population.weights[[seeds.index(s) for s in args.seeds]]
     if not torch.isfinite(weights).all():
         raise UserError(f"{args.init_from}: its weights are not finite")
-    return weights.clone()
-
-
-def their_seeds(saved: dict, path: str | os.PathLike) -> list[int]:
-    """The seeds of a last.pt. Raises UserError when they do not fit its population."""
-    args, population = saved.get("args"), saved.get("population")
-    seeds = args.get("seeds") if isinstance(args, dict) else None
-    if not (isinstance(seeds, list) and all(type(s) is int for s in seeds) and isinstance(population, dict)
-            and seeds and isinstance(population.get("best_val"), torch.Tensor)
-            and population["best_val"].shape == (len(seeds),) and population["best_val"].dtype == torch.long):
-        raise UserError(f"{path}: damaged, its seeds and their models do not fit")
-    return seeds
+    return weights
 
 
 def operand(x: object, name: str) -> int:
