@@ -1,6 +1,6 @@
 """Which transformers of a few hundred parameters learn to add two ten-digit numbers, and on which seeds?
 
-    python addition_train.py                                     # 8 seeds of 196 parameters, about a minute, all grok
+    python addition_train.py                                     # 8 seeds of 196 parameters, about 40 s, all grok
     python addition_train.py --preset rope122 --seeds 0-15       # smaller, 16 seeds in one batched computation
     python addition_train.py --preset ref456 --seeds 42-49       # the published 456 parameters that failed in the notes
     python addition_train.py --add 1234567890+9876543210 --checkpoint logs/kept/addition_train/rope196
@@ -105,8 +105,8 @@ def curriculum(text: str) -> list[tuple[int, int]]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = run.Parser(description=__doc__)
-    p.add_argument("--preset", choices=list(PRESETS), help="sets defaults of model and training (default: rope196, or "
-                   "ref, the original's defaults, where a flag of its model is given)")
+    p.add_argument("--preset", choices=list(PRESETS), help="sets defaults of model and training; those shown here "
+                   "are rope196's (default: rope196, or ref, the original's, where a flag of its model is given)")
 
     g = p.add_argument_group("data")
     g.add_argument("--seeds", type=seed_list, metavar="A-B,C", help="one model for each (default: --seed, or 0-7)")
@@ -117,7 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    "are set to 0 at random, at a rate drawn for each operand; above 1: all, until it has fallen to 1")
     g.add_argument("--zeros-until", type=real(0, 1), default=0.0, help="share of the run at whose end the share of "
                    "random zeros, which falls linearly, is 0; 0: it does not fall")
-    g.add_argument("--curriculum", metavar="N:STEP,...", default="", help="n at most N before STEP, e.g. 3:2000,6:7000")
+    g.add_argument("--curriculum", metavar="N:STEP,...", default="",
+                   help="n at most N before STEP, e.g. 3:2000,6:7000; default: none")
 
     g = p.add_argument_group("model")
     g.add_argument("--d-model", type=integer(2, 1024), help="width of the residual stream")
@@ -176,11 +177,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_run_arguments(p)
     p.add_argument("--run-name", dest="name", default=argparse.SUPPRESS, help="the same as --name, as in the original")
 
+    flags = set().union(*PRESETS.values())
+    plain = {a.dest: a.default for a in p._actions if a.dest in flags}
+    p.set_defaults(**PRESETS["rope196"])  # what --help shows
     first = run.parse(p, argv)
     preset = first.preset or ("ref" if set(FAMILY_FLAGS["learned"]) & set(first.given) else "rope196")
-    p.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k != "family"}, preset=preset)
+    p.set_defaults(**{**plain, **PRESETS[preset], "preset": preset})
     args = run.parse(p, argv)
-    args.family = family = PRESETS[preset]["family"]
+    family = args.family
     if args.seeds is None:
         args.seeds = [args.seed] if "seed" in args.given else list(range(8))
     elif "seed" in args.given and args.seeds != [args.seed]:
