@@ -1,4 +1,5 @@
 """Speeds, in CPU seconds, beside a plain reference in the same run: python -m pytest -m bench -s"""
+import itertools
 import time
 from functools import partial
 
@@ -81,6 +82,7 @@ def test_training_steps_of_addition_against_the_module(preset, n_seeds):
     fast, how = addition_train.compiled(plain, state.weights.clone().requires_grad_(), tokens[0], target[0])
     model = addition_train.FAMILIES[config.family](config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    count = itertools.count(101)  # new eigenbases come as often as in a run
     idx, labels = tokens[0, 0].T.contiguous(), target[0, 0].T.contiguous()
 
     def steps(loss_fn, n):
@@ -89,7 +91,7 @@ def test_training_steps_of_addition_against_the_module(preset, n_seeds):
             goal, loss = loss_fn(weights, tokens[i], target[i])
             grad, = torch.autograd.grad(goal.sum(), weights)
             with torch.no_grad():
-                addition_train.update(state, grad, loss, 1, args)
+                addition_train.update(state, grad, loss, next(count), args)
 
     def module_steps(n):
         for _ in range(n):
