@@ -902,8 +902,12 @@ def exact_match(weights: torch.Tensor, pairs: tuple[np.ndarray, np.ndarray], con
                 shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the digits of N pairs: how many sums are right in all 11 digits (S,), and each digit (S, 11)."""
     tokens, target = encode(config.family, *pairs)
-    right = [predictions(w, tokens, config, shapes)[:, :ANSWER] == target[:, :ANSWER] for w in weights]
-    return torch.tensor([int(r.all(1).sum()) for r in right]), torch.tensor(np.array([r.sum(0) for r in right]))
+    exact, digits = [], []
+    for w in weights:
+        right = predictions(w, tokens, config, shapes)[:, :ANSWER] == target[:, :ANSWER]
+        exact.append(int(right.all(1).sum()))
+        digits.append(right.sum(0))
+    return torch.tensor(exact), torch.tensor(np.array(digits))
 
 
 def greedy(model: nn.Module, tokens: torch.Tensor, n: int) -> torch.Tensor:
@@ -976,8 +980,9 @@ def train(args: argparse.Namespace) -> dict:
     folder = run.open_run(args, __file__)
     clock = run.Clock(args.max_minutes, *(seconds if saved else ()))
     n_params = state.weights.shape[1]
-    print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, params {n_params} learned, 0 frozen, "
-          f"init {init}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
+    seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
+    print(f"{args.preset}: {seeds} on {devices.describe(device)}, params {n_params} learned, 0 frozen, init {init}, "
+          f"{args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
     if args.warmup >= args.steps or any(until >= args.steps for _, until in curriculum(args.curriculum)):
         print(f"the warm-up or the curriculum of preset {args.preset} is longer than this run and is cut off")
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
@@ -1004,8 +1009,8 @@ def train(args: argparse.Namespace) -> dict:
                          "grad": float(norm[i]), "sec": clock.seconds()} for i, seed in enumerate(args.seeds)]
                 for row in rows:
                     log.write(row)
-                mean = {"step": step, **{k: float(np.mean([row[k] for row in rows])) for k in ("loss", "exact")},
-                        "grokked": int((exact >= GROKKED).sum()), "lr": lr[0], "grad": float(norm.mean()),
+                mean = {"step": step, "loss": finite_mean(mean_loss), "exact": float(exact.mean()),
+                        "grokked": int((exact >= GROKKED).sum()), "lr": lr[0], "grad": finite_mean(norm.tolist()),
                         "sec": clock.seconds()}
                 print(metrics.format_row(mean), flush=True)
                 if tracker:
@@ -1035,6 +1040,12 @@ def train(args: argparse.Namespace) -> dict:
         print(f"stopped at step {step}; go on with: python {SCRIPT} --resume {folder}", flush=True)
         sys.exit(128 + stop.number)
     return finish(args, state, config, folder, clock, step, how)
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Mean over the seeds that have not failed; NaN if all have, or at step 0."""
+    kept = [x for x in values if math.isfinite(x)]
+    return sum(kept) / len(kept) if kept else math.nan
 
 
 def save_best(folder: Path, state: Population, step: int, config: Config, args: argparse.Namespace) -> None:
@@ -1093,8 +1104,8 @@ def draw_pictures(folder: Path) -> list[Path]:
     """Draw exact.png, positions.png and attention.png of a run from its metrics.csv, summary.json and best_s*.pt."""
     from matplotlib import colormaps
     summary = run.read_json(folder / "summary.json")
-    if summary.get("script") != SCRIPT:
-        raise UserError(f"{folder}: a run of {summary.get('script')!r:.40}, not of {SCRIPT}")
+    if summary.get("script") != SCRIPT or not isinstance(summary.get("seeds"), dict):
+        raise UserError(f"{folder}: a run of {summary.get('script')!r:.40}, not a finished one of {SCRIPT}")
     rows = metrics.read(folder)
     seeds, made = list(summary["seeds"]), []
     fig, ax = plots.new_figure()
