@@ -780,6 +780,7 @@ class Population:
 
 
 def empty_population(S: int, P: int, soap: bool) -> Population:
+    """S seeds of P parameters before their first step, all weights 0."""
     n, whole = P if soap else 0, torch.zeros(S, dtype=torch.long)
     return Population(
         weights=torch.zeros(S, P), mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
@@ -788,6 +789,7 @@ def empty_population(S: int, P: int, soap: bool) -> Population:
 
 
 def new_population(config: Config, args: argparse.Namespace) -> Population:
+    """The seeds of a run with their initial weights."""
     weights = torch.stack([init_weights(config, args.init, seed) for seed in args.seeds])
     state = empty_population(*weights.shape, args.optimizer == "soap")
     state.weights, state.best = weights, weights.clone()
@@ -819,7 +821,7 @@ def entropy_bonus(state: Population, step: int, args: argparse.Namespace) -> tor
 def turn(state: Population) -> None:
     """Take the eigenvectors of the gradient covariance as the new basis, and carry the mean square over to it."""
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
-    scaled = state.covariance / scale
+    scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)       # eigh would stop all seeds for one
     new = torch.linalg.eigh(scaled.cpu() if scaled.is_mps else scaled)[1].to(scaled.device)  # older MPS has no eigh
     between = new.transpose(1, 2) @ state.basis                              # (S, P, P), old basis -> new
     state.square = (between.square() * state.square[:, None]).sum(2)         # as if a covariance's diagonal
@@ -843,7 +845,7 @@ def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
     mean = state.mean
     if args.optimizer == "soap":
         state.covariance.mul_(args.beta2).baddbmm_(grad[:, :, None], grad[:, None], alpha=1 - args.beta2)
-        if step % args.basis_every == 0 or step in (1, 3, 8):
+        if step % args.basis_every == 0 or step in (1, 3, 8):                # the first gradients say little
             turn(state)
         grad, mean = (torch.stack([grad, mean], 1) @ state.basis).unbind(1)
     age = step - state.born
