@@ -228,10 +228,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def flags_of(args: argparse.Namespace) -> list[str]:
-    """The command line that gives the training flags in a namespace."""
-    flags, foreign = [], FAMILY_FLAGS["learned" if args.family == "rotary" else "rotary"]
+    """The command line that gives the training flags in a namespace: the preset, and what differs from it."""
+    flags, preset = [], PRESETS.get(args.preset, {})
+    foreign = FAMILY_FLAGS["learned" if args.family == "rotary" else "rotary"]
     for name, value in vars(args).items():
-        if name not in ("given", "family", "seed", *foreign, *run.RUN_FLAGS) and value not in (None, False):
+        own = name not in ("given", "family", "seed", *foreign, *run.RUN_FLAGS) and value != preset.get(name)
+        if own and value is not None and value is not False:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [text])
     return flags

@@ -1063,6 +1063,12 @@ def test_a_finished_run_resumed_gives_its_summary_again(tmp_path, no_pictures):
     assert a["seeds"] == b["seeds"] and len(metrics.read(tmp_path / "run")) == 4
 
 
+def test_a_run_shorter_than_its_preset_can_be_resumed(tmp_path, no_pictures):
+    flags = ["--preset", "ref456", "--steps", "20", "--batch-size", "4", "--seeds", "0", "--val-size", "20", "--test-size", "20"]
+    a = A.main([*flags, "--out-dir", str(tmp_path / "run")])                 # its warm-up has 1350 steps
+    assert A.main(["--resume", str(tmp_path / "run")])["seeds"] == a["seeds"]
+
+
 @pytest.mark.parametrize("flags, named", [(["--lr", "0.5"], "--lr is 0.5 here"), (["--d-model", "5"], "--d-model is 5"),
                                           (["--seeds", "0-2"], "--seeds"), (["--preset", "ref456"], "--preset")])
 def test_resume_refuses_other_flags(rotary_run, flags, named):

@@ -489,7 +489,8 @@ def test_a_damaged_population_gives_no_model(rotary, tmp_path, change, named):
 
 @pytest.mark.parametrize("change", [{"step": None}, {"step": "x"}, {"step": 10**9}, {"logged": None}, {"loss_sum": None}, {"loss_sum": 1},
                                     {"seconds": None}, {"cpu_seconds": "x"}, {"args": None}, {"args": 5}, {"args": {"seeds": None}},
-                                    {"config": None}, {"format": 99}], ids=lambda x: str(x)[:50])
+                                    {"config": None}, {"format": 99}, {"args": {"basis_every": 0}}, {"args": {"steps": 60.5}},
+                                    {"args": {"curriculum": "zz"}}, {"args": {"preset": "rope1"}}], ids=lambda x: str(x)[:50])
 def test_a_damaged_last_pt_is_not_resumed(rotary, tmp_path, capsys, change):
     bad_exit(["--resume", str(tamper(rotary / "last.pt", tmp_path / "last.pt", **change))], capsys)
 
