@@ -42,7 +42,7 @@ DIGITS, ANSWER = 10, 11                  # digits of an operand, of a sum
 LIMIT = 10**DIGITS                       # operands are below
 PLUS, EQUALS, EOS = 10, 11, 13           # tokens of the learned family; 0..9 are the digits, 12 is padding, never used
 MAX_BYTES = 10_000_000                   # a checkpoint of one of these models has a few kB
-PAYS = 2_500_000                         # sums in a run from which compiling the step, half a minute, pays
+COMPILE_FROM = 2_500_000                 # sums in a run from which compiling the step, half a minute, pays
 CHUNK = 50                               # steps whose batches are drawn at once
 GROKKED = 0.99                           # exact match from which a seed counts
 TRAIN, VALIDATION, TEST = 1, 2, 3        # streams of pairs
@@ -192,7 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.seed = args.seeds[0]
     try:
         phases = curriculum(args.curriculum)
-        n_params = sum(math.prod(shape) for _, shape in shapes_of(make_config(vars(args), "flags")))
+        n_params = count_parameters(make_module(make_config(vars(args), "flags")))
     except (argparse.ArgumentTypeError, UserError) as e:
         p.error(str(e) if isinstance(e, UserError) else f"argument --curriculum: {e}")
     foreign = [f for f in FAMILY_FLAGS["learned" if family == "rotary" else "rotary"] if f in args.given]
@@ -366,8 +366,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 
 def rotary_angles(c: Config, T: int) -> torch.Tensor:
     """Angle of each pair of the head at each position (T, H / 2): 2 pi / period, then 3^-1/2, 3^-1, ... a position."""
-    turn = torch.tensor([2 * math.pi / c.period, *(3 ** (-i / 2) for i in range(1, c.head_dim // 2))])
-    return torch.arange(T)[:, None] * turn
+    frequency = torch.tensor([2 * math.pi / c.period, *(3 ** (-i / 2) for i in range(1, c.head_dim // 2))])
+    return torch.arange(T)[:, None] * frequency
 
 
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
@@ -533,8 +533,6 @@ class LearnedAdder(nn.Module):
 
 
 FAMILIES = {"rotary": RotaryAdder, "learned": LearnedAdder}
-CURVATURE = np.diff(np.eye(33), 2, axis=0)                       # (31, 33), second differences of a table of positions
-ROUGHNESS = torch.from_numpy(CURVATURE.T @ CURVATURE).float()    # (33, 33), gradient of half their sum of squares
 
 
 def make_config(values: dict, where: str) -> Config:
@@ -568,6 +566,12 @@ def make_config(values: dict, where: str) -> Config:
         if wrong:
             raise UserError(f"{where}: {message}")
     return c
+
+
+def make_module(config: Config) -> nn.Module:
+    """A module whose weights are to be set; the global random stream stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return FAMILIES[config.family](config)
 
 
 def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
@@ -612,21 +616,21 @@ def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
 # ---- The batched step: the same models for S seeds at once, batch innermost
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+Tensors = dict[str, torch.Tensor]   # the parameters of S models by name
 
 
 def shapes_of(config: Config) -> Shapes:
     """Names and shapes of a model's parameters, in the order in which a row of weights (P,) holds them."""
-    with torch.random.fork_rng(devices=[]):
-        return tuple((name, tuple(p.shape)) for name, p in FAMILIES[config.family](config).named_parameters())
+    return tuple((name, tuple(p.shape)) for name, p in make_module(config).named_parameters())
 
 
-def unflatten(weights: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
+def unflatten(weights: torch.Tensor, shapes: Shapes) -> Tensors:
     """Weights (S, P) -> parameters by name, each with the seeds as first axis."""
     parts = weights.split([math.prod(shape) for _, shape in shapes], 1)
     return {name: part.view(-1, *shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
 
-def normed(x: torch.Tensor, p: dict[str, torch.Tensor], name: str, dim: int, eps: float = 1e-6) -> torch.Tensor:
+def normed(x: torch.Tensor, p: Tensors, name: str, dim: int, eps: float = 1e-6) -> torch.Tensor:
     """RMSNorm (or LayerNorm, if it has a bias) of x along dim, with the weights of each seed."""
     def on_dim(w: torch.Tensor) -> torch.Tensor:
         return w.view(w.shape[0], *(w.shape[1] if i == dim else 1 for i in range(1, x.dim())))
@@ -649,12 +653,9 @@ def look_up(table: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
     return table.transpose(2, 3) @ hot
 
 
-def matrices(p: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+def matrices(p: Tensors, name: str) -> list[torch.Tensor]:
     """The factors (S, in, out) of a linear map: A and B, or one of full rank."""
     return [p[name + ".A"], p[name + ".B"]] if name + ".A" in p else [p[name + ".weight"].transpose(1, 2)]
-
-
-Tensors = dict[str, torch.Tensor]
 
 
 def rotary_logits(p: Tensors, c: Config, hot: torch.Tensor, future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -764,6 +765,10 @@ def compiled(loss: Callable, weights: torch.Tensor, *batch: torch.Tensor) -> tup
 
 # ---- Optimizer: all seeds at once
 
+CURVATURE = np.diff(np.eye(33), 2, axis=0)                       # (31, 33), second differences of a table of positions
+ROUGHNESS = torch.from_numpy(CURVATURE.T @ CURVATURE).float()    # (33, 33), gradient of half their sum of squares
+
+
 @dataclass
 class Population:
     """Weights and training state of S seeds; what last.pt holds."""
@@ -820,7 +825,7 @@ def entropy_bonus(state: Population, step: int, args: argparse.Namespace) -> tor
     return args.entropy_bonus * faded(step - state.born, args.entropy_until * (args.steps - state.born))
 
 
-def turn(state: Population) -> None:
+def new_basis(state: Population) -> None:
     """Take the eigenvectors of the gradient covariance as the new basis, and carry the mean square over to it."""
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
     scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)       # eigh would stop all seeds for one
@@ -848,7 +853,7 @@ def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
     if args.optimizer == "soap":
         state.covariance.mul_(args.beta2).baddbmm_(grad[:, :, None], grad[:, None], alpha=1 - args.beta2)
         if step % args.basis_every == 0 or step in (1, 3, 8):                # the first gradients say little
-            turn(state)
+            new_basis(state)
         grad, mean = (torch.stack([grad, mean], 1) @ state.basis).unbind(1)
     age = step - state.born
     lr = torch.where(state.alive, learning_rates(age, args.steps - state.born, args), 0.0)[:, None]
@@ -972,7 +977,7 @@ def train(args: argparse.Namespace) -> dict:
     args.device = str(device)
     config = make_config(vars(args), "flags")
     shapes = shapes_of(config)
-    state, init = new_population(config, args), f"from {args.init_from}" if args.init_from else args.init
+    state = new_population(config, args)
     if args.init_from:
         state.weights = initial_weights(args, config, state.weights)
     start, logged, loss_sum = 0, -1, torch.zeros(len(args.seeds))
@@ -985,12 +990,14 @@ def train(args: argparse.Namespace) -> dict:
     clock = run.Clock(args.max_minutes, *(seconds if saved else ()))
     n_params = state.weights.shape[1]
     seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
-    print(f"{args.preset}: {seeds} on {devices.describe(device)}, params {n_params} learned, 0 frozen, init {init}, "
-          f"{args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}", flush=True)
+    print(f"{args.preset}: {seeds} on {devices.describe(device)}, params {n_params} learned, 0 frozen, "
+          f"init {origin(args)}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}",
+          flush=True)
     if args.warmup >= args.steps or any(until >= args.steps for _, until in curriculum(args.curriculum)):
         print(f"the warm-up or the curriculum of preset {args.preset} is longer than this run and is cut off")
     loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
-    if args.compile == "on" or (args.compile == "auto" and args.steps * args.batch_size * len(args.seeds) >= PAYS):
+    n_sums = args.steps * args.batch_size * len(args.seeds)
+    if args.compile == "on" or (args.compile == "auto" and n_sums >= COMPILE_FROM):
         print("compiling the step (half a minute the first time, then cached)", flush=True)
         weights, bonus = state.weights.clone().requires_grad_(), entropy_bonus(state, 0, args)
         loss_fn, how = compiled(loss_fn, weights, *(x[0] for x in batches(0, args)), bonus)
@@ -1046,6 +1053,11 @@ def train(args: argparse.Namespace) -> dict:
     return finish(args, state, config, folder, clock, step, how)
 
 
+def origin(args: argparse.Namespace) -> str:
+    """Where the first weights come from: --init, or the path of --init-from."""
+    return f"from {args.init_from}" if args.init_from else args.init
+
+
 def finite_mean(values: Sequence[float]) -> float:
     """Mean over the seeds that have not failed; NaN if all have, or at step 0."""
     kept = [x for x in values if math.isfinite(x)]
@@ -1054,7 +1066,7 @@ def finite_mean(values: Sequence[float]) -> float:
 
 def save_best(folder: Path, state: Population, step: int, config: Config, args: argparse.Namespace) -> None:
     """Write best_sSEED.pt of each seed whose validation was the best of its run just now."""
-    module = FAMILIES[config.family](config)
+    module = make_module(config)
     for i in torch.nonzero(state.best_step == step).flatten().tolist():
         vector_to_parameters(state.best[i].cpu(), module.parameters())
         checkpoint.save(folder / f"best_s{args.seeds[i]}.pt", {
@@ -1080,7 +1092,7 @@ def finish(args: argparse.Namespace, state: Population, config: Config, folder: 
     alone = sum(not s["restarts"] for s in grokked)
     summary = {"script": SCRIPT, "name": folder.resolve().name, "seed": args.seed, "n_params": state.weights.shape[1],
                "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds(), "command": run.command(),
-               "preset": args.preset, "init": f"from {args.init_from}" if args.init_from else args.init,
+               "preset": args.preset, "init": origin(args),
                "steps": step, "stopped_early": step < args.steps, "step_runs": how,
                "test_size": n, "n_seeds": len(seeds), "n_grokked": len(grokked), "grok_rate": len(grokked) / len(seeds),
                "grok_interval": wilson(len(grokked), len(seeds)), "n_perfect": sum(s["errors"] == 0 for s in grokked),
@@ -1176,6 +1188,7 @@ def file_of(path: str | os.PathLike) -> Path:
     if (path / "best.pt").is_file():
         return path / "best.pt"
     seeds = sorted((f for f in path.glob("best_s*.pt") if f.stem[6:].isdecimal()), key=lambda f: int(f.stem[6:]))
+
     def validation(file: Path) -> float:
         value = read_checkpoint(file).get("val_exact")
         return value if type(value) is float else -1.0
@@ -1217,8 +1230,8 @@ def load_population(saved: dict, path: str | os.PathLike) -> tuple[list[int], Po
     seeds = args.get("seeds")
     if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
         raise UserError(f"{path}: damaged, it names no seeds")
-    n_params = sum(math.prod(shape) for _, shape in shapes_of(make_config(saved["config"], str(path))))
-    like = empty_population(len(seeds), n_params, args.get("optimizer") == "soap")
+    module = make_module(make_config(saved["config"], str(path)))
+    like = empty_population(len(seeds), count_parameters(module), args.get("optimizer") == "soap")
     for f in fields(Population):
         got, own = stored.get(f.name), getattr(like, f.name)
         if not isinstance(got, torch.Tensor) or got.shape != own.shape or got.dtype != own.dtype:
@@ -1246,9 +1259,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     """
     saved = read_checkpoint(path)
     config = make_config(saved["config"], str(path))
-    with torch.random.fork_rng(devices=[]):
-        module = FAMILIES[config.family](config)
-    state = saved.get("model")
+    module, state = make_module(config), saved.get("model")
     if "population" in saved:
         seeds, population = load_population(saved, path)
         i = int(population.best_val.argmax())

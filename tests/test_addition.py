@@ -719,7 +719,7 @@ def test_adamw_is_that_of_torch_on_the_module(preset, clip):
 
 @both_families
 def test_soap_in_the_identity_basis_is_adamw(preset, monkeypatch):
-    monkeypatch.setattr(A, "turn", lambda state: None)
+    monkeypatch.setattr(A, "new_basis", lambda state: None)
     a, b = (updates(parse("--preset", preset, *PLAIN, "--seeds", "0-1", "--optimizer", o), 10)[0] for o in ("adamw", "soap"))
     assert torch.allclose(a.weights, b.weights, rtol=1e-9, atol=1e-12) and (a.weights != A.new_population(
         config_of(parse("--preset", preset)), parse("--preset", preset, "--seeds", "0-1")).weights).any()
@@ -729,7 +729,7 @@ def test_the_basis_of_soap_is_orthogonal_and_diagonalizes_the_covariance():
     args = parse("--preset", "rope62", *PLAIN, "--seeds", "0-1", "--optimizer", "soap", "--basis-every", "1000")
     state, _ = updates(args, 30)
     old, square = state.basis.clone(), state.square.clone()
-    A.turn(state)
+    A.new_basis(state)
     for i in range(2):
         basis, covariance = state.basis[i], state.covariance[i]
         assert torch.allclose(basis.T @ basis, torch.eye(len(basis)).double(), atol=1e-9)
@@ -1166,7 +1166,7 @@ def test_a_run_whose_seeds_all_fail_still_ends(tmp_path, monkeypatch):
 
 
 def test_a_run_of_soap_on_eight_seeds_can_be_resumed(tmp_path, monkeypatch, no_pictures):
-    monkeypatch.setattr(A, "turn", lambda state: None)  # its size is the question here
+    monkeypatch.setattr(A, "new_basis", lambda state: None)  # its size is the question here
     flags = ["--preset", "ref456", "--optimizer", "soap", "--seeds", "0-7", "--steps", "1", "--batch-size", "2"]
     out = small(tmp_path / "run", *flags)
     assert A.main(["--resume", str(tmp_path / "run")])["seeds"] == out["seeds"]
