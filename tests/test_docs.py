@@ -24,13 +24,18 @@ def parse(words: list[str]) -> None:
     assert at is not None, words
     module = importlib.import_module(words[at].removesuffix(".py"))
     flags = words[at + 1:]
+    if words[:2] == ["modal", "run"]:
+        options = {flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        if "timeout_hours" in options:
+            options["timeout_hours"] = float(options["timeout_hours"])
+        if set(options) - {"script", "pull"}:  # raises TypeError for a flag that is not there
+            module.make_job(**options)
+        return
     if words[at] == "common.repeat":
         args, rest = module.parse_args(flags)
         parse([str(args.script), *rest])
-    elif "torchrun" in words or words[:2] != ["modal", "run"]:
-        module.parse_args(flags)
     else:
-        module.check_command(flags)
+        module.parse_args(flags)
 
 
 @pytest.mark.parametrize("file, command", commands())
@@ -51,3 +56,7 @@ def test_the_readme_has_its_two_commands():
 def test_a_wrong_command_would_be_noticed():
     with pytest.raises(SystemExit):
         parse(shlex.split("python collatz.py --no-such-flag"))
+    with pytest.raises(SystemExit):
+        parse(shlex.split("modal run --detach train_modal.py --args '--no-such-flag'"))
+    with pytest.raises(TypeError):
+        parse(shlex.split("modal run train_modal.py --no-such-flag 3"))
