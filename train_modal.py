@@ -3,25 +3,26 @@
     pip install -e ".[modal]" && modal setup                   # once; needs an account at modal.com
     modal run --detach train_modal.py --args "--epochs 100000 --curriculum --ramp-len 50000"   # collatz.py on a T4
     modal run train_modal.py --script addition_train.py --args "--seeds 0-63" --gpu L4 --name sixty-four
-    modal run train_modal.py --script addition_train.py --resume-name sixty-four               # go on from its last.pt
+    modal run train_modal.py --resume-name sixty-four          # go on from its last.pt, on the GPU that it had
     modal run train_modal.py --pull sixty-four                 # into logs/addition_train/sixty-four
 
 --gpu: T4 (default), L4, A100-80GB, H100, ...; H100:4 for a script that declares `TORCHRUN = True`; `none` for a CPU.
-The container has the files of this folder (without logs, hidden files and caches) and a Modal Volume as its logs/, so
-that paths in --args mean the same there as here. A script that declares `EXTRAS = ("name",)` gets that extra of
+The container has the files of this folder, without logs, hidden files and caches, and a Modal Volume as its logs/.
+Paths in --args start from this folder there too. A script that declares `EXTRAS = ("name",)` gets that extra of
 pyproject.toml. A run folder has more files than at home: output.txt, modal.json, and changes.diff if git saw changes.
 
-A container that is preempted, crashes or comes to the end of --timeout-hours is followed by another one (after a
-timeout: at most 3), which goes on from last.pt. A script that fails is not started again.
+A container that is preempted or crashes is followed by another one, and up to 3 times one that comes to the end of
+--timeout-hours; it goes on from last.pt. A script that fails is not started again.
 
-Tests run all of this up to Modal's door. Not tested, for it takes an account: building the image; the files and the
-Volume under /root; that a preemption arrives as KeyboardInterrupt and an exception is retried (so says Modal of its
-client 1.6); listing and reading the Volume from outside; CUDA and NCCL there.
+Tests run this up to Modal's door. Not tested, for it takes an account: building the image; files and Volume under
+/root; that a preemption is a SIGINT for this process alone, that an exception is retried and with_options merges (so
+say Modal's guide and client 1.6); commits while the script has files open; the Volume seen from outside; CUDA and NCCL.
 """
 from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,19 +41,20 @@ try:
 except ModuleNotFoundError:
     sys.exit("train_modal.py: error: modal is not installed: pip install -e '.[modal]' && modal setup")
 
-from common.run import UserError, commit, read_json, write_atomic, write_json
+from common.run import UserError, commit, read_json, write_json
 
 REMOTE = "/root"                        # where Modal puts this file, so the rest goes there too
 HERE = Path(__file__).resolve().parent  # there: /root
 LOGS = HERE / "logs"                    # there: the Volume
 NAME = "stalled-experiments"            # of app and Volume
 NOT_SENT = ["logs", "venv", "env", "build", "dist", "**/.*", "**/__pycache__", "**/*.egg-info"]
-GPU = r"[A-Z]+(-[A-Z]+)*-?\d+[A-Z]*(-\d+GB)?[!+]?(:[1-8])?"  # T4, A100-80GB, H100!, RTX-PRO-6000, H100:4
-RUN = re.compile(r"\w[\w.+=,-]*", re.ASCII)  # name of a run
-RETRIES = 3                             # containers after the first
+GPU = re.compile(r"ANY|[A-Z]+(-[A-Z]+)*-?[0-9]+[A-Z]*(-[0-9]+GB)?[!+]?(:[1-8])?")  # T4, A100-80GB, H100!, H100:4
+RUN = re.compile(r"\w[\w.+=,-]{0,99}", re.ASCII)  # name of a run
+CORES, MEMORY = 2.0, 8192               # reserved for each GPU; MiB
+RETRIES = 3                             # after a timeout or an error
 COMMIT_EVERY = 60.0                     # seconds: what a container that dies at once may lose, beside its last steps
 MARGIN = 120.0                          # seconds before the timeout at which the script is told to save and end
-GRACE = 25.0                            # seconds for that; a preempted container has 30 in all
+GRACE = 20.0                            # seconds that it gets when preempted; the container has 30 in all
 
 
 def scripts() -> list[str]:
@@ -61,7 +64,11 @@ def scripts() -> list[str]:
 
 def constant(script: str, name: str, default):
     """The value of `name = literal` at the top level of a script, read without running it."""
-    for node in ast.parse((HERE / script).read_text()).body:
+    try:
+        body = ast.parse((HERE / script).read_text()).body
+    except SyntaxError:  # somebody is writing it; the others can run
+        return default
+    for node in body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
             return ast.literal_eval(node.value)
     return default
@@ -88,29 +95,30 @@ def parse_flags(script: str, flags: list[str]):
 
 
 def git_diff() -> str:
-    """How the tracked files differ from the commit; nothing where there is no git."""
+    """How the files here differ from the commit, new ones by name; nothing where there is no git."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, errors="replace").stdout
     with suppress(OSError):
-        git = ["git", "diff", "HEAD"]
-        return subprocess.run(git, cwd=HERE, capture_output=True, text=True, errors="replace").stdout
+        return git("status", "--porcelain") + git("diff", "HEAD", "--no-color", "--no-ext-diff")
     return ""
 
 
-def make_job(args: str = "", script: str = "", gpu: str = "T4", name: str = "", timeout_hours: float = 24.0,
+def make_job(args: str = "", script: str = "", gpu: str = "", name: str = "", timeout_hours: float = 24.0,
              resume_name: str = "") -> dict:
     """What `train` has to know, as plain types: made once, so that a retry finds its folder and a new run gets its own.
 
     Raises UserError for bad flags of `modal run`, SystemExit for flags in `args` that the script refuses.
     """
-    script = script or "collatz.py"
+    script, gpu = script or "collatz.py", (gpu or "T4").upper()
     if script not in scripts():
         raise UserError(f"--script: no script {script} here; there are {', '.join(scripts())}")
-    if gpu.lower() != "none" and not re.fullmatch(GPU, gpu.upper()):
+    if gpu != "NONE" and not GPU.fullmatch(gpu):
         raise UserError(f"--gpu: {gpu!r} does not look like a GPU; expected T4, L4, A100-80GB, H100:4, ... or none")
     ranks = int(gpu.partition(":")[2] or 1)
     if ranks > 1 and constant(script, "TORCHRUN", False) is not True:
         raise UserError(f"--gpu: {gpu}: {script} runs on one GPU (only scripts that declare TORCHRUN = True take more)")
-    if not 1 / 60 <= timeout_hours <= 24:
-        raise UserError(f"--timeout-hours: {timeout_hours:g} is not in 1/60..24 (Modal's longest)")
+    if not 0.1 <= timeout_hours <= 24:
+        raise UserError(f"--timeout-hours: {timeout_hours:g} is not in 0.1..24 (Modal's longest)")
     if name and resume_name:
         raise UserError("--name: not together with --resume-name")
     try:
@@ -127,12 +135,12 @@ def make_job(args: str = "", script: str = "", gpu: str = "T4", name: str = "", 
     name = resume_name or name or own.get("name") or f"{time.strftime('%Y%m%d-%H%M%S')}-s{own.get('seed', 0)}"
     if not RUN.fullmatch(name):
         raise UserError(f"--{'resume-' * bool(resume_name)}name: {name!r} is no name of letters, digits and ._-")
-    secrets = ["WANDB_API_KEY"] if own.get("tracker") == "wandb" else []
-    if secrets and secrets[0] not in os.environ:
-        raise UserError(f"--args: --tracker wandb needs the environment variable {secrets[0]}")
+    if own.get("tracker") == "wandb" and "WANDB_API_KEY" not in os.environ:
+        raise UserError("--args: --tracker wandb needs the environment variable WANDB_API_KEY")
     job = {"call": str(time.time_ns()), "script": script, "flags": flags, "run": f"{Path(script).stem}/{name}",
-           "ranks": ranks, "resume": bool(resume_name), "has_folder": "out_dir" in own, "secrets": secrets,
-           "seconds": round(3600 * timeout_hours), "commit": commit(), "diff": git_diff()}
+           "gpu": gpu, "ranks": ranks, "seconds": round(3600 * timeout_hours), "resume": bool(resume_name),
+           "has_folder": "out_dir" in own, "can_resume": "resume" in own, "wandb": own.get("tracker") == "wandb",
+           "commit": commit(), "diff": git_diff()}
     parse_flags(script, script_flags(job, job["resume"]))
     return job
 
@@ -140,9 +148,13 @@ def make_job(args: str = "", script: str = "", gpu: str = "T4", name: str = "", 
 def script_flags(job: dict, resume: bool) -> list[str]:
     """The user's flags, the run folder, and --resume if there is something to go on from."""
     flags, folder = list(job["flags"]), str(LOGS / job["run"])
-    at = next((i for i, word in enumerate(flags) if word.partition("=")[0] == "--init-from"), None)
-    if resume and not job["resume"] and at is not None:  # a retry: what it started from is in last.pt by now
-        del flags[at:at + (1 if "=" in flags[at] else 2)]
+    if resume and not job["resume"]:  # a retry: the weights that it started from are in last.pt by now
+        words, flags = iter(flags), []
+        for word in words:
+            if word == "--init-from":
+                next(words)
+            elif not word.startswith("--init-from="):
+                flags.append(word)
     return flags + ["--out-dir", folder] * job["has_folder"] + ["--resume", folder] * resume
 
 
@@ -154,47 +166,55 @@ def command_of(job: dict, resume: bool) -> list[str]:
     return [*start, str(HERE / job["script"]), *script_flags(job, resume)]
 
 
+def check_folder(job: dict, files: Collection[str]) -> None:
+    """Raise UserError when the run folder, which has these files, is not one that this call may write into."""
+    if job["resume"] and "last.pt" not in files:
+        raise UserError(f"--resume-name: {job['run']} has no last.pt on the Volume")
+    if not job["resume"] and files:
+        raise UserError(f"--name: {job['run']} is on the Volume already; choose another one, or --resume-name")
+
+
 # ---- In the container
 
 def open_folder(job: dict) -> dict:
-    """The record of this call, modal.json: a new one, or that of its containers before.
-
-    Raises UserError when the run folder belongs to another call that this one is not meant to go on with.
-    """
+    """The record of the run, modal.json, with this call in it. Raises UserError when the folder is another call's."""
     folder = LOGS / job["run"]
-    record = read_json(folder / "modal.json") if (folder / "modal.json").is_file() else {}
-    if record.get("call") == job["call"]:
-        return record
-    if job["resume"] and not (folder / "last.pt").is_file():
-        raise UserError(f"--resume-name: {job['run']} has no last.pt on the Volume")
-    if not job["resume"] and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--name: {job['run']} is on the Volume already; choose another one, or --resume-name")
+    record = read_json(folder / "modal.json") if (folder / "modal.json").is_file() else {"calls": []}
+    if record["calls"] and record["calls"][-1]["call"] == job["call"]:
+        return record  # a retry
+    check_folder(job, [p.name for p in folder.iterdir()] if folder.is_dir() else [])
     folder.mkdir(parents=True, exist_ok=True)
-    if job["diff"]:
-        write_atomic(folder / "changes.diff", job["diff"].encode())
-    return {"call": job["call"], "script": job["script"], "commit": job["commit"], "containers": 0, "exit_code": None}
+    if job["diff"] or (folder / "changes.diff").exists():
+        with open(folder / "changes.diff", "a") as f:
+            f.write(f"# {job['commit']}\n{job['diff']}")
+    call = {"id": modal.current_function_call_id(), **{key: job[key] for key in ("call", "gpu", "flags", "commit")}}
+    return {"calls": [*record["calls"], call], "script": job["script"], "containers": 0, "exit_code": None}
 
 
 def echo(child: subprocess.Popen, log: Path, tail: deque[str]) -> None:
     """Pass the script's output on to Modal's log and to a file, and remember its last lines."""
-    with open(log, "a") as f:
-        for line in child.stdout:
+    for line in child.stdout:
+        tail.append(line.rstrip().rpartition("\r")[2])  # of a progress bar its last state
+        with suppress(OSError, UnicodeError):  # read on, whatever happens: the script would wait for a full pipe
             print(line, end="", flush=True)
-            print(line, end="", flush=True, file=f)
-            tail.append(line.rstrip().rpartition("\r")[2])  # of a progress bar its last state
+            with open(log, "a") as f:  # not kept open: a Volume with open files cannot be reloaded
+                f.write(line)
 
 
-def stop(child: subprocess.Popen) -> None:
-    """Let the script save and end, if it still runs; kill it when that takes longer than GRACE."""
+def stop(child: subprocess.Popen, call: str, grace: float) -> None:
+    """Let the script save and end if it still runs, and kill what is left of it after `grace` seconds."""
     child.send_signal(signal.SIGINT)
-    try:
-        child.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(grace)
+    child.kill()
+    for environ in Path("/proc").glob("[0-9]*/environ"):  # torchrun puts each rank into a session of its own
+        with suppress(OSError):  # one that has ended
+            if f"RUN_CALL={call}".encode() in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
 
 
-@app.function(image=image, volumes={f"{REMOTE}/logs": volume}, cpu=2.0, memory=8192, timeout=24 * 3600,
-              retries=modal.Retries(max_retries=RETRIES, initial_delay=1.0))
+@app.function(image=image, volumes={f"{REMOTE}/logs": volume}, cpu=CORES, memory=MEMORY, timeout=24 * 3600,
+              retries=modal.Retries(max_retries=RETRIES, initial_delay=1.0), scaledown_window=5)
 def train(job: dict) -> None:
     """One container's part of a run; `job` is that of make_job, the same for a retry.
 
@@ -212,22 +232,23 @@ def train(job: dict) -> None:
 def run_script(job: dict, record: dict) -> None:
     """Run the script to its end, commit the Volume on the way and after it, write exit code and last lines down."""
     folder = LOGS / job["run"]
-    command = command_of(job, resume=job["has_folder"] and (folder / "last.pt").is_file())
+    command = command_of(job, resume=job["can_resume"] and (folder / "last.pt").is_file())
     record["containers"] += 1
     with open(folder / "output.txt", "a") as f:
         f.write(f"# container {record['containers']}: {shlex.join(command)}\n")
     write_json(folder / "modal.json", record)
     volume.commit()
 
-    end = time.monotonic() + job["seconds"] - min(MARGIN, 0.2 * job["seconds"])
-    child = subprocess.Popen(
-        command, cwd=HERE, env={**os.environ, "RUN_COMMIT": job["commit"], "PYTHONUNBUFFERED": "1"}, text=True,
-        errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # no second Ctrl-C
+    margin = min(MARGIN, 0.2 * job["seconds"])
+    end, late = time.monotonic() + job["seconds"] - margin, False
+    environment = {**os.environ, "RUN_COMMIT": job["commit"], "RUN_CALL": job["call"], "PYTHONUNBUFFERED": "1",
+                   "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}  # s in which ranks have to save; torchrun's own are 30
+    child = subprocess.Popen(command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             encoding="utf-8", errors="replace", start_new_session=True)  # no second Ctrl-C
     child.stdout.reconfigure(newline="\n")  # a progress bar is one line
-    tail: deque[str] = deque(maxlen=20)
-    reader = threading.Thread(target=echo, args=(child, folder / "output.txt", tail))
+    tail: deque[str] = deque(maxlen=20 if job["ranks"] == 1 else 60 + 8 * job["ranks"])  # torchrun's report is long
+    reader = threading.Thread(target=echo, args=(child, folder / "output.txt", tail), daemon=True)
     reader.start()
-    late = False
     try:
         while child.poll() is None and not late:
             with suppress(subprocess.TimeoutExpired):
@@ -237,80 +258,112 @@ def run_script(job: dict, record: dict) -> None:
                 volume.commit()
             except Exception as e:  # the next one may do; only the last must not fail unseen
                 print(f"train_modal.py: the Volume could not be committed, trying again: {e}", flush=True)
-        if late:
-            stop(child)
-            reader.join(GRACE)
-            tail.append(f"stopped: {job['seconds'] / 3600:g} hours are over")
-            if child.wait() and (folder / "last.pt").is_file():
-                raise TimeoutError(f"{job['run']} {tail[-1]}; a retry or --resume-name goes on from last.pt")
-        reader.join(GRACE)
+        stop(child, job["call"], margin / 2)
+        reader.join(2)
         code = child.wait()
+        if late:
+            tail.append(f"stopped: {job['seconds'] / 3600:g} hours are over")
+            if (folder / "last.pt").is_file() and (code or not (folder / "summary.json").is_file()):
+                raise TimeoutError(f"{job['run']} {tail[-1]}; a retry or --resume-name goes on from last.pt")
         record |= {"exit_code": code if code >= 0 else 128 - code, "last_lines": list(tail)}  # signals as in a shell
         write_json(folder / "modal.json", record)
-    finally:  # also for KeyboardInterrupt, which Modal sends before it takes the machine away
-        stop(child)
-        reader.join(GRACE)
+    finally:  # also for KeyboardInterrupt, which comes before Modal takes the machine away
+        stop(child, job["call"], GRACE)
+        reader.join(2)
         volume.commit()
 
 
 # ---- modal run
 
-def files_of(run: str) -> list[str]:
-    """Paths of the files in a run folder on the Volume; [] if there is none."""
-    try:
-        return [e.path for e in volume.listdir(run, recursive=True) if e.type == modal.volume.FileEntryType.FILE]
-    except (modal.exception.NotFoundError, FileNotFoundError):
-        return []
+def runs_named(name: str, script: str = "") -> dict[str, list[str]]:
+    """Runs of that name on the Volume, of one script or of any: {"collatz/NAME": ["last.pt", ...]}."""
+    if not RUN.fullmatch(name):
+        raise UserError(f"{name!r} is no name of a run")
+    found: dict[str, list[str]] = {}
+    for entry in volume.listdir("/", recursive=True):
+        stem, _, rest = entry.path.strip("/").partition("/")
+        folder, _, file = rest.partition("/")
+        if entry.type == modal.volume.FileEntryType.FILE and folder == name and script in ("", f"{stem}.py"):
+            found.setdefault(f"{stem}/{name}", []).append(file)
+    return found
+
+
+def the_run(name: str, script: str = "") -> tuple[str, list[str]]:
+    """The one of runs_named. Raises UserError when there is none, or more than one."""
+    found = runs_named(name, script)
+    if len(found) != 1:
+        raise UserError(f"{', '.join(found)}: which one? add --script" if found else
+                        f"no run {name}{f' of {script}' if script else ''} on the Volume {NAME}")
+    return found.popitem()
+
+
+def read_volume(path: str) -> bytes:
+    return b"".join(volume.read_file(path))
+
+
+def last_call(run: str, files: list[str]) -> dict:
+    """What modal.json says of the last call of a run. Raises UserError when that call has not ended."""
+    calls = json.loads(read_volume(f"{run}/modal.json"))["calls"] if "modal.json" in files else []
+    call = calls[-1] if calls else {}
+    if call.get("id"):
+        try:
+            modal.FunctionCall.from_id(call["id"]).get(timeout=0)
+        except TimeoutError:  # Modal's "not yet"
+            raise UserError(f"{run} is running still, as {call['id']}; two cannot write into one folder") from None
+        except Exception:  # how it ended does not matter here
+            pass
+    return call
 
 
 def pull_run(name: str, script: str = "") -> Path:
     """Bring a run folder from the Volume into logs/, over an older state of the same run, and return it.
 
-    Raises UserError when the Volume has no such run, or more than one, or logs/ has another one of that name.
+    Raises UserError when the Volume has no such run or several, or logs/ has another of that name or a newer state.
     """
-    if not RUN.fullmatch(name) or (script and script not in scripts()):
-        raise UserError(f"--pull: {name!r}{f' of {script}' if script else ''} is no name of a run")
-    stems = [Path(script).stem] if script else [entry.path.strip("/") for entry in volume.listdir("/")]
-    found = {f"{stem}/{name}": files for stem in stems if (files := files_of(f"{stem}/{name}"))}
-    if len(found) > 1:
-        raise UserError(f"--pull: {', '.join(found)}: which one? add --script")
-    if not found:
-        raise UserError(f"--pull: no run {name}{f' of {script}' if script else ''} on the Volume {NAME}")
-    [(run, files)] = found.items()
-    home, log = LOGS / run, f"{run}/output.txt"
-    if home.is_dir() and any(home.iterdir()):
-        known = (home / "output.txt").read_bytes() if (home / "output.txt").is_file() else None
-        if known is None or not b"".join(volume.read_file(log)).startswith(known):  # output.txt only grows
-            raise UserError(f"--pull: {home} holds another run: move it away first")
-    for path in sorted(files, key=lambda path: path.strip("/") != log):  # output.txt first: from then on it is known
-        target = LOGS / path.strip("/")
+    run, files = the_run(name, script)
+    home = LOGS / run
+    if home.is_dir() and any(home.iterdir()):  # every start of a run, there or at home, adds to these two
+        known = next((log for log in ("run.txt", "output.txt") if (home / log).is_file()), None)
+        if known not in files or not read_volume(f"{run}/{known}").startswith((home / known).read_bytes()):
+            raise UserError(f"{home} holds another run, or has gone on since: move it away first")
+    order = ("output.txt", "run.txt")  # first, so that a pull that breaks off can be repeated
+    for file in sorted(files, key=lambda file: order.index(file) if file in order else len(order)):
+        if file.endswith(".tmp"):  # a file that is being written
+            continue
+        target = home / file
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
         with open(part, "wb") as f:
-            volume.read_file_into_fileobj(path, f)
+            volume.read_file_into_fileobj(f"{run}/{file}", f)
         os.replace(part, target)
     return home
 
 
 @app.local_entrypoint()
-def main(args: str = "", script: str = "", gpu: str = "T4", name: str = "", timeout_hours: float = 24.0,
+def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeout_hours: float = 24.0,
          resume_name: str = "", pull: str = ""):
-    job = {}
+    """What `modal run` starts, at home: check, rent, wait; or bring a run folder back."""
+    rented = ""
     try:
         if pull:
+            if args or gpu or name or resume_name:
+                raise UserError("--pull: alone, or with --script")
             print(f"the run is in {pull_run(pull, script)}")
             return
-        checked = make_job(args, script, gpu, name, timeout_hours, resume_name)
-        files = files_of(checked["run"])
-        if files and not checked["resume"]:
-            raise UserError(f"--name: {checked['run']} is on the Volume already; choose another one, or --resume-name")
-        if checked["resume"] and not any(path.endswith("/last.pt") for path in files):
-            raise UserError(f"--resume-name: {checked['run']} has no last.pt on the Volume (another --script?)")
-        job = checked
-        print(f"{job['run']} on {gpu}, at most {1 + RETRIES} containers of {timeout_hours:g} hours", flush=True)
-        secrets = [modal.Secret.from_dict({key: os.environ[key]}) for key in job["secrets"]]
-        rented = train.with_options(gpu=None if gpu.lower() == "none" else gpu, timeout=job["seconds"], secrets=secrets)
-        rented.spawn(job).get()  # spawned: with --detach it outlives this process
+        files: list[str] = []
+        if resume_name:
+            run, files = the_run(resume_name, script)
+            script, gpu = f"{Path(run).parent}.py", gpu or last_call(run, files).get("gpu", "")
+        job = make_job(args, script, gpu, name, timeout_hours, resume_name)
+        check_folder(job, files or runs_named(Path(job["run"]).name, job["script"]))
+        secrets = [modal.Secret.from_dict({"WANDB_API_KEY": os.environ["WANDB_API_KEY"]})] if job["wandb"] else []
+        call = train.with_options(
+            gpu=None if job["gpu"] == "NONE" else job["gpu"], cpu=CORES * job["ranks"], memory=MEMORY * job["ranks"],
+            timeout=job["seconds"], secrets=secrets).spawn(job)  # spawned: with --detach it outlives this process
+        rented = job["run"]
+        print(f"{rented} on {job['gpu']} for at most {timeout_hours:g} hours, and up to {RETRIES} times again",
+              flush=True)
+        call.get()
     except subprocess.CalledProcessError as e:
         print(f"train_modal.py: error: {e.cmd} ended with exit code {e.returncode}; its last lines:\n{e.output}",
               file=sys.stderr)
@@ -318,9 +371,9 @@ def main(args: str = "", script: str = "", gpu: str = "T4", name: str = "", time
     except (UserError, OSError, modal.exception.Error) as e:
         sys.exit(f"train_modal.py: error: {e}")
     finally:
-        if job:
-            pull = shlex.join(["--script", job["script"], "--pull", Path(job["run"]).name])
-            print(f"to bring it into logs/: modal run train_modal.py {pull}")
+        if rented:
+            stem, name = rented.split("/")
+            print(f"to bring it into logs/: modal run train_modal.py --script {stem}.py --pull {name}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import runpy
 import shlex
 import shutil
 import signal
@@ -28,6 +29,7 @@ COLLATZ = "--steps 150 --pool 2000 --train-seeds 50 --batch-size 32 --eval-traje
           "--validation-trajectories 5 --quick-eval-interval 5 --eval-interval 150"
 ADDITION = "--steps 60 --seeds 0-1 --batch-size 32 --test-size 200 --val-size 100 --eval-every 20"
 
+ECHO = train_modal.echo
 TOY = '''
 import argparse, json, os, signal, sys, time
 from pathlib import Path
@@ -43,9 +45,9 @@ if __name__ == "__main__":
     args = parse_args()
     folder = Path(args.out_dir)
     step = int((folder / "last.pt").read_text()) if args.resume else 0
-    print("words", json.dumps(sys.argv[1:]))
-    print("from step", step, "commit", os.environ["RUN_COMMIT"], "rank", os.environ.get("RANK"), flush=True)
     try:
+        sys.stdout.write(f"words {json.dumps(sys.argv[1:])}\\n")  # in one piece: ranks share the pipe
+        sys.stdout.write(f"from step {step} commit {os.environ['RUN_COMMIT']} rank {os.environ.get('RANK')}\\n")
         time.sleep(args.sleep)
     finally:
         (folder / "last.pt").write_text(str(step + 1))
@@ -76,12 +78,11 @@ class FakeVolume:
         self.events.append("reload")
 
     def listdir(self, path, recursive=False):
-        base = self.committed / path.strip("/")
-        if not base.exists():
-            raise modal.exception.NotFoundError(path)
+        assert (path, recursive) == ("/", True)
+        base = self.committed
         kinds = modal.volume.FileEntryType
         return [SimpleNamespace(path=str(p.relative_to(self.committed)), type=kinds.FILE if p.is_file() else kinds.DIRECTORY)
-                for p in sorted(base.rglob("*") if recursive else base.iterdir())]
+                for p in sorted(base.rglob("*"))]
 
     def read_file(self, path):
         data = (self.committed / path).read_bytes()
@@ -89,6 +90,14 @@ class FakeVolume:
 
     def read_file_into_fileobj(self, path, fileobj):
         return fileobj.write((self.committed / path).read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As in a terminal, also where pytest was started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -150,6 +159,16 @@ def record_of(volume, run):
     return json.loads((volume.committed / run / "modal.json").read_text())
 
 
+def left_over(folder):
+    """Processes that still run a script of this folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if str(folder) in file.read_bytes().decode(errors="replace"):
+                found.append(file.parent.name)
+    return found
+
+
 # ---- At home
 
 @pytest.mark.parametrize("wrong, message", [
@@ -158,19 +177,18 @@ def record_of(volume, run):
     ({"script": "collatz"}, "no script"),
     ({"script": "helper.py"}, "no script"),  # nothing to check its flags with
     ({"gpu": "banana"}, "does not look like a GPU"), ({"gpu": "4xH100"}, "look"), ({"gpu": "H100:"}, "look"),
-    ({"gpu": "H100:0"}, "look"), ({"gpu": "H100:9"}, "look"), ({"gpu": "H100:two"}, "look"), ({"gpu": ""}, "look"),
+    ({"gpu": "H100:0"}, "look"), ({"gpu": "H100:9"}, "look"), ({"gpu": "H100:two"}, "look"), ({"gpu": "H\u0661\u0660\u0660"}, "look"),
     ({"gpu": "none:2"}, "look"), ({"gpu": "T4,L4"}, "look"),
     ({"gpu": "H100:4"}, "TORCHRUN = True"),
     ({"name": "a/b"}, "is no name of"), ({"name": ".."}, "is no name of"), ({"name": "-x"}, "is no name of"),
-    ({"name": "a b"}, "is no name of"), ({"args": "--name a/b"}, "is no name of"), ({"resume_name": "a/b"}, "is no name of"),
-    ({"timeout_hours": 0}, "timeout-hours"), ({"timeout_hours": 25}, "timeout-hours"),
+    ({"name": "a b"}, "is no name of"), ({"name": "x" * 101}, "is no name of"), ({"args": "--name a/b"}, "is no name of"), ({"resume_name": "../a"}, "is no name of"),
+    ({"timeout_hours": 0.05}, "timeout-hours"), ({"timeout_hours": 25}, "timeout-hours"),
     ({"timeout_hours": float("nan")}, "timeout-hours"), ({"timeout_hours": -1}, "timeout-hours"),
     ({"args": "--text 'a"}, "No closing quotation"),
     ({"args": "--out-dir x"}, "not with --out-dir"), ({"args": "--resume=x"}, "not with --resume"),
     ({"name": "a", "resume_name": "b"}, "not together"),
     ({"args": "--tracker wandb"}, "WANDB_API_KEY"),
-    ({"script": "reader.py", "resume_name": "x"}, "no checkpoint"),
-])
+    ])
 def test_bad_flags_are_one_line_before_anything_is_rented(toy, account, capsys, monkeypatch, wrong, message):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UserError, match=message) as e:
@@ -198,14 +216,14 @@ def test_flags_that_the_script_refuses_are_refused_at_home(capsys, account, scri
     assert not account
 
 
-def test_resume_flags_are_checked_with_the_script_too(capsys, account):
+def test_resume_flags_are_checked_with_the_script_too(capsys, volume):
     with pytest.raises(SystemExit) as e:
-        train_modal.main(args="--init-from logs/collatz/x", resume_name="y")
+        make_job("--init-from logs/collatz/x", resume_name="y")
     assert e.value.code == 2 and "--init-from: not together with --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpu", ["T4", "t4", "L4", "A10", "A10G", "L40S", "A100", "A100-40GB", "A100-80GB", "H100", "H100!",
-                                 "H200", "B200", "B200+", "RTX-PRO-6000", "H100:1", "none", "NONE"])
+                                 "H200", "B200", "B200+", "RTX-PRO-6000", "H100:1", "any", "none", "NONE", ""])
 def test_gpus_that_modal_knows_are_accepted(toy, volume, gpu):
     assert make_job(gpu=gpu)["ranks"] == 1
 
@@ -248,12 +266,14 @@ def test_a_retry_leaves_init_from_out_and_a_deliberate_resume_does_not(toy, volu
     end = ["--out-dir", folder, "--resume", folder]
     assert script_flags(job, False) == ["--seed", "3", "--init-from", "a.pt", "--text", "x=y", "--out-dir", folder]
     assert script_flags(job, True) == ["--seed", "3", "--text", "x=y", *end]
-    assert script_flags(make_job("--init-from=a.pt --text x=y", name="n"), True) == ["--text", "x=y", *end]
+    assert script_flags(make_job("--init-from b.pt --init-from=a.pt --text x=y", name="n"), True) == ["--text", "x=y", *end]
     assert script_flags(make_job("--text x", name="n"), True) == ["--text", "x", *end]
     assert script_flags(make_job("--init-from a.pt", resume_name="n"), True) == ["--init-from", "a.pt", *end]
 
 
 def test_constants_are_read_without_running_the_script(toy):
+    (toy / "half.py").write_text("def parse_args(\n\ndef parse_args(")
+    assert train_modal.constant("half.py", "EXTRAS", ()) == ()
     (toy / "odd.py").write_text("raise SystemExit\nA, TORCHRUN = 1, 2\nEXTRAS = ('arc', 'sr')\ndef f():\n    TORCHRUN = True\n")
     assert train_modal.constant("odd.py", "EXTRAS", ()) == ("arc", "sr") and train_modal.constant("odd.py", "TORCHRUN", 0) == 0
 
@@ -263,17 +283,36 @@ def test_sent_are_the_files_on_disk_without_logs_caches_and_git():
     for path in (".git/HEAD", ".venv/bin/python", "venv/lib/x.py", "logs/collatz/a/last.pt", "logs/collatz.md", "__pycache__/a.pyc",
                  "common/__pycache__/run.pyc", ".pytest_cache/x", ".hypothesis/x", ".env", "tests/.cache/x", "a.egg-info/PKG-INFO"):
         assert ignored(Path(path)), path
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    sent = {p for p in tracked if not ignored(Path(p))}
-    assert {"collatz.py", "common/run.py", "train_modal.py", "pyproject.toml", "mine.py"} <= sent | {"mine.py"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), ROOT / "pyproject.toml"]:
+        assert not ignored(path.relative_to(ROOT)), path
     assert not ignored(Path("mine.py")) and not ignored(Path("data/rows.csv")) and not ignored(Path("common/logs.py"))
 
 
-def test_the_image_is_made_of_pyproject():
+def test_what_is_sent_is_enough(tmp_path):
+    ignored = modal.FilePatternMatcher(*train_modal.NOT_SENT)
+    shutil.copytree(ROOT, tmp_path / "sent", ignore=lambda folder, names: [
+        name for name in names if ignored(Path(folder, name).relative_to(ROOT))])
+    code = "import train_modal as t; print(t.make_job('--steps 3')['run'], t.extras, *t.scripts())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "sent", capture_output=True, text=True)
+    assert done.stdout.startswith("collatz/") and "evaluate_checkpoints.py" in done.stdout, done.stderr
+
+
+def test_the_container_is_made_of_pyproject_files_and_volume():
     import tomllib
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for script in train_modal.scripts():
         assert set(train_modal.constant(script, "EXTRAS", ())) <= set(project["optional-dependencies"]), script
+    asked = {}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(modal.Image, "pip_install_from_pyproject", lambda self, path, **k: asked.update(pyproject=path, **k) or self)
+        m.setattr(modal.Image, "add_local_dir", lambda self, *words, **k: asked.update(sent=words, **k) or self)
+        m.setattr(modal.App, "function", lambda self, **k: asked.update(k) or (lambda body: body))
+        namespace = runpy.run_path(str(ROOT / "train_modal.py"))
+    extras = {"trackers"}.union(*(train_modal.constant(s, "EXTRAS", ()) for s in train_modal.scripts()))
+    assert asked["pyproject"] == str(ROOT / "pyproject.toml") and set(asked["optional_dependencies"]) == extras
+    assert asked["sent"] == (ROOT, "/root") and asked["ignore"] is namespace["NOT_SENT"]
+    assert asked["image"] is namespace["image"] and asked["volumes"] == {"/root/logs": namespace["volume"]}
+    assert asked["timeout"] == 24 * 3600 and asked["retries"].max_retries == 3 and asked["cpu"] >= 2
     toml = pytest.importorskip("toml")  # Modal's parser; an old one, that stumbles over some comments
     assert toml.load(ROOT / "pyproject.toml")["project"] == project
 
@@ -281,15 +320,25 @@ def test_the_image_is_made_of_pyproject():
 def test_what_comes_out_of_git_is_recorded(toy, volume, monkeypatch):
     def git(*words):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=toy, check=True, capture_output=True)
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1"), monkeypatch.setenv("GIT_CONFIG_KEY_0", "color.ui")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "always")
     assert make_job()["diff"] == ""  # no git here
     git("init"), git("add", "."), git("commit", "-m", "x")
     assert make_job()["diff"] == ""
     (toy / "helper.py").write_text("x = 2\n")
     job = make_job(name="n")
-    assert "+x = 2" in job["diff"]
+    (toy / "new.py").write_text("")
+    job = make_job(name="n")
+    assert "\n+x = 2" in job["diff"] and "?? new.py" in job["diff"] and "\33" not in job["diff"]
     run_local(job)
     assert "+x = 2" in (volume.committed / "collatz/n/changes.diff").read_text()
-    assert f"commit {job['commit']} rank" in output_of(volume, "collatz/n") and record_of(volume, "collatz/n")["commit"] == job["commit"]
+    assert f"commit {job['commit']} rank" in output_of(volume, "collatz/n")
+    git("add", "."), git("commit", "-m", "y")
+    later = {**make_job(resume_name="n"), "commit": "later"}
+    run_local(later)  # what is known of the first part stays
+    changes = (volume.committed / "collatz/n/changes.diff").read_text()
+    assert "+x = 2" in changes and changes.endswith("# later\n")
+    assert [call["commit"] for call in record_of(volume, "collatz/n")["calls"]] == [job["commit"], "later"]
 
 
 # ---- In the container
@@ -408,7 +457,43 @@ def test_a_script_that_does_not_end_is_killed(toy, volume, monkeypatch):
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_local(make_job(name="n"))
-    assert time.monotonic() - start < 20 and volume.events[-1] == "commit"
+    assert time.monotonic() - start < 20 and volume.events[-1] == "commit" and not left_over(toy)
+
+
+def test_there_is_time_for_the_last_commit_before_a_preempted_container_goes():
+    assert train_modal.GRACE + 2 + 5 < 30 and train_modal.MARGIN / 2 >= 60 and train_modal.COMMIT_EVERY <= 60
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_ranks_of_torchrun_save_and_none_is_left(toy, volume, monkeypatch, deaf):
+    """Each rank has a session of its own; one that lived on would write over the checkpoints of the next container."""
+    if deaf:
+        monkeypatch.setattr(train_modal, "GRACE", 0.5)
+        ignore = "[signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)], "
+    else:
+        ignore = ""
+    (toy / "ranks.py").write_text("TORCHRUN = True\n" + TOY.replace("time.sleep(args.sleep)", f"{ignore}time.sleep(60)"))
+    log = volume.mounted / "ranks/n/output.txt"
+    send_when(lambda: log.is_file() and log.read_text().count("from step") == 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_local(make_job("", "ranks.py", "H100:2", "n"))
+    assert not left_over(toy) and (volume.committed / "ranks/n/last.pt").exists() is not deaf
+    assert threading.active_count() < 10
+
+
+def test_a_child_of_the_script_that_lives_on_is_ended(toy, volume):
+    (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "__import__('subprocess').Popen("
+                                                "[sys.executable, '-c', 'import time; time.sleep(60)', __file__], start_new_session=True)"))
+    start = time.monotonic()
+    run_local(make_job(name="n"))
+    assert not left_over(toy) and time.monotonic() - start < 10
+
+
+def test_the_script_goes_on_when_its_output_cannot_be_written(toy, volume, monkeypatch):
+    monkeypatch.setattr(train_modal, "echo", lambda child, log, tail: ECHO(child, Path("/dev/full"), tail))
+    (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "[print('x' * 1000) for _ in range(500)]"))
+    run_local(make_job(name="n"))
+    assert record_of(volume, "collatz/n")["last_lines"][-1] == "the end"
 
 
 def test_before_the_timeout_the_script_saves_and_the_retry_goes_on(toy, volume):
@@ -419,6 +504,13 @@ def test_before_the_timeout_the_script_saves_and_the_retry_goes_on(toy, volume):
     assert record_of(volume, "collatz/n")["exit_code"] is None
     run_local(job)
     assert record_of(volume, "collatz/n")["exit_code"] == 0 and (volume.committed / "collatz/n/last.pt").read_text() == "2"
+
+
+def test_a_script_that_takes_the_end_of_its_time_for_success_goes_on_too(toy, volume):
+    (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "time.sleep(0 if args.resume else 60)")
+                                    .replace("    finally:", "    except KeyboardInterrupt:\n        pass\n    finally:"))
+    with pytest.raises(TimeoutError):
+        run_local({**make_job(name="n"), "seconds": 2})
 
 
 def test_a_timeout_without_a_checkpoint_is_a_failure(toy, volume):
@@ -461,7 +553,7 @@ def test_a_failing_rank_fails_the_call(toy, volume):
     with pytest.raises(CalledProcessError) as e:
         run_local(make_job("--exit 3", "ranks.py", "H100:2", "n"))
     assert e.value.returncode == 1  # torchrun's own; the rank's is in its report
-    assert "exitcode  : 3" in output_of(volume, "ranks/n")
+    assert "exitcode  : 3" in e.value.output and "the end" in e.value.output.split("torch")[0]  # before torchrun's report
 
 
 def test_a_script_without_run_folder_runs_with_its_own_flags(toy, volume):
@@ -548,9 +640,10 @@ def test_addition_runs_and_what_was_not_committed_is_run_again(clone, volume):
     assert columns(folder) == first and (folder / "summary.json").is_file()
 
 
-def test_evaluate_checkpoints_runs_too(clone, volume):
-    kept = ROOT / "logs/kept/addition_train/rope122"
-    run_local(make_job(f"{kept} --n 100", "evaluate_checkpoints.py", name="n"))
+def test_evaluate_checkpoints_runs_on_what_the_volume_has(clone, volume):
+    shutil.copytree(ROOT / "logs/kept/addition_train/rope122", volume.committed / "addition_train/rope122")
+    (clone / "logs").symlink_to(volume.mounted)  # as the container sees it
+    run_local(make_job("logs/addition_train/rope122 --n 100", "evaluate_checkpoints.py", name="n"))
     assert "1000/1000" in output_of(volume, "evaluate_checkpoints/n").replace(",", "")
 
 
@@ -559,11 +652,14 @@ def test_evaluate_checkpoints_runs_too(clone, volume):
 def test_main_rents_what_was_asked_for(toy, account, volume, capsys):
     train_modal.main(args="--seed 3", gpu="A100-80GB", name="n", timeout_hours=2.5)
     assert account["gpu"] == "A100-80GB" and account["timeout"] == 9000 and account["secrets"] == []
+    assert account["cpu"] == 2 and account["memory"] == 8192
     out = capsys.readouterr().out
-    assert out.startswith("collatz/n on A100-80GB, at most 4 containers of 2.5 hours\n")
+    assert out.startswith("collatz/n on A100-80GB for at most 2.5 hours, and up to 3 times again\n")
     assert out.endswith("to bring it into logs/: modal run train_modal.py --script collatz.py --pull n\n")
     train_modal.main(gpu="none", name="m")
     assert account["gpu"] is None
+    train_modal.main(script="ranks.py", gpu="H100:2", name="n")
+    assert account["cpu"] == 4 and account["memory"] == 16384 and account["gpu"] == "H100:2"
 
 
 def test_main_exits_with_the_scripts_code_and_last_lines(toy, account, capsys):
@@ -575,14 +671,50 @@ def test_main_exits_with_the_scripts_code_and_last_lines(toy, account, capsys):
 
 def test_main_refuses_a_name_that_is_taken_and_a_run_that_is_not_there(toy, account, volume):
     train_modal.main(name="n")
+    train_modal.main(name="r", script="reader.py")
+    (volume.committed / "collatz/l").mkdir()
+    (volume.committed / "collatz/l/output.txt").write_text("")
     account.clear()
-    for flags, message in (({"name": "n"}, "on the Volume already"), ({"resume_name": "m"}, "no last.pt on the Volume"),
-                           ({"resume_name": "n", "script": "ranks.py"}, "no last.pt")):
+    for flags, message in (({"name": "n"}, "on the Volume already"), ({"resume_name": "m"}, "no run m on the Volume"),
+                           ({"resume_name": "n", "script": "ranks.py"}, "no run n of ranks.py"),
+                           ({"resume_name": "r"}, "leaves no checkpoint"), ({"resume_name": "l"}, "has no last.pt")):
         with pytest.raises(SystemExit, match=message):
             train_modal.main(**flags)
         assert not account
     train_modal.main(resume_name="n")
     assert "from step 1" in output_of(volume, "collatz/n")
+
+
+def test_resume_name_finds_script_and_gpu(toy, account, volume):
+    train_modal.main(script="ranks.py", gpu="H100:2", name="n")
+    train_modal.main(script="collatz.py", gpu="none", name="m")
+    train_modal.main(resume_name="n")
+    assert account["gpu"] == "H100:2" and account["job"]["script"] == "ranks.py"
+    train_modal.main(resume_name="m")
+    assert account["gpu"] is None
+    train_modal.main(resume_name="m", gpu="L4")
+    assert account["gpu"] == "L4"
+
+
+@pytest.mark.parametrize("outcome", [TimeoutError(), CalledProcessError(1, "x"), modal.exception.OutputExpiredError(), None])
+def test_a_run_that_has_not_ended_is_not_resumed(toy, account, volume, monkeypatch, outcome):
+    asked = []
+
+    class Call:
+        def get(self, timeout):
+            if outcome:
+                raise outcome
+    monkeypatch.setattr(modal, "FunctionCall", SimpleNamespace(from_id=lambda id: asked.append(id) or Call()))
+    monkeypatch.setattr(modal, "current_function_call_id", lambda: "fc-1")
+    train_modal.main(name="n")
+    if isinstance(outcome, TimeoutError):
+        account.clear()
+        with pytest.raises(SystemExit, match="collatz/n is running still, as fc-1"):
+            train_modal.main(resume_name="n")
+        assert not account
+    else:
+        train_modal.main(resume_name="n")
+    assert asked == ["fc-1"]
 
 
 def test_the_wandb_key_is_passed_on_when_it_is_asked_for(toy, account, monkeypatch):
@@ -628,6 +760,42 @@ def test_pull_brings_a_run_home_and_knows_it_again(toy, account, volume, monkeyp
     assert (home / "last.pt").read_text() == "2" and "container 1" in (home / "output.txt").read_text()
 
 
+def test_pull_overwrites_nothing_newer(toy, account, volume, monkeypatch, tmp_path):
+    home = tmp_path / "home/collatz/n"
+    train_modal.main(name="n")
+    (volume.committed / "collatz/n/run.txt").write_text("time 1\n")
+    monkeypatch.setattr(train_modal, "LOGS", tmp_path / "home")
+    train_modal.main(pull="n")
+    (home / "run.txt").write_text("time 1\ntime 2\n")  # it went on at home
+    (home / "last.pt").write_text("newer")
+    with pytest.raises(SystemExit, match="or has gone on since"):
+        train_modal.main(pull="n")
+    assert (home / "last.pt").read_text() == "newer"
+    (volume.committed / "collatz/n/run.txt").write_text("time 1\ntime 2\ntime 3\n")  # and then at Modal
+    train_modal.main(pull="n")
+    assert (home / "last.pt").read_text() == "1"
+
+
+def test_pull_that_breaks_off_can_be_repeated(toy, account, volume, monkeypatch, tmp_path):
+    train_modal.main(name="n")
+    (volume.committed / "collatz/n/run.txt").write_text("time 1\n")
+    (volume.committed / "collatz/n/last.pt.tmp").write_text("half")
+    monkeypatch.setattr(train_modal, "LOGS", tmp_path / "home")
+    home, read = tmp_path / "home/collatz/n", FakeVolume.read_file_into_fileobj
+
+    def broken(self, path, fileobj):
+        read(self, path, fileobj)
+        if path.endswith("run.txt"):
+            raise OSError("connection lost")
+    monkeypatch.setattr(FakeVolume, "read_file_into_fileobj", broken)
+    with pytest.raises(SystemExit, match="connection lost"):
+        train_modal.main(pull="n")
+    assert not (home / "run.txt").exists()
+    monkeypatch.setattr(FakeVolume, "read_file_into_fileobj", read)
+    train_modal.main(pull="n")
+    assert sorted(p.name for p in home.iterdir()) == ["last.pt", "modal.json", "output.txt", "run.txt"]
+
+
 def test_pull_overwrites_no_other_run(toy, account, volume, monkeypatch, tmp_path):
     train_modal.main(name="n")
     monkeypatch.setattr(train_modal, "LOGS", tmp_path / "home")
@@ -641,8 +809,9 @@ def test_pull_overwrites_no_other_run(toy, account, volume, monkeypatch, tmp_pat
 
 
 def test_pull_of_what_is_not_there_or_not_clear(toy, account, volume):
-    for wrong in ({"pull": "../n"}, {"pull": "a/b"}, {"pull": "n", "script": "../x"}, {"pull": ".."}):
-        with pytest.raises(SystemExit, match="is no name of a run"):
+    for wrong, message in (({"pull": "../n"}, "is no name"), ({"pull": "a/b"}, "is no name"), ({"pull": ".."}, "is no name"),
+                           ({"pull": "n", "gpu": "T4"}, "alone"), ({"pull": "n", "script": "../x"}, "no run n of ../x")):
+        with pytest.raises(SystemExit, match=message):
             train_modal.main(**wrong)
     with pytest.raises(SystemExit, match="no run n on the Volume"):
         train_modal.main(pull="n")
