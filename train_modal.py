@@ -259,7 +259,7 @@ def run_script(job: dict, record: dict) -> None:
             except Exception as e:  # the next one may do; only the last must not fail unseen
                 print(f"train_modal.py: the Volume could not be committed, trying again: {e}", flush=True)
         stop(child, job["call"], margin / 2)
-        reader.join(2)
+        reader.join(30)
         code = child.wait()
         if late:
             tail.append(f"stopped: {job['seconds'] / 3600:g} hours are over")
@@ -353,7 +353,8 @@ def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeou
         files: list[str] = []
         if resume_name:
             run, files = the_run(resume_name, script)
-            script, gpu = f"{Path(run).parent}.py", gpu or last_call(run, files).get("gpu", "")
+            before = last_call(run, files)
+            script, gpu = f"{Path(run).parent}.py", gpu or before.get("gpu", "")
         job = make_job(args, script, gpu, name, timeout_hours, resume_name)
         check_folder(job, files or runs_named(Path(job["run"]).name, job["script"]))
         secrets = [modal.Secret.from_dict({"WANDB_API_KEY": os.environ["WANDB_API_KEY"]})] if job["wandb"] else []

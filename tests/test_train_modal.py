@@ -710,7 +710,7 @@ def test_a_run_that_has_not_ended_is_not_resumed(toy, account, volume, monkeypat
     if isinstance(outcome, TimeoutError):
         account.clear()
         with pytest.raises(SystemExit, match="collatz/n is running still, as fc-1"):
-            train_modal.main(resume_name="n")
+            train_modal.main(resume_name="n", gpu="L4")
         assert not account
     else:
         train_modal.main(resume_name="n")
