@@ -83,7 +83,7 @@ image = (modal.Image.debian_slim(python_version="3.11")
          .add_local_dir(HERE, REMOTE, ignore=NOT_SENT))
 
 
-# ---- At home: everything is checked before a GPU is rented
+# ---- At home: everything is checked before anything is rented
 
 def parse_flags(script: str, flags: list[str]):
     """The namespace of the script's own parse_args, which leaves with one line when it refuses a flag."""
@@ -109,10 +109,10 @@ def make_job(args: str = "", script: str = "", gpu: str = "", name: str = "", ti
 
     Raises UserError for bad flags of `modal run`, SystemExit for flags in `args` that the script refuses.
     """
-    script, gpu = script or "collatz.py", (gpu or "T4").upper()
+    script, gpu = script or "collatz.py", gpu or "T4"
     if script not in scripts():
         raise UserError(f"--script: no script {script} here; there are {', '.join(scripts())}")
-    if gpu != "NONE" and not GPU.fullmatch(gpu):
+    if gpu.upper() != "NONE" and not GPU.fullmatch(gpu.upper()):
         raise UserError(f"--gpu: {gpu!r} does not look like a GPU; expected T4, L4, A100-80GB, H100:4, ... or none")
     ranks = int(gpu.partition(":")[2] or 1)
     if ranks > 1 and constant(script, "TORCHRUN", False) is not True:
@@ -138,7 +138,7 @@ def make_job(args: str = "", script: str = "", gpu: str = "", name: str = "", ti
     if own.get("tracker") == "wandb" and "WANDB_API_KEY" not in os.environ:
         raise UserError("--args: --tracker wandb needs the environment variable WANDB_API_KEY")
     job = {"call": str(time.time_ns()), "script": script, "flags": flags, "run": f"{Path(script).stem}/{name}",
-           "gpu": gpu, "ranks": ranks, "seconds": round(3600 * timeout_hours), "resume": bool(resume_name),
+           "gpu": gpu.upper(), "ranks": ranks, "seconds": round(3600 * timeout_hours), "resume": bool(resume_name),
            "has_folder": "out_dir" in own, "can_resume": "resume" in own, "wandb": own.get("tracker") == "wandb",
            "commit": commit(), "diff": git_diff()}
     parse_flags(script, script_flags(job, job["resume"]))
@@ -377,5 +377,29 @@ def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeou
             print(f"to bring it into logs/: modal run train_modal.py --script {stem}.py --pull {name}")
 
 
+def options_of(words: list[str]) -> dict[str, str]:
+    """`--gpu L4 --name=x`, as words, as arguments of `main`."""
+    options, rest = {}, iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        options[flag.removeprefix("--").replace("-", "_")] = value if equals else next(rest, "")
+    return options
+
+
+def check_early(words: list[str]) -> None:
+    """Leave with one line if make_job refuses these flags. What Modal's own parser refuses is left to it."""
+    options = options_of(words)
+    hours = options.pop("timeout_hours", "24")
+    known = set(options) <= {"args", "script", "gpu", "name", "resume_name"} and re.fullmatch(r"\d+\.?\d*", hours)
+    if known and (options.get("script") or not options.get("resume_name")):  # else the Volume knows the script
+        try:
+            make_job(**options, timeout_hours=float(hours))
+        except UserError as e:
+            sys.exit(f"train_modal.py: error: {e}")
+
+
+at = next((i for i, word in enumerate(sys.argv) if Path(word.partition("::")[0]).name == Path(__file__).name), 0)
+if "run" in sys.argv[1:at]:  # modal run imports this file before it asks for a token and builds the image
+    check_early(sys.argv[at + 1:])
 if __name__ == "__main__":
     sys.exit('train_modal.py: error: start it as: modal run train_modal.py --args "..."')

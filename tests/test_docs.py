@@ -25,7 +25,7 @@ def parse(words: list[str]) -> None:
     module = importlib.import_module(words[at].removesuffix(".py"))
     flags = words[at + 1:]
     if words[:2] == ["modal", "run"]:
-        options = {flag.removeprefix("--").replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        options = module.options_of(flags)
         if "timeout_hours" in options:
             options["timeout_hours"] = float(options["timeout_hours"])
         if set(options) - {"script", "pull"}:  # raises TypeError for a flag that is not there

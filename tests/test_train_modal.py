@@ -25,8 +25,8 @@ from train_modal import command_of, make_job, script_flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:The train function is executing locally")
 ROOT = Path(__file__).parent.parent
-COLLATZ = "--steps 150 --pool 2000 --train-seeds 50 --batch-size 32 --eval-trajectories 5 --validation-rows 200 " \
-          "--validation-trajectories 5 --quick-eval-interval 5 --eval-interval 150"
+COLLATZ = "--steps 50 --pool 2000 --train-seeds 50 --batch-size 32 --eval-trajectories 5 --validation-rows 200 " \
+          "--validation-trajectories 5 --quick-eval-interval 5 --eval-interval 50"
 ADDITION = "--steps 60 --seeds 0-1 --batch-size 32 --test-size 200 --val-size 100 --eval-every 20"
 
 ECHO = train_modal.echo
@@ -590,7 +590,7 @@ def test_collatz_runs_and_says_where_its_code_comes_from(clone, volume):
 @pytest.mark.parametrize("killed", [False, True])
 def test_an_interrupted_run_gives_the_numbers_of_an_unbroken_one(clone, volume, tmp_path, killed):
     """Preempted as Modal does it, or the whole container gone at once: then what was committed is what there is."""
-    flags = COLLATZ.replace("--steps 150", "--steps 600").replace("--eval-interval 150", "--eval-interval 600")
+    flags = COLLATZ.replace("--steps 50", "--steps 600").replace("--eval-interval 50", "--eval-interval 600")
     subprocess.run([sys.executable, str(ROOT / "collatz.py"), *flags.split(), "--out-dir", str(tmp_path / "whole")],
                    check=True, capture_output=True)
     job = make_job(flags, name="n")
@@ -855,12 +855,37 @@ def test_modal_run_reads_the_flags(monkeypatch, capsys):
     assert list(asked) == ["exit"] and "no script nope.py" in asked["exit"]
 
 
-def test_without_a_token_modal_says_what_to_do(tmp_path):
+@pytest.mark.parametrize("flags, code, message", [
+    (["--args", "--steps 3", "--timeout-hours", "2"], 1, "modal token new"),
+    (["--script", "nope.py"], 1, "train_modal.py: error: --script: no script nope.py here; there are addition_train.py, "),
+    (["--timeout-hours", "soon"], 2, "Invalid value for '--timeout-hours'"),
+    (["--nope", "3"], 2, "No such option"), (["--args"], 2, "Option '--args' requires an argument"),
+    (["--help"], 0, "--resume-name"),
+])
+def test_modal_run_without_a_token_checks_the_flags_first(tmp_path, flags, code, message):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MODAL_")} | {
         "HOME": str(tmp_path), "MODAL_CONFIG_PATH": str(tmp_path / "none.toml")}
-    done = subprocess.run([sys.executable, "-m", "modal", "run", str(ROOT / "train_modal.py")], env=environment,
-                          capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "modal token new" in done.stdout + done.stderr
+    done = subprocess.run([sys.executable, "-m", "modal", "run", "--detach", str(ROOT / "train_modal.py"), *flags],
+                          env=environment, capture_output=True, text=True, timeout=60)
+    output = done.stdout + done.stderr
+    assert done.returncode == code and message in output and ("Token" in output) is ("token" in message)
+    assert "train_modal.py: error" not in message or output.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--args=--exit three"], "argument --exit"), (["--gpu", "banana"], "'banana' does not look like a GPU"),
+    (["--name=a/b"], "'a/b' is no name"), (["--timeout-hours", "99"], "--timeout-hours: 99"),
+    (["--resume-name", "n", "--script", "reader.py"], "leaves no checkpoint"),
+    (["--seeds", "3"], ""), (["--timeout-hours", "soon"], ""), (["--timeout-hours", "1.2.3"], ""), (["--args"], ""),
+    (["--pull", "n"], ""), (["--help"], ""), (["--resume-name", "n", "--args", "--of another"], ""), ([], ""),
+])
+def test_early_check_leaves_to_modal_and_the_volume_what_they_know_better(toy, volume, capsys, flags, message):
+    if message:
+        with pytest.raises(SystemExit) as e:
+            train_modal.check_early(flags)
+        assert message in f"{e.value.code} {capsys.readouterr().err}"
+    else:
+        train_modal.check_early(flags)
 
 
 def test_started_with_python_it_says_how_to_start_it():
