@@ -409,6 +409,19 @@ def test_resume_name_goes_on_with_an_old_folder_on_purpose(toy, volume):
         run_local(make_job(resume_name="m"))
 
 
+def test_a_run_that_began_at_home_goes_on_at_modal_and_comes_back(toy, account, volume, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_modal, "LOGS", tmp_path / "home")
+    home = tmp_path / "home/collatz/n"
+    home.mkdir(parents=True)
+    (home / "last.pt").write_text("4"), (home / "run.txt").write_text("begun\n")
+    shutil.copytree(home, volume.committed / "collatz/n")  # modal volume put
+    monkeypatch.setattr(train_modal, "LOGS", volume.mounted)
+    train_modal.main(resume_name="n")
+    monkeypatch.setattr(train_modal, "LOGS", tmp_path / "home")
+    train_modal.main(pull="n")
+    assert (home / "last.pt").read_text() == "5"
+
+
 def send_when(condition, number=signal.SIGINT):
     """Send this process a signal as soon as condition() holds."""
     def wait():
