@@ -7,8 +7,8 @@
     modal run train_modal.py --pull sixty-four                 # into logs/addition_train/sixty-four
 
 --gpu: T4 (default), L4, A100-80GB, H100, ...; H100:4 for a script that declares `TORCHRUN = True`; `none` for a CPU.
-The container has the files of this folder, without logs, hidden files and caches, and a Modal Volume as its logs/.
-Paths in --args start from this folder there too. A script that declares `EXTRAS = ("name",)` gets that extra of
+The container has the files of this folder (but NOT_SENT: logs, hidden files, caches, ...) and a Modal Volume as its
+logs/; the script is started in this folder. A script that declares `EXTRAS = ("name",)` gets that extra of
 pyproject.toml. A run folder has more files than at home: output.txt, modal.json, and changes.diff if git saw changes.
 
 A container that is preempted or crashes is followed by another one, and up to 3 times one that comes to the end of
@@ -41,7 +41,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("train_modal.py: error: modal is not installed: pip install -e '.[modal]' && modal setup")
 
-from common.run import UserError, commit, read_json, write_json
+from common.run import UserError, commit, write_json
 
 REMOTE = "/root"                        # where Modal puts this file, so the rest goes there too
 HERE = Path(__file__).resolve().parent  # there: /root
@@ -51,7 +51,7 @@ NOT_SENT = ["logs", "venv", "env", "build", "dist", "**/.*", "**/__pycache__", "
 GPU = re.compile(r"ANY|[A-Z]+(-[A-Z]+)*-?[0-9]+[A-Z]*(-[0-9]+GB)?[!+]?(:[1-8])?")  # T4, A100-80GB, H100!, H100:4
 RUN = re.compile(r"\w[\w.+=,-]{0,99}", re.ASCII)  # name of a run
 CORES, MEMORY = 2.0, 8192               # reserved for each GPU; MiB
-RETRIES = 3                             # after a timeout or an error
+RETRIES = 3                             # of a call; that of a failed script ends at once
 COMMIT_EVERY = 60.0                     # seconds: what a container that dies at once may lose, beside its last steps
 MARGIN = 120.0                          # seconds before the timeout at which the script is told to save and end
 GRACE = 20.0                            # seconds that it gets when preempted; the container has 30 in all
@@ -59,13 +59,13 @@ GRACE = 20.0                            # seconds that it gets when preempted; t
 
 def scripts() -> list[str]:
     """File names of the scripts that can be run: those with a parse_args."""
-    return sorted(p.name for p in HERE.glob("*.py") if "\ndef parse_args(" in p.read_text())
+    return sorted(p.name for p in HERE.glob("*.py") if "\ndef parse_args(" in p.read_text(errors="replace"))
 
 
 def constant(script: str, name: str, default):
     """The value of `name = literal` at the top level of a script, read without running it."""
     try:
-        body = ast.parse((HERE / script).read_text()).body
+        body = ast.parse((HERE / script).read_text(errors="replace")).body
     except SyntaxError:  # somebody is writing it; the others can run
         return default
     for node in body:
@@ -149,12 +149,8 @@ def script_flags(job: dict, resume: bool) -> list[str]:
     """The user's flags, the run folder, and --resume if there is something to go on from."""
     flags, folder = list(job["flags"]), str(LOGS / job["run"])
     if resume and not job["resume"]:  # a retry: the weights that it started from are in last.pt by now
-        words, flags = iter(flags), []
-        for word in words:
-            if word == "--init-from":
-                next(words)
-            elif not word.startswith("--init-from="):
-                flags.append(word)
+        flags = [word for before, word in zip(["", *flags], flags, strict=False)
+                 if "--init-from" not in (before, word) and not word.startswith("--init-from=")]
     return flags + ["--out-dir", folder] * job["has_folder"] + ["--resume", folder] * resume
 
 
@@ -176,19 +172,33 @@ def check_folder(job: dict, files: Collection[str]) -> None:
 
 # ---- In the container
 
+def parse_record(data: bytes, run: str) -> dict:
+    """What modal.json says. Raises UserError when it is damaged."""
+    try:
+        record = json.loads(data)
+        if all(isinstance(call["call"], str) for call in record["calls"]):
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{run}/modal.json on the Volume is damaged")
+
+
 def open_folder(job: dict) -> dict:
     """The record of the run, modal.json, with this call in it. Raises UserError when the folder is another call's."""
     folder = LOGS / job["run"]
-    record = read_json(folder / "modal.json") if (folder / "modal.json").is_file() else {"calls": []}
+    file = folder / "modal.json"
+    record = parse_record(file.read_bytes(), job["run"]) if file.is_file() else {"calls": []}
     if record["calls"] and record["calls"][-1]["call"] == job["call"]:
         return record  # a retry
     check_folder(job, [p.name for p in folder.iterdir()] if folder.is_dir() else [])
     folder.mkdir(parents=True, exist_ok=True)
+    call = {"id": modal.current_function_call_id(), **{key: job[key] for key in ("call", "gpu", "flags", "commit")}}
+    record = {"calls": [*record["calls"], call], "script": job["script"], "containers": 0, "exit_code": None}
+    write_json(file, record)  # first: it says whose folder this is
     if job["diff"] or (folder / "changes.diff").exists():
         with open(folder / "changes.diff", "a") as f:
             f.write(f"# {job['commit']}\n{job['diff']}")
-    call = {"id": modal.current_function_call_id(), **{key: job[key] for key in ("call", "gpu", "flags", "commit")}}
-    return {"calls": [*record["calls"], call], "script": job["script"], "containers": 0, "exit_code": None}
+    return record
 
 
 def echo(child: subprocess.Popen, log: Path, tail: deque[str]) -> None:
@@ -203,7 +213,9 @@ def echo(child: subprocess.Popen, log: Path, tail: deque[str]) -> None:
 
 def stop(child: subprocess.Popen, call: str, grace: float) -> None:
     """Let the script save and end if it still runs, and kill what is left of it after `grace` seconds."""
-    child.send_signal(signal.SIGINT)
+    if not hasattr(child, "told"):  # a second signal would end it before it has saved
+        child.told = True
+        child.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         child.wait(grace)
     child.kill()
@@ -218,18 +230,23 @@ def stop(child: subprocess.Popen, call: str, grace: float) -> None:
 def train(job: dict) -> None:
     """One container's part of a run; `job` is that of make_job, the same for a retry.
 
-    Raises CalledProcessError when the script failed (a retry: at once, without starting it), TimeoutError before the
-    timeout, UserError when the folder is another call's. The KeyboardInterrupt of a preemption passes through.
+    Raises CalledProcessError when the script failed (a retry: at once, without starting it) and, with exit code 124,
+    when its time is over (a retry goes on); UserError when the folder is another call's; RuntimeError when the Volume
+    could not be read or committed. The KeyboardInterrupt of a preemption passes through.
     """
-    volume.reload()  # a container that is used a second time may have an old view
-    record = open_folder(job)
-    if record["exit_code"] is None:
-        run_script(job, record)
+    start = time.monotonic()
+    try:
+        volume.reload()  # a container that is used a second time may have an old view
+        record = open_folder(job)
+        if record["exit_code"] is None:
+            run_script(job, record, start)
+    except TimeoutError as e:  # of the connection; last_call takes a result of that type for "not yet"
+        raise RuntimeError(f"timed out: {e}") from e
     if record["exit_code"]:
         raise subprocess.CalledProcessError(record["exit_code"], job["script"], "\n".join(record["last_lines"]))
 
 
-def run_script(job: dict, record: dict) -> None:
+def run_script(job: dict, record: dict, start: float) -> None:
     """Run the script to its end, commit the Volume on the way and after it, write exit code and last lines down."""
     folder = LOGS / job["run"]
     command = command_of(job, resume=job["can_resume"] and (folder / "last.pt").is_file())
@@ -240,7 +257,7 @@ def run_script(job: dict, record: dict) -> None:
     volume.commit()
 
     margin = min(MARGIN, 0.2 * job["seconds"])
-    end, late = time.monotonic() + job["seconds"] - margin, False
+    end, late = start + job["seconds"] - margin, False
     environment = {**os.environ, "RUN_COMMIT": job["commit"], "RUN_CALL": job["call"], "PYTHONUNBUFFERED": "1",
                    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}  # s in which ranks have to save; torchrun's own are 30
     child = subprocess.Popen(command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -250,21 +267,23 @@ def run_script(job: dict, record: dict) -> None:
     reader = threading.Thread(target=echo, args=(child, folder / "output.txt", tail), daemon=True)
     reader.start()
     try:
-        while child.poll() is None and not late:
+        while child.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(max(0.1, min(COMMIT_EVERY, end - time.monotonic())))
-            late = child.returncode is None and time.monotonic() >= end
+            if late := child.returncode is None and time.monotonic() >= end:
+                break
             try:
                 volume.commit()
             except Exception as e:  # the next one may do; only the last must not fail unseen
                 print(f"train_modal.py: the Volume could not be committed, trying again: {e}", flush=True)
         stop(child, job["call"], margin / 2)
-        reader.join(30)
+        reader.join(5)
         code = child.wait()
         if late:
             tail.append(f"stopped: {job['seconds'] / 3600:g} hours are over")
             if (folder / "last.pt").is_file() and (code or not (folder / "summary.json").is_file()):
-                raise TimeoutError(f"{job['run']} {tail[-1]}; a retry or --resume-name goes on from last.pt")
+                tail[-1] += "; a retry, or --resume-name, goes on from last.pt"
+                raise subprocess.CalledProcessError(124, job["script"], "\n".join(tail))  # as timeout(1) has it
         record |= {"exit_code": code if code >= 0 else 128 - code, "last_lines": list(tail)}  # signals as in a shell
         write_json(folder / "modal.json", record)
     finally:  # also for KeyboardInterrupt, which comes before Modal takes the machine away
@@ -303,14 +322,16 @@ def read_volume(path: str) -> bytes:
 
 def last_call(run: str, files: list[str]) -> dict:
     """What modal.json says of the last call of a run. Raises UserError when that call has not ended."""
-    calls = json.loads(read_volume(f"{run}/modal.json"))["calls"] if "modal.json" in files else []
+    calls = parse_record(read_volume(f"{run}/modal.json"), run)["calls"] if "modal.json" in files else []
     call = calls[-1] if calls else {}
     if call.get("id"):
         try:
             modal.FunctionCall.from_id(call["id"]).get(timeout=0)
         except TimeoutError:  # Modal's "not yet"
             raise UserError(f"{run} is running still, as {call['id']}; two cannot write into one folder") from None
-        except Exception:  # how it ended does not matter here
+        except (modal.exception.ConnectionError, modal.exception.AuthError):
+            raise
+        except Exception:  # it has ended; how does not matter here
             pass
     return call
 
@@ -324,11 +345,12 @@ def pull_run(name: str, script: str = "") -> Path:
     home = LOGS / run
     if home.is_dir() and any(home.iterdir()):  # every start of a run, there or at home, adds to these two
         known = next((log for log in ("run.txt", "output.txt") if (home / log).is_file()), None)
-        if known not in files or not read_volume(f"{run}/{known}").startswith((home / known).read_bytes()):
+        log = (home / known).read_bytes() if known else b""
+        if not log or known not in files or not read_volume(f"{run}/{known}").startswith(log):
             raise UserError(f"{home} holds another run, or has gone on since: move it away first")
-    order = ("output.txt", "run.txt")  # first, so that a pull that breaks off can be repeated
-    for file in sorted(files, key=lambda file: order.index(file) if file in order else len(order)):
-        if file.endswith(".tmp"):  # a file that is being written
+    # those two first, so that a pull that breaks off can be repeated; last.pt before metrics.csv, which may run ahead
+    for file in sorted(files, key=lambda file: (file != "output.txt", file != "run.txt", file)):
+        if file.endswith(".tmp"):  # is being written
             continue
         target = home / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -341,21 +363,21 @@ def pull_run(name: str, script: str = "") -> Path:
 
 @app.local_entrypoint()
 def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeout_hours: float = 24.0,
-         resume_name: str = "", pull: str = ""):
+         resume_name: str | None = None, pull: str | None = None):
     """What `modal run` starts, at home: check, rent, wait; or bring a run folder back."""
     rented = ""
     try:
-        if pull:
+        if pull is not None:
             if args or gpu or name or resume_name:
                 raise UserError("--pull: alone, or with --script")
             print(f"the run is in {pull_run(pull, script)}")
             return
         files: list[str] = []
-        if resume_name:
+        if resume_name is not None:
             run, files = the_run(resume_name, script)
             before = last_call(run, files)
             script, gpu = f"{Path(run).parent}.py", gpu or before.get("gpu", "")
-        job = make_job(args, script, gpu, name, timeout_hours, resume_name)
+        job = make_job(args, script, gpu, name, timeout_hours, resume_name or "")
         check_folder(job, files or runs_named(Path(job["run"]).name, job["script"]))
         secrets = [modal.Secret.from_dict({"WANDB_API_KEY": os.environ["WANDB_API_KEY"]})] if job["wandb"] else []
         call = train.with_options(
@@ -369,7 +391,7 @@ def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeou
         print(f"train_modal.py: error: {e.cmd} ended with exit code {e.returncode}; its last lines:\n{e.output}",
               file=sys.stderr)
         sys.exit(e.returncode)
-    except (UserError, OSError, modal.exception.Error) as e:
+    except (UserError, OSError, RuntimeError, modal.exception.Error) as e:
         sys.exit(f"train_modal.py: error: {e}")
     finally:
         if rented:

@@ -306,12 +306,14 @@ def test_the_container_is_made_of_pyproject_files_and_volume():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(modal.Image, "pip_install_from_pyproject", lambda self, path, **k: asked.update(pyproject=path, **k) or self)
         m.setattr(modal.Image, "add_local_dir", lambda self, *words, **k: asked.update(sent=words, **k) or self)
+        m.setattr(modal.Image, "apt_install", lambda self, *words: asked.update(apt=words) or self)
         m.setattr(modal.App, "function", lambda self, **k: asked.update(k) or (lambda body: body))
         namespace = runpy.run_path(str(ROOT / "train_modal.py"))
     extras = {"trackers"}.union(*(train_modal.constant(s, "EXTRAS", ()) for s in train_modal.scripts()))
     assert asked["pyproject"] == str(ROOT / "pyproject.toml") and set(asked["optional_dependencies"]) == extras
     assert asked["sent"] == (ROOT, "/root") and asked["ignore"] is namespace["NOT_SENT"]
     assert asked["image"] is namespace["image"] and asked["volumes"] == {"/root/logs": namespace["volume"]}
+    assert asked["scaledown_window"] == 5 and asked["apt"] == ("g++",)
     assert asked["timeout"] == 24 * 3600 and asked["retries"].max_retries == 3 and asked["cpu"] >= 2
     toml = pytest.importorskip("toml")  # Modal's parser; an old one, that stumbles over some comments
     assert toml.load(ROOT / "pyproject.toml")["project"] == project
@@ -505,15 +507,27 @@ def test_a_child_of_the_script_that_lives_on_is_ended(toy, volume):
 def test_the_script_goes_on_when_its_output_cannot_be_written(toy, volume, monkeypatch):
     monkeypatch.setattr(train_modal, "echo", lambda child, log, tail: ECHO(child, Path("/dev/full"), tail))
     (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "[print('x' * 1000) for _ in range(500)]"))
-    run_local(make_job(name="n"))
+    run_local({**make_job(name="n"), "seconds": 20})
     assert record_of(volume, "collatz/n")["last_lines"][-1] == "the end"
+
+
+def test_what_the_script_finds_in_the_container(toy, volume, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "print('found', *[os.environ[k] for k in "
+        "('PYTHONUNBUFFERED', 'TORCH_ELASTIC_SHUTDOWN_TIMEOUT')], os.getsid(0) == os.getpid(), os.getcwd(), flush=True), "
+        "os.write(1, b'\\xff\\n')"))
+    run_local(make_job(name="n"))
+    output = (volume.committed / "collatz/n/output.txt").read_bytes()
+    assert f"found 1 15 True {toy}\n".encode() in output and "\ufffd\n".encode() in output and b"bar 1\rbar 2\n" in output
 
 
 def test_before_the_timeout_the_script_saves_and_the_retry_goes_on(toy, volume):
     (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "time.sleep(0 if args.resume else 60)"))
     job = {**make_job(name="n"), "seconds": 2}
-    with pytest.raises(TimeoutError, match="hours are over; .* goes on from last.pt"):
+    with pytest.raises(CalledProcessError) as e:
         run_local(job)
+    assert e.value.returncode == 124 and e.value.output.endswith("hours are over; a retry, or --resume-name, goes on from last.pt")
+    assert not isinstance(e.value, TimeoutError)  # which last_call would take for "not yet"
     assert record_of(volume, "collatz/n")["exit_code"] is None
     run_local(job)
     assert record_of(volume, "collatz/n")["exit_code"] == 0 and (volume.committed / "collatz/n/last.pt").read_text() == "2"
@@ -522,8 +536,35 @@ def test_before_the_timeout_the_script_saves_and_the_retry_goes_on(toy, volume):
 def test_a_script_that_takes_the_end_of_its_time_for_success_goes_on_too(toy, volume):
     (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "time.sleep(0 if args.resume else 60)")
                                     .replace("    finally:", "    except KeyboardInterrupt:\n        pass\n    finally:"))
-    with pytest.raises(TimeoutError):
+    with pytest.raises(CalledProcessError) as e:
         run_local({**make_job(name="n"), "seconds": 2})
+    assert e.value.returncode == 124
+
+
+def test_the_script_is_told_before_a_slow_volume_eats_its_time(toy, volume, monkeypatch):
+    commit = volume.commit
+    monkeypatch.setattr(volume, "commit", lambda: (time.sleep(2), commit()))
+    (toy / "collatz.py").write_text(TOY.replace("    finally:", "    finally:\n        print('told', time.time(), flush=True)"))
+    start = time.time()
+    with pytest.raises(CalledProcessError):
+        run_local({**make_job("--sleep 60", name="n"), "seconds": 5})
+    told = float(output_of(volume, "collatz/n").split("told ")[1].split()[0]) - start
+    assert 3.9 < told < 5.9  # of 5 s, less a fifth; with a commit first it would be 6
+
+
+def test_preempted_while_it_saves_it_is_not_told_again(toy, volume):
+    (toy / "collatz.py").write_text(TOY.replace("    finally:", "    finally:\n        print('saving', flush=True)\n        time.sleep(1)"))
+    log = volume.mounted / "collatz/n/output.txt"
+    send_when(lambda: log.is_file() and "saving" in log.read_text())
+    with pytest.raises(KeyboardInterrupt):
+        run_local({**make_job("--sleep 60", name="n"), "seconds": 4})
+    assert (volume.committed / "collatz/n/last.pt").read_text() == "1"
+
+
+def test_a_lost_connection_to_the_volume_is_no_timeout_error(toy, volume, monkeypatch):
+    monkeypatch.setattr(volume, "reload", lambda: (_ for _ in ()).throw(TimeoutError("late")))
+    with pytest.raises(RuntimeError, match="timed out: late"):
+        run_local(make_job(name="n"))
 
 
 def test_a_timeout_without_a_checkpoint_is_a_failure(toy, volume):
@@ -709,7 +750,8 @@ def test_resume_name_finds_script_and_gpu(toy, account, volume):
     assert account["gpu"] == "L4"
 
 
-@pytest.mark.parametrize("outcome", [TimeoutError(), CalledProcessError(1, "x"), modal.exception.OutputExpiredError(), None])
+@pytest.mark.parametrize("outcome", [TimeoutError(), modal.exception.ConnectionError("no line"), CalledProcessError(124, "x", "y"),
+                                     modal.exception.OutputExpiredError(), modal.exception.FunctionTimeoutError(), None])
 def test_a_run_that_has_not_ended_is_not_resumed(toy, account, volume, monkeypatch, outcome):
     asked = []
 
@@ -720,14 +762,33 @@ def test_a_run_that_has_not_ended_is_not_resumed(toy, account, volume, monkeypat
     monkeypatch.setattr(modal, "FunctionCall", SimpleNamespace(from_id=lambda id: asked.append(id) or Call()))
     monkeypatch.setattr(modal, "current_function_call_id", lambda: "fc-1")
     train_modal.main(name="n")
-    if isinstance(outcome, TimeoutError):
+    if isinstance(outcome, (TimeoutError, modal.exception.ConnectionError)):
         account.clear()
-        with pytest.raises(SystemExit, match="collatz/n is running still, as fc-1"):
+        with pytest.raises(SystemExit, match="collatz/n is running still, as fc-1|no line"):
             train_modal.main(resume_name="n", gpu="L4")
         assert not account
     else:
         train_modal.main(resume_name="n")
     assert asked == ["fc-1"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"calls": [', '{"calls": [{"id": null}]}', '{"calls": 3}', ""])
+def test_a_damaged_record_is_one_line(toy, account, volume, text):
+    (volume.committed / "collatz/n").mkdir(parents=True)
+    (volume.committed / "collatz/n/modal.json").write_text(text)
+    (volume.committed / "collatz/n/last.pt").write_text("1")
+    with pytest.raises(SystemExit, match="collatz/n/modal.json on the Volume is damaged"):
+        train_modal.main(resume_name="n")
+    with pytest.raises(UserError, match="damaged"):
+        run_local(make_job(resume_name="n"))
+    assert not account
+
+
+def test_an_empty_name_rents_nothing(toy, account):
+    for flags in ({"pull": ""}, {"resume_name": ""}):
+        with pytest.raises(SystemExit, match="'' is no name of a run"):
+            train_modal.main(**flags)
+    assert not account
 
 
 def test_the_wandb_key_is_passed_on_when_it_is_asked_for(toy, account, monkeypatch):
@@ -748,7 +809,7 @@ def test_ctrl_c_reaches_modal_so_that_detached_runs_go_on(toy, account, monkeypa
 
 
 @pytest.mark.parametrize("error", [modal.exception.AuthError("Token missing"), modal.exception.FunctionTimeoutError("late"),
-                                   TimeoutError("1 h are over"), UserError("taken")])
+                                   RuntimeError("could not be committed"), UserError("taken")])
 def test_errors_of_modal_are_one_line(toy, account, monkeypatch, error):
     def fail(**_):
         raise error
@@ -798,12 +859,12 @@ def test_pull_that_breaks_off_can_be_repeated(toy, account, volume, monkeypatch,
 
     def broken(self, path, fileobj):
         read(self, path, fileobj)
-        if path.endswith("run.txt"):
+        if path.endswith("last.pt"):
             raise OSError("connection lost")
     monkeypatch.setattr(FakeVolume, "read_file_into_fileobj", broken)
     with pytest.raises(SystemExit, match="connection lost"):
         train_modal.main(pull="n")
-    assert not (home / "run.txt").exists()
+    assert not (home / "last.pt").exists() and (home / "run.txt").exists()
     monkeypatch.setattr(FakeVolume, "read_file_into_fileobj", read)
     train_modal.main(pull="n")
     assert sorted(p.name for p in home.iterdir()) == ["last.pt", "modal.json", "output.txt", "run.txt"]
@@ -814,11 +875,11 @@ def test_pull_overwrites_no_other_run(toy, account, volume, monkeypatch, tmp_pat
     monkeypatch.setattr(train_modal, "LOGS", tmp_path / "home")
     home = tmp_path / "home/collatz/n"
     home.mkdir(parents=True)
-    for name, text in (("last.pt", "mine"), ("output.txt", "mine")):
+    for name, text in (("last.pt", "mine"), ("output.txt", "mine"), ("run.txt", "")):
         (home / name).write_text(text)
         with pytest.raises(SystemExit, match="holds another run"):
             train_modal.main(pull="n")
-        assert {p.read_text() for p in home.iterdir()} == {"mine"}
+        assert (home / "last.pt").read_text() == "mine"
 
 
 def test_pull_of_what_is_not_there_or_not_clear(toy, account, volume):
@@ -861,7 +922,7 @@ def test_modal_run_reads_the_flags(monkeypatch, capsys):
                       "--timeout-hours", "0.5")
     assert "exit" not in asked and asked["gpu"] == "L4" and asked["timeout"] == 1800
     assert asked["job"]["flags"] == ["--seed", "3", "--layers", "32,32"] and asked["job"]["run"] == "collatz/n=1"
-    assert modal_run(monkeypatch, path, "--args", "--curriculum")["job"]["flags"] == ["--curriculum"]
+    assert modal_run(monkeypatch, path + "::main", "--args", "--curriculum")["job"]["flags"] == ["--curriculum"]
     asked = modal_run(monkeypatch, path, "--args", "--no-such 3")
     assert asked == {"exit": 2} and "collatz.py: error: unrecognized arguments" in capsys.readouterr().err
     asked = modal_run(monkeypatch, path, "--script", "nope.py")
