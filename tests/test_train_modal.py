@@ -403,6 +403,20 @@ def test_a_new_run_never_picks_up_an_old_folder(toy, volume):
     assert (volume.committed / "collatz/n/last.pt").read_text() == "1"
 
 
+def test_a_container_that_dies_at_its_very_start_has_claimed_the_folder(toy, volume, monkeypatch):
+    job = {**make_job(name="n"), "diff": "+x"}
+
+    def gone(*_, **__):
+        raise OSError("gone")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train_modal, "command_of", gone)
+        with pytest.raises(OSError, match="gone"):
+            run_local(job)
+    volume.commit()  # Modal commits now and then on its own
+    run_local(job)
+    assert record_of(volume, "collatz/n")["exit_code"] == 0
+
+
 def test_resume_name_goes_on_with_an_old_folder_on_purpose(toy, volume):
     run_local(make_job(name="n"))
     run_local(make_job(resume_name="n"))
@@ -872,6 +886,7 @@ def test_pull_that_breaks_off_can_be_repeated(toy, account, volume, monkeypatch,
 
 def test_pull_overwrites_no_other_run(toy, account, volume, monkeypatch, tmp_path):
     train_modal.main(name="n")
+    (volume.committed / "collatz/n/run.txt").write_text("time 1\n")
     monkeypatch.setattr(train_modal, "LOGS", tmp_path / "home")
     home = tmp_path / "home/collatz/n"
     home.mkdir(parents=True)
