@@ -380,11 +380,12 @@ def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeou
         job = make_job(args, script, gpu, name, timeout_hours, resume_name or "")
         check_folder(job, files or runs_named(Path(job["run"]).name, job["script"]))
         secrets = [modal.Secret.from_dict({"WANDB_API_KEY": os.environ["WANDB_API_KEY"]})] if job["wandb"] else []
+        device = None if job["gpu"] == "NONE" else job["gpu"]
         call = train.with_options(
-            gpu=None if job["gpu"] == "NONE" else job["gpu"], cpu=CORES * job["ranks"], memory=MEMORY * job["ranks"],
-            timeout=job["seconds"], secrets=secrets).spawn(job)  # spawned: with --detach it outlives this process
+            gpu=device, cpu=CORES * job["ranks"], memory=MEMORY * job["ranks"], timeout=job["seconds"],
+            secrets=secrets).spawn(job)  # spawned: with --detach it outlives this process
         rented = job["run"]
-        print(f"{rented} on {job['gpu']} for at most {timeout_hours:g} hours, and up to {RETRIES} times again",
+        print(f"{rented} on {device or 'a CPU'} for at most {timeout_hours:g} hours, and up to {RETRIES} times again",
               flush=True)
         call.get()
     except subprocess.CalledProcessError as e:

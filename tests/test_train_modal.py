@@ -725,7 +725,7 @@ def test_main_rents_what_was_asked_for(toy, account, volume, capsys):
     assert out.startswith("collatz/n on A100-80GB for at most 2.5 hours, and up to 3 times again\n")
     assert out.endswith("to bring it into logs/: modal run train_modal.py --script collatz.py --pull n\n")
     train_modal.main(gpu="none", name="m")
-    assert account["gpu"] is None
+    assert account["gpu"] is None and "collatz/m on a CPU for" in capsys.readouterr().out
     train_modal.main(script="ranks.py", gpu="H100:2", name="n")
     assert account["cpu"] == 4 and account["memory"] == 16384 and account["gpu"] == "H100:2"
 
