@@ -48,8 +48,9 @@ def autocast(device: torch.device, precision: str):
 
     precision: fp32, bf16, or auto = bf16 on a CUDA device that computes in it, fp32 everywhere else.
     """
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "auto":  # emulated bf16, as on a T4, is slower than fp32
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 

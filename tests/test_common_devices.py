@@ -98,8 +98,9 @@ def test_autocast_computes_in_the_precision_asked_for(precision, dtype):
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_auto_is_bf16_only_on_cuda_that_has_it(has_bf16, monkeypatch):
+    """A T4 has no bf16, but torch counts it as supported unless emulation is left out."""
     asked = []
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
     monkeypatch.setattr(torch, "autocast", lambda *what: asked.append(what))
     devices.autocast(torch.device("cuda", 0), "auto")
     devices.autocast(torch.device("mps"), "auto")
