@@ -192,8 +192,9 @@ def open_folder(job: dict) -> dict:
         return record  # a retry
     check_folder(job, [p.name for p in folder.iterdir()] if folder.is_dir() else [])
     folder.mkdir(parents=True, exist_ok=True)
-    call = {"id": modal.current_function_call_id(), **{key: job[key] for key in ("call", "gpu", "flags", "commit")}}
-    record = {"calls": [*record["calls"], call], "script": job["script"], "containers": 0, "exit_code": None}
+    call = {key: job[key] for key in ("call", "gpu", "flags", "commit")}
+    call["modal_id"] = modal.current_function_call_id()
+    record = {"calls": [*record["calls"], call], "containers": 0, "exit_code": None}
     write_json(file, record)  # first: it says whose folder this is
     if job["diff"] or (folder / "changes.diff").exists():
         with open(folder / "changes.diff", "a") as f:
@@ -294,7 +295,7 @@ def run_script(job: dict, record: dict, start: float) -> None:
 
 # ---- modal run
 
-def runs_named(name: str, script: str = "") -> dict[str, list[str]]:
+def find_runs(name: str, script: str = "") -> dict[str, list[str]]:
     """Runs of that name on the Volume, of one script or of any: {"collatz/NAME": ["last.pt", ...]}."""
     if not RUN.fullmatch(name):
         raise UserError(f"{name!r} is no name of a run")
@@ -307,9 +308,9 @@ def runs_named(name: str, script: str = "") -> dict[str, list[str]]:
     return found
 
 
-def the_run(name: str, script: str = "") -> tuple[str, list[str]]:
-    """The one of runs_named. Raises UserError when there is none, or more than one."""
-    found = runs_named(name, script)
+def find_run(name: str, script: str = "") -> tuple[str, list[str]]:
+    """The only one of find_runs. Raises UserError when there is none, or more than one."""
+    found = find_runs(name, script)
     if len(found) != 1:
         raise UserError(f"{', '.join(found)}: which one? add --script" if found else
                         f"no run {name}{f' of {script}' if script else ''} on the Volume {NAME}")
@@ -324,9 +325,9 @@ def last_call(run: str, files: list[str]) -> dict:
     """What modal.json says of the last call of a run. Raises UserError when that call has not ended."""
     calls = parse_record(read_volume(f"{run}/modal.json"), run)["calls"] if "modal.json" in files else []
     call = calls[-1] if calls else {}
-    if call.get("id"):
+    if call.get("modal_id"):
         try:
-            modal.FunctionCall.from_id(call["id"]).get(timeout=0)
+            modal.FunctionCall.from_id(call["modal_id"]).get(timeout=0)
         except TimeoutError:  # Modal's "not yet"
             raise UserError(f"{run} is running still, as {call['id']}; two cannot write into one folder") from None
         except (modal.exception.ConnectionError, modal.exception.AuthError):
@@ -341,7 +342,7 @@ def pull_run(name: str, script: str = "") -> Path:
 
     Raises UserError when the Volume has no such run or several, or logs/ has another of that name or a newer state.
     """
-    run, files = the_run(name, script)
+    run, files = find_run(name, script)
     home = LOGS / run
     if home.is_dir() and any(home.iterdir()):  # every start of a run, there or at home, adds to these two
         known = next((log for log in ("run.txt", "output.txt") if (home / log).is_file()), None)
@@ -374,11 +375,11 @@ def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeou
             return
         files: list[str] = []
         if resume_name is not None:
-            run, files = the_run(resume_name, script)
+            run, files = find_run(resume_name, script)
             before = last_call(run, files)
             script, gpu = f"{Path(run).parent}.py", gpu or before.get("gpu", "")
         job = make_job(args, script, gpu, name, timeout_hours, resume_name or "")
-        check_folder(job, files or runs_named(Path(job["run"]).name, job["script"]))
+        check_folder(job, files or find_runs(Path(job["run"]).name, job["script"]))
         secrets = [modal.Secret.from_dict({"WANDB_API_KEY": os.environ["WANDB_API_KEY"]})] if job["wandb"] else []
         device = None if job["gpu"] == "NONE" else job["gpu"]
         call = train.with_options(

@@ -62,7 +62,8 @@ class FakeVolume:
 
     def __init__(self, mounted: Path, committed: Path):
         self.mounted, self.committed, self.events = mounted, committed, []
-        mounted.mkdir(), committed.mkdir()
+        for folder in (mounted, committed):
+            folder.mkdir(exist_ok=True)
 
     def commit(self):
         for file in [p for p in self.mounted.rglob("*") if p.is_file()]:
@@ -438,26 +439,28 @@ def test_a_run_that_began_at_home_goes_on_at_modal_and_comes_back(toy, account, 
     assert (home / "last.pt").read_text() == "5"
 
 
-def send_when(condition, number=signal.SIGINT):
-    """Send this process a signal as soon as condition() holds."""
+def preempt(volume, job, seen, n=1):
+    """Run the job and send this process Ctrl-C as soon as the script's output has `seen` n times."""
+    log = volume.mounted / job["run"] / "output.txt"
+
+    ended = threading.Event()
+
     def wait():
-        for _ in range(2000):
-            if condition():
-                os.kill(os.getpid(), number)
-                return
-            time.sleep(0.02)
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+        while not ended.wait(0.02):
+            if log.is_file() and log.read_text().count(seen) >= n:
+                return os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_local(job)
+    finally:
+        ended.set()
 
 
 def test_a_preempted_container_saves_and_the_next_one_goes_on(toy, volume):
     (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "time.sleep(0 if args.resume else 60)"))
     job = make_job("--init-from w.pt", name="n")
-    log = volume.mounted / "collatz/n/output.txt"
-    send_when(lambda: log.is_file() and "from step" in log.read_text())
-    with pytest.raises(KeyboardInterrupt):
-        run_local(job)
+    preempt(volume, job, "from step")
     assert record_of(volume, "collatz/n")["exit_code"] is None and (volume.committed / "collatz/n/last.pt").read_text() == "1"
     run_local(job)
     record = record_of(volume, "collatz/n")
@@ -468,10 +471,7 @@ def test_a_preempted_container_saves_and_the_next_one_goes_on(toy, volume):
 def test_preempted_before_the_first_checkpoint_starts_anew(toy, volume):
     (toy / "collatz.py").write_text(TOY.replace("    finally:\n        (", "    finally:\n        args.sleep < 60 and ("))
     job = make_job("--sleep 60", name="n")
-    log = volume.mounted / "collatz/n/output.txt"
-    send_when(lambda: log.is_file() and "from step" in log.read_text())
-    with pytest.raises(KeyboardInterrupt):
-        run_local(job)
+    preempt(volume, job, "from step")
     (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "pass"))
     run_local(job)
     assert output_of(volume, "collatz/n").count("from step 0") == 2
@@ -481,11 +481,8 @@ def test_a_script_that_does_not_end_is_killed(toy, volume, monkeypatch):
     monkeypatch.setattr(train_modal, "GRACE", 0.3)
     (toy / "collatz.py").write_text(TOY.replace("time.sleep(args.sleep)", "signal.signal(signal.SIGINT, signal.SIG_IGN), "
                                                                             "print('deaf', flush=True), time.sleep(60)"))
-    log = volume.mounted / "collatz/n/output.txt"
-    send_when(lambda: log.is_file() and "deaf" in log.read_text())
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run_local(make_job(name="n"))
+    preempt(volume, make_job(name="n"), "deaf")
     assert time.monotonic() - start < 20 and volume.events[-1] == "commit" and not left_over(toy)
 
 
@@ -502,10 +499,7 @@ def test_ranks_of_torchrun_save_and_none_is_left(toy, volume, monkeypatch, deaf)
     else:
         ignore = ""
     (toy / "ranks.py").write_text("TORCHRUN = True\n" + TOY.replace("time.sleep(args.sleep)", f"{ignore}time.sleep(60)"))
-    log = volume.mounted / "ranks/n/output.txt"
-    send_when(lambda: log.is_file() and log.read_text().count("from step") == 2)
-    with pytest.raises(KeyboardInterrupt):
-        run_local(make_job("", "ranks.py", "H100:2", "n"))
+    preempt(volume, make_job("", "ranks.py", "H100:2", "n"), "from step", 2)
     assert not left_over(toy) and (volume.committed / "ranks/n/last.pt").exists() is not deaf
     assert threading.active_count() < 10
 
@@ -568,10 +562,7 @@ def test_the_script_is_told_before_a_slow_volume_eats_its_time(toy, volume, monk
 
 def test_preempted_while_it_saves_it_is_not_told_again(toy, volume):
     (toy / "collatz.py").write_text(TOY.replace("    finally:", "    finally:\n        print('saving', flush=True)\n        time.sleep(1)"))
-    log = volume.mounted / "collatz/n/output.txt"
-    send_when(lambda: log.is_file() and "saving" in log.read_text())
-    with pytest.raises(KeyboardInterrupt):
-        run_local({**make_job("--sleep 60", name="n"), "seconds": 4})
+    preempt(volume, {**make_job("--sleep 60", name="n"), "seconds": 4}, "saving")
     assert (volume.committed / "collatz/n/last.pt").read_text() == "1"
 
 
@@ -662,21 +653,18 @@ def test_an_interrupted_run_gives_the_numbers_of_an_unbroken_one(clone, volume, 
     subprocess.run([sys.executable, str(ROOT / "collatz.py"), *flags.split(), "--out-dir", str(tmp_path / "whole")],
                    check=True, capture_output=True)
     job = make_job(flags, name="n")
-    log = volume.mounted / "collatz/n/output.txt"
-
-    def reached():
-        return log.is_file() and "step    100 " in log.read_text()
+    reached = "step    100 "
     if killed:
         driver = f"""import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import json, train_modal, test_train_modal as t
 from pathlib import Path
-volume = t.FakeVolume.__new__(t.FakeVolume)
-volume.mounted, volume.committed, volume.events = Path({str(volume.mounted)!r}), Path({str(volume.committed)!r}), []
+volume = t.FakeVolume(Path({str(volume.mounted)!r}), Path({str(volume.committed)!r}))
 train_modal.volume, train_modal.LOGS, train_modal.HERE = volume, volume.mounted, Path({str(clone)!r})
 train_modal.COMMIT_EVERY = 0.2
 train_modal.train.local(json.loads({json.dumps(job)!r}))"""
         body = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not reached():
+        log = volume.mounted / "collatz/n/output.txt"
+        while not (log.is_file() and reached in log.read_text()):
             assert body.poll() is None
             time.sleep(0.01)
         children = Path(f"/proc/{body.pid}/task/{body.pid}/children").read_text().split()
@@ -684,9 +672,7 @@ train_modal.train.local(json.loads({json.dumps(job)!r}))"""
             os.kill(pid, signal.SIGKILL)
         body.wait()
     else:
-        send_when(reached)
-        with pytest.raises(KeyboardInterrupt):
-            run_local(job)
+        preempt(volume, job, reached)
         assert "stopped at step" in output_of(volume, "collatz/n")
     folder = volume.committed / "collatz/n"
     assert not (folder / "summary.json").exists() and record_of(volume, "collatz/n")["exit_code"] is None
