@@ -329,7 +329,7 @@ def last_call(run: str, files: list[str]) -> dict:
         try:
             modal.FunctionCall.from_id(call["modal_id"]).get(timeout=0)
         except TimeoutError:  # Modal's "not yet"
-            raise UserError(f"{run} is running still, as {call['id']}; two cannot write into one folder") from None
+            raise UserError(f"{run} is running still, as {call['modal_id']}; two cannot share a folder") from None
         except (modal.exception.ConnectionError, modal.exception.AuthError):
             raise
         except Exception:  # it has ended; how does not matter here
