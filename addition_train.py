@@ -1,26 +1,27 @@
 """Which transformers of a few hundred parameters learn to add two ten-digit numbers, and on which seeds?
 
-    python addition_train.py                                     # 8 seeds of 196 parameters, about 40 s, all grok
-    python addition_train.py --preset rope122 --seeds 0-15       # smaller, 16 seeds in one batched computation
-    python addition_train.py --preset ref456 --seeds 42-49       # the published 456 parameters that failed in the notes
+    python addition_train.py                                 # 8 seeds of 196 parameters, about 40 s: all grok
+    python addition_train.py --preset rope122 --seeds 0-15   # smaller, 16 seeds side by side
+    python addition_train.py --preset ref456 --seeds 42-49   # the published model, which failed in the notes
     python addition_train.py --add 1234567890+9876543210 --checkpoint logs/kept/addition_train/rope196
-    python evaluate_checkpoints.py logs/kept/addition_train/*/best_*.pt     # 100,000 pairs and tables for each
+    python evaluate_checkpoints.py logs/kept/addition_train/rope196   # 100,000 pairs, and tables
 
-All seeds of a run train side by side: the seed is the leading axis of every tensor. A model is one layer, so whatever
-comes before the attention depends on (position, token) alone: `batch_loss` looks it up in tables and computes only the
-positions that predict. The modules RotaryAdder and LearnedAdder are the same models written plainly.
-A run writes logs/addition_train/NAME/: args.json, run.txt, addition_train.py, metrics.csv, last.pt (all seeds),
-best_sSEED.pt (one model each), summary.json and pictures. Descends from yinglunz/A-456-Parameter-Transformer and from
-AdderBoard.
+RotaryAdder and LearnedAdder are plain modules of one model; `batch_loss` maps them over the seeds of a run,
+which train side by side. A seed groks if its last weights add 99 % of 100,000 fresh pairs without a wrong
+digit. A run writes logs/addition_train/NAME/: args.json, run.txt, addition_train.py, metrics.csv, last.pt
+(all seeds), best_sSEED.pt (one model each), summary.json and pictures. Descends from
+yinglunz/A-456-Parameter-Transformer and from AdderBoard.
 """
 from __future__ import annotations
 
+from common import files, flags  # before torch: a Ctrl-C while that loads is one line then
+
+# isort: split
 import argparse
 import inspect
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,50 +32,46 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.func import functional_call, vmap
+from torch.nn.utils import vector_to_parameters
 
 from common import checkpoint, devices, metrics, plots, run
 from common.evaluation import count_parameters, eval_mode, format_rate, wilson
-from common.run import UserError, integer, real
+from common.files import UserError
+from common.flags import integer, path, real
 
-SCRIPT, FORMAT = "addition_train.py", 1  # of its checkpoints
+SCRIPT = "addition_train.py"
 DIGITS, ANSWER = 10, 11                  # digits of an operand, of a sum
 LIMIT = 10**DIGITS                       # operands are below
-PLUS, EQUALS, EOS = 10, 11, 13           # tokens of the learned family; 0..9 are the digits, 12 is padding, never used
-MAX_BYTES = 10_000_000                   # a checkpoint of one of these models has a few kB
+PLUS, EQUALS, EOS = 10, 11, 13           # tokens of the learned family; 0..9 are the digits, 12 is never used
+HEAD, PERIOD = 4, 12                     # rotary: width of the head; positions a turn of the first frequency
+CHUNK = 50                               # steps whose batches are sampled at once
+MOST_SUMS = 1 << 20                      # sums a step over all seeds, about 20 kB each
 COMPILE_FROM = 2_500_000                 # sums in a run from which compiling the step, half a minute, pays
-CHUNK = 50                               # steps whose batches are drawn at once
 GROKKED = 0.99                           # exact match from which a seed counts
+VAL_SIZE, TEST_SIZE = 2000, 100_000      # pairs for choosing best_sSEED.pt, and at the end
 TRAIN, VALIDATION, TEST = 1, 2, 3        # streams of pairs
-SPLIT_SEEDS = (41, 100, 200, 300, 400, 500, 999, 1234, 7777, 31415)  # of the original evaluation, 10,000 pairs each
+SPLIT_SEEDS = (41, 100, 200, 300, 400, 500, 999, 1234, 7777, 31415)  # of the original's evaluation
 
-# What --preset sets; a flag on the command line wins. ref: the defaults of the original's command line.
-ROTARY = {"family": "rotary", "init": "arc+phase", "batch_size": 128, "optimizer": "soap", "lr": 0.05, "beta2": 0.99,
-          "weight_decay": 0.05, "decay_until": 0.4, "warmup": 0.1, "schedule": "linear", "min_lr_ratio": 0.0,
-          "entropy_bonus": 0.03, "entropy_until": 0.3, "steps": 3000, "eval_every": 100}
-REF = {"family": "learned", "init": "reference", "d_model": 7, "d_ff": 14, "batch_size": 512, "lr": 0.02,
-       "beta2": 0.999, "weight_decay": 0.01, "warmup": 1350, "steps": 27_000, "curriculum": "3:2000,6:7000",
-       "eval_every": 1000, "val_size": 5000}
+# What --preset changes in the default run, rope196. ref is the original's command line.
+LEARNED = {"family": "learned", "d_model": 7, "d_ff": 14, "init": "random", "weight_decay": 0.01}
+REF = {**LEARNED, "optimizer": "adamw", "schedule": "cosine", "batch_size": 512, "lr": 0.02, "warmup": 1350.0,
+       "fade_until": 0.0, "entropy_bonus": 0.0, "lengths": "3:2000,6:7000", "steps": 27_000,
+       "eval_every": 1000}
 LOW_RANK = {"pos_rank": 3, "qkv_rank": 3, "attn_out_rank": 2, "ffn_rank": 3, "use_rmsnorm": True,
             "tie_qkv": "shareA_tieKV"}
+TINY = {"d_model": 3, "d_ff": 2, "embedding": "arc", "steps": 10_000, "eval_every": 500}
 PRESETS = {
-    "rope196": {**ROTARY, "d_model": 4, "d_ff": 6, "steps": 2000},
-    "rope140": {**ROTARY, "d_model": 4, "d_ff": 4, "tie": "kv+oq"},
-    "rope122": {**ROTARY, "d_model": 3, "d_ff": 3, "lr": 0.06},
-    "rope62": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "kv+oq", "embedding": "arc", "steps": 10_000,
-               "eval_every": 500},
-    "rope36": {**ROTARY, "d_model": 3, "d_ff": 2, "tie": "all", "embedding": "arc", "steps": 10_000, "eval_every": 500},
+    "rope196": {},
+    "rope140": {"d_ff": 4, "tie": "kv+oq", "steps": 3000},
+    "rope122": {"d_model": 3, "d_ff": 3, "lr": 0.06, "steps": 3000},
+    "rope62": {**TINY, "tie": "kv+oq"},
+    "rope36": {**TINY, "tie": "all"},
     "ref": REF,
     "ref456": {**REF, **LOW_RANK, "steps": 54_000},
-    "grok456": {**REF, **LOW_RANK, "curriculum": "", "full_length": 1.0, "random_zeros": 1.5, "zeros_until": 1.0,
-                "optimizer": "soap", "basis_every": 100, "lr": 0.03, "beta2": 0.99, "warmup": 0.1, "schedule": "linear",
-                "min_lr_ratio": 0.0, "smooth_positions": 3.0, "entropy_bonus": 0.1, "entropy_until": 0.6,
-                "batch_size": 128, "steps": 10_000, "eval_every": 500, "val_size": 2000},
+    "grok456": {**LEARNED, **LOW_RANK, "lengths": "full", "random_zeros": 1.5, "lr": 0.03, "fade_until": 0.6,
+                "entropy_bonus": 0.1, "smooth_positions": 3.0, "steps": 10_000, "eval_every": 500},
 }
-FAMILY_FLAGS = {"rotary": ("head_dim", "period", "tie", "embedding"),
-                "learned": ("pos_rank", "qkv_rank", "attn_out_rank", "ffn_rank", "use_rmsnorm", "tie_qkv",
-                            "smooth_positions")}
-INITS = {"rotary": ("arc+phase", "random"), "learned": ("reference",)}
 
 
 # ---- Flags
@@ -83,166 +80,112 @@ def seed_list(text: str) -> list[int]:
     """An argparse type: seeds like 42-49,51."""
     seeds = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part.strip())
+        found = re.fullmatch(r" *([0-9]{1,10})(?:-([0-9]{1,10}))? *", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not (first <= last < 2**32 and last - first < 4096):
-            raise argparse.ArgumentTypeError(f"{part!r}: expected seeds like 43 or 42-49")
+            raise argparse.ArgumentTypeError(f"{part[:40]!r}: expected seeds like 43 or 42-49")
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"a seed stands there twice: {text}")
+        raise argparse.ArgumentTypeError(f"a seed stands there twice: {text[:60]}")
     return seeds
 
 
+def lengths(text: str) -> str:
+    """An argparse type: uniform, full, or DIGITS:STEP pairs in order of the steps."""
+    known = text in ("uniform", "full") or re.fullmatch(r"(([1-9]|10):[0-9]{1,9},?)+(?<!,)", text)
+    steps = [step for _, step in curriculum(text)] if known else [1, 0]
+    if steps != sorted(steps):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: expected uniform, full, or pairs like 3:2000,6:7000")
+    return text
+
+
 def curriculum(text: str) -> list[tuple[int, int]]:
-    """(digits, step) pairs of a text like 3:2000,6:7000: operands of up to 3 digits before step 2000, and so on."""
-    parts = text.split(",") if text else []
-    phases = [tuple(map(int, x.split(":"))) for x in parts if re.fullmatch(r"\d{1,2}:\d{1,9}", x)]
-    in_order = phases == sorted(phases, key=lambda phase: phase[1])
-    if len(phases) < len(parts) or not in_order or any(not 1 <= d <= DIGITS for d, _ in phases):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected DIGITS:STEP pairs like 3:2000,6:7000, digits 1..{DIGITS}")
-    return phases
+    """(digits, step) pairs: operands of up to 3 digits before step 2000, and so on; or none."""
+    return [tuple(map(int, phase.split(":"))) for phase in text.split(",") if ":" in phase]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = run.Parser(description=__doc__)
-    p.add_argument("--preset", choices=list(PRESETS), help="sets defaults of model and training; those shown here "
-                   "are rope196's (default: rope196, or ref, the original's, where a flag of its model is given)")
+def add_evaluation_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the flags of evaluate_checkpoints.py that only addition models have."""
+    g = p.add_argument_group("addition")
+    g.add_argument("--n", type=integer(1, 1 << 22), default=10_000, help="pairs for each split seed; tables have "
+                   "n / 10 an entry, that of operand lengths n / 50")
+    g.add_argument("--split-seeds", type=seed_list, default=list(SPLIT_SEEDS), metavar="A-B,C",
+                   help="seeds of the test pairs (default: the original's ten)")
+    g.add_argument("--mode", choices=["tf", "ar"], default="tf",
+                   help="tf: one teacher-forced pass; ar: greedy decoding, digit by digit")
+
+
+def parse_args(argv: list[str] | None = None) -> flags.Flags:
+    p = flags.Parser(description=__doc__)
+    p.add_argument("--preset", choices=list(PRESETS), help="changes these defaults, which are rope196's "
+                   "(default: rope196, or ref where a flag of its low-rank maps is given)")
 
     g = p.add_argument_group("data")
-    g.add_argument("--seeds", type=seed_list, metavar="A-B,C", help="one model for each (default: --seed, or 0-7)")
-    g.add_argument("--batch-size", type=integer(1, 1 << 16), help="sums per step and seed")
-    g.add_argument("--full-length", type=real(0, 1), default=0.0, help="share of sums with ten digits; in the others "
-                   "both operands are below 10^n, n uniform in 1..10")
-    g.add_argument("--random-zeros", type=real(0, 10), default=0.0, help="share of sums in which each operand's digits "
-                   "are set to 0 at random, at a rate drawn for each operand; above 1: all, until it has fallen to 1")
-    g.add_argument("--zeros-until", type=real(0, 1), default=0.0, help="share of the run at whose end the share of "
-                   "random zeros, which falls linearly, is 0; 0: it does not fall")
-    g.add_argument("--curriculum", metavar="N:STEP,...", default="",
-                   help="n at most N before STEP, e.g. 3:2000,6:7000; default: none")
+    g.add_argument("--seeds", type=seed_list, metavar="A-B,C", help="one model each (default: --seed, or 0-7)")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="sums per step and seed")
+    g.add_argument("--lengths", type=lengths, default="uniform", help="both operands are below 10^n. uniform: n in "
+                   "1..10; full: n = 10; 3:2000,6:7000: n in 1..3 before step 2000, 1..6 before 7000, then 1..10")
+    g.add_argument("--random-zeros", type=real(0, 10), default=0.0, help="share of sums whose operands' digits are "
+                   "set to 0 at random, each operand at a rate of its own; falls in a line to 0 at the end")
 
     g = p.add_argument_group("model")
-    g.add_argument("--d-model", type=integer(2, 1024), help="width of the residual stream")
-    g.add_argument("--d-ff", type=integer(1, 4096), help="hidden width of the feed-forward layer")
-    g.add_argument("--init", choices=sorted({x for y in INITS.values() for x in y}),
-                   help="rotary: arc+phase (digits on an arc, queries and keys in phase) or random; learned: reference")
-    g.add_argument("--head-dim", type=integer(4, 256), default=4, help="rotary: width of the head, a multiple of 4")
-    g.add_argument("--period", type=real(2, 1e6), default=12.0, help="rotary: positions a turn of the first frequency")
-    g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: K = V and O = Q^T; all: "
-                   "everything from Q, gate and up, and one norm")
+    g.add_argument("--family", choices=["rotary", "learned"], default="rotary", help="kind of positions")
+    g.add_argument("--d-model", type=integer(2, 1024), default=4, help="width of the residual stream")
+    g.add_argument("--d-ff", type=integer(1, 4096), default=6, help="hidden width of the feed-forward layer")
+    g.add_argument("--init", choices=["arc+phase", "random"], default="arc+phase", help="arc+phase, for rotary: "
+                   "digits on an arc, queries and keys in phase; random, for learned: the original's")
+    g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: what shares weights")
     g.add_argument("--embedding", choices=["table", "arc"], default="table", help="rotary: arc has 3 parameters")
     g.add_argument("--pos-rank", type=integer(0), default=0, help="learned: rank of the positions; 0: full")
     g.add_argument("--qkv-rank", type=integer(0), default=0, help="learned: rank of Q, K and V; 0: full")
-    g.add_argument("--attn-out-rank", type=integer(0), default=0, help="learned: rank of the output map; 0: full")
-    g.add_argument("--ffn-rank", type=integer(0), default=0, help="learned: rank of both feed-forward maps; 0: full")
+    g.add_argument("--attn-out-rank", type=integer(0), default=0, help="learned: of the output map; 0: full")
+    g.add_argument("--ffn-rank", type=integer(0), default=0, help="learned: of both feed-forward maps; 0: full")
     g.add_argument("--use-rmsnorm", action="store_true", help="learned: RMSNorm in place of LayerNorm")
-    g.add_argument("--tie-qkv", choices=["none", "shareA", "shareA_tieKV", "shareA_tieQK"], default="none",
-                   help="learned: what Q, K and V = h A B share")
+    g.add_argument("--tie-qkv", choices=["none", "shareA_tieKV"], default="none",
+                   help="learned: shareA_tieKV is Q = h A B_q, K = V = h A B_kv")
 
     g = p.add_argument_group("optimization")
-    g.add_argument("--steps", "--train-steps", type=integer(1), help="optimizer steps of each seed")
-    g.add_argument("--optimizer", choices=["adamw", "soap"], default="adamw", help="soap: AdamW in the eigenbasis of "
-                   "the covariance of a seed's gradient")
-    g.add_argument("--basis-every", type=integer(1), default=25, help="soap: steps between new eigenbases")
-    g.add_argument("--lr", type=real(0, 10, above=True), help="peak learning rate")
-    g.add_argument("--schedule", choices=["cosine", "linear"], default="cosine", help="of lr after the warm-up")
-    g.add_argument("--beta2", type=real(0, 0.999999), help="of AdamW; beta1 is 0.9")
-    g.add_argument("--weight-decay", type=real(0, 1), help="decoupled, on every parameter")
-    g.add_argument("--decay-until", type=real(0, 1), default=0.0, help="share of the run at whose end the weight "
-                   "decay, which falls linearly, is 0; 0: it does not fall")
-    g.add_argument("--warmup", "--warmup-steps", type=real(0), help="steps in which lr rises from 0; below 1: a share")
-    g.add_argument("--min-lr-ratio", type=real(0, 1), default=0.1, help="lr at the end, as a share of --lr")
+    g.add_argument("--steps", "--train-steps", type=integer(1), default=2000, help="of the optimizer, each seed")
+    g.add_argument("--optimizer", choices=["soap", "adamw"], default="soap", help="soap: Adam in the eigenbasis of "
+                   "the covariance of a seed's gradient, beta2 0.99; adamw: beta2 0.999")
+    g.add_argument("--lr", type=real(0, 10, above=True), default=0.05, help="peak learning rate")
+    g.add_argument("--schedule", choices=["linear", "cosine"], default="linear",
+                   help="of lr behind the warm-up: linear to 0, or cosine to a tenth")
+    g.add_argument("--warmup", "--warmup-steps", type=real(0), default=0.1,
+                   help="steps in which lr rises from 0; below 1: a share of the run")
+    g.add_argument("--weight-decay", type=real(0, 1), default=0.05, help="decoupled, of all parameters; fades")
+    g.add_argument("--entropy-bonus", type=real(0), default=0.03, help="reward in nats of loss for each nat of "
+                   "entropy of the attention, which keeps it soft; fades")
     g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the second "
-                   "differences of the positions (or their factor A), fading until 70 %% of the run; 0: off")
-    g.add_argument("--entropy-bonus", type=real(0), default=0.0, help="reward in nats of loss for each nat of entropy "
-                   "of the attention, which keeps it soft; falls linearly")
-    g.add_argument("--entropy-until", type=real(0, 1, above=True), default=0.5, help="share of the run when it is 0")
-    g.add_argument("--grad-clip", type=real(0), default=1.0, help="gradient norm of a seed; 0: no clipping")
-    g.add_argument("--restart-stuck", action="store_true", help="start a seed anew, from other random weights, if it "
-                   "has below 1 %% a quarter of the run after its start; counted and reported")
-    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                   help="torch.compile of the step, eager where it fails; auto: in runs of 2.5 million sums or more, "
-                   "as it takes half a minute")
+                   "differences of the positions (or of their factor A); fades; 0: off")
+    g.add_argument("--fade-until", type=real(0, 1), default=0.4, help="share of the run at whose end what fades has "
+                   "fallen to 0 in a line; 0: nothing fades")
+    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile of the step, "
+                   "eager where it fails; auto: in runs of 2.5 million sums or more")
 
-    g = p.add_argument_group("evaluation")
-    g.add_argument("--eval-every", "--eval-interval", type=integer(1), default=500,
+    g = p.add_argument_group("evaluation, or instead of training")
+    g.add_argument("--eval-every", "--eval-interval", type=integer(1), default=100,
                    help="steps between validations and saves")
-    g.add_argument("--val-size", type=integer(1, 1 << 20), default=2000, help="pairs for choosing best_sSEED.pt")
-    g.add_argument("--test-size", type=integer(1, 1 << 24), default=100_000, help="fresh pairs at the end")
+    g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate a trained model, or a run's best")
+    g.add_argument("--add", metavar="A+B", help="let --checkpoint answer one sum, digit by digit")
+    g.add_argument("--export-submission", type=path, metavar="FILE.py", help="write --checkpoint for AdderBoard")
+    g.add_argument("--plot", type=path, metavar="RUN", help="draw the pictures of this run again")
+    flags.add_run_arguments(p)
 
-    g = p.add_argument_group("instead of training")
-    g.add_argument("--checkpoint", metavar="PATH", help="a trained model: evaluate it, or --add, --export-submission")
-    g.add_argument("--add", metavar="A+B", help="answer one sum, digit by digit")
-    g.add_argument("--export-submission", metavar="FILE.py", help="write the model as a file for AdderBoard's verifier")
-    g.add_argument("--plot", metavar="RUN", type=Path, help="draw the pictures of this run again")
-    run.add_run_arguments(p)
-    p.add_argument("--run-name", dest="name", default=argparse.SUPPRESS, help="the same as --name, as in the original")
-
-    flags = set().union(*PRESETS.values())
-    plain = {a.dest: a.default for a in p._actions if a.dest in flags}
-    p.set_defaults(**PRESETS["rope196"])  # what --help shows
-    first = run.parse(p, argv)
-    preset = first.preset or ("ref" if set(FAMILY_FLAGS["learned"]) & set(first.given) else "rope196")
-    p.set_defaults(**{**plain, **PRESETS[preset], "preset": preset})
-    args = run.parse(p, argv)
-    family = args.family
+    args = flags.parse(p, argv)
+    if args.preset is None:
+        args.preset = "ref" if set(LOW_RANK) & set(args.given) else "rope196"
+    flags.use(args, PRESETS[args.preset])
     if args.seeds is None:
         args.seeds = [args.seed] if "seed" in args.given else list(range(8))
     elif "seed" in args.given and args.seeds != [args.seed]:
         p.error("argument --seed: not together with --seeds")
     args.seed = args.seeds[0]
     try:
-        phases = curriculum(args.curriculum)
-        n_params = count_parameters(make_module(make_config(vars(args), "flags")))
-    except (argparse.ArgumentTypeError, UserError) as e:
-        p.error(str(e) if isinstance(e, UserError) else f"argument --curriculum: {e}")
-    foreign = [f for f in FAMILY_FLAGS["learned" if family == "rotary" else "rotary"] if f in args.given]
-    modes = [m for m in (args.add or args.export_submission or args.checkpoint, args.plot, args.resume) if m]
-    paths = ("checkpoint", "add", "export_submission", "resume", "init_from", "out_dir")
-    empty = [f for f in paths if vars(args)[f] == ""]
-    idle = sorted(set(args.given) - {"checkpoint", "add", "export_submission", "device", "threads", "precision"})
-    need = memory_needed(args, n_params)
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
-    for wrong, message in (
-        (foreign, f"--{(foreign or [''])[0].replace('_', '-')}: not a flag of the {family} models ({preset})"),
-        (args.init not in INITS[family], f"--init: {args.init} is not for the {family} models"),
-        ("curriculum" in args.given and phases and phases[-1][1] >= args.steps,
-         f"--curriculum: longer than the {args.steps} steps of the run"),
-        ("warmup" in args.given and args.warmup >= args.steps,
-         f"--warmup: {args.warmup:g} steps of a run of {args.steps}"),
-        (args.optimizer == "soap" and n_params > 2000, f"--optimizer: soap has a basis of all {n_params} parameters at "
-         "once; it is for models of up to 2000"),
-        (args.precision == "bf16", "--precision: these models are trained in fp32"),
-        (len(modes) > 1, "--checkpoint: one of --checkpoint, --plot, --resume at a time"),
-        (args.add and args.export_submission, "--add: not together with --export-submission"),
-        ((args.add or args.export_submission) and not args.checkpoint, "--checkpoint: which model? give its path"),
-        (args.resume and args.init_from, "--init-from: not together with --resume"),
-        (args.checkpoint and idle and not empty,
-         f"--checkpoint: not together with --{(idle or [''])[0].replace('_', '-')}, a flag of training"),
-        (empty, f"--{(empty or [''])[0].replace('_', '-')}: empty"),
-        (need > 0.6 * have, f"--batch-size: {len(args.seeds)} seeds x {args.batch_size} sums need about "
-         f"{need / 1e9:.0f} GB of the {have / 1e9:.0f} GB here"),
-    ):
-        if wrong:
-            p.error(f"argument {message}")
+        config_of(args)
+    except UserError as e:
+        p.error(f"{e} (preset {args.preset})")
     return args
-
-
-def flags_of(args: argparse.Namespace) -> list[str]:
-    """The command line that gives the training flags in a namespace: the preset, and what differs from it."""
-    flags, preset = [], PRESETS.get(args.preset, {})
-    foreign = FAMILY_FLAGS["learned" if args.family == "rotary" else "rotary"]
-    for name, value in vars(args).items():
-        own = name not in ("given", "family", "seed", *foreign, *run.RUN_FLAGS) and value != preset.get(name)
-        if own and value is not None and value is not False:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [text])
-    return flags
-
-
-def memory_needed(args: argparse.Namespace, n_params: int) -> float:
-    """Bytes of the step, a chunk of batches and the optimizer, roughly: attention weights in fp32, tokens in int64."""
-    per_sum = 4 * 12 * 34 * (8 + args.d_model) + 4 * 12 * 6 * args.d_ff + CHUNK * 8 * 60
-    return len(args.seeds) * (args.batch_size * per_sum + 24 * n_params * (n_params if args.optimizer == "soap" else 1))
 
 
 # ---- Problem: digits, carries, tokens
@@ -268,10 +211,10 @@ def digit_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def encode(family: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of sums: digits (..., 10) twice, least significant first -> input (..., J) and target (..., Q).
+    """Tokens of sums: digits (..., 10) twice, least significant first -> input (..., T) and target (..., Q).
 
-    rotary:  0, a, 0 0, b, 0, then the sum, all least significant digit first; J = 34, Q = 11.
-    learned: a + b =, most significant first, then the sum least significant first, EOS; J = 33, Q = 12.
+    rotary:  0, a, 0 0, b, 0, then the sum, all least significant digit first; T = 34, Q = 11.
+    learned: a + b =, most significant first, then the sum least significant first, EOS; T = 33, Q = 12.
     The last Q positions of the input predict the target (teacher forcing).
     """
     c = digit_sum(a, b)
@@ -285,57 +228,75 @@ def encode(family: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.nd
             np.concatenate([c, token(EOS)], -1))
 
 
+def number(digits: np.ndarray) -> int | None:
+    """The number of digits (n,), least significant first; None if one of the tokens is no digit."""
+    return int("".join(map(str, digits[::-1]))) if ((digits >= 0) & (digits <= 9)).all() else None
+
+
 # ---- Data: pure functions of a stream's name, so that a resumed run needs no generator state
 
-def uniform_pairs(stream: Sequence[int], n: int, digits: int = DIGITS) -> tuple[np.ndarray, np.ndarray]:
-    """Digits (n, 10) of n uniform pairs of operands below 10^digits."""
+Pairs = tuple[np.ndarray, np.ndarray]    # digits (n, 10) of both operands
+
+
+def uniform_pairs(stream: Sequence[int], n: int, digits: int = DIGITS) -> Pairs:
+    """n uniform pairs of operands below 10^digits."""
     x = np.random.default_rng(stream).integers(0, 10, (n, 2, DIGITS), dtype=np.int8)
     x[..., digits:] = 0
     return x[:, 0], x[:, 1]
 
 
-def batches(chunk: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batches of CHUNK steps: tokens (CHUNK, S, J, B), targets (CHUNK, S, Q, B). Each seed has its own stream."""
-    steps, B = chunk * CHUNK + np.arange(CHUNK), args.batch_size
-    most = np.full(CHUNK, DIGITS)
-    for digits, until in reversed(curriculum(args.curriculum)):
-        most[steps < until] = digits
-    drawn = []
-    for seed in args.seeds:
-        rng = np.random.default_rng([seed, TRAIN, chunk])
-        x = rng.integers(0, 10, (CHUNK, B, 2, DIGITS), dtype=np.int8)
+def sample_pairs(seed: int, chunk: int, args: argparse.Namespace) -> np.ndarray:
+    """The training sums of one seed in the CHUNK steps from chunk * CHUNK on: digits (CHUNK, B, 2, 10)."""
+    rng, B = np.random.default_rng([seed, TRAIN, chunk]), args.batch_size
+    steps = chunk * CHUNK + np.arange(CHUNK)
+    x = rng.integers(0, 10, (CHUNK, B, 2, DIGITS), dtype=np.int8)
+    if args.lengths != "full":
+        most = np.full(CHUNK, DIGITS)
+        for digits, until in reversed(curriculum(args.lengths)):
+            most[steps < until] = digits
         n = rng.integers(1, most[:, None] + 1, (CHUNK, B))
-        n = np.where(rng.random((CHUNK, B)) < args.full_length, most[:, None], n)
         x[np.broadcast_to(np.arange(DIGITS) >= n[:, :, None, None], x.shape)] = 0
-        if args.random_zeros:
-            share = args.random_zeros * faded(torch.from_numpy(steps), args.zeros_until * args.steps).numpy()
-            rate = rng.random((CHUNK, B, 2, 1)) * (rng.random((CHUNK, B, 1, 1)) < share[:, None, None, None])
-            x[rng.random(x.shape) < rate] = 0
-        drawn.append(x)
-    x = np.stack(drawn, 1)
+    if args.random_zeros:
+        share = args.random_zeros * (1 - steps / args.steps)
+        touched = rng.random((CHUNK, B, 1, 1)) < share[:, None, None, None]
+        rate = rng.random((CHUNK, B, 2, 1)) * touched
+        x[rng.random(x.shape) < rate] = 0
+    return x
+
+
+def batches(chunk: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batches of CHUNK steps: tokens (CHUNK, S, T, B), targets (CHUNK, S, Q, B). Each seed has its own
+    stream."""
+    x = np.stack([sample_pairs(seed, chunk, args) for seed in args.seeds], 1)
     tokens, target = encode(args.family, x[..., 0, :], x[..., 1, :])
-    return tuple(torch.from_numpy(np.ascontiguousarray(t.swapaxes(-1, -2))).long().to(args.device)
-                 for t in (tokens, target))
+    return batch_last(tokens).to(args.device), batch_last(target).to(args.device)
 
 
-def split_pairs(seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of the n test pairs that the original's evaluation draws for a split seed: those after 5,000 others."""
+def batch_last(tokens: np.ndarray) -> torch.Tensor:
+    """(..., B, T) -> (..., T, B), as the models read them."""
+    return torch.from_numpy(np.ascontiguousarray(tokens.swapaxes(-1, -2))).long()
+
+
+def split_pairs(seed: int, n: int) -> Pairs:
+    """The n test pairs that the original's evaluation draws for a split seed: those behind 5,000 others."""
     g = torch.Generator().manual_seed(seed)
-    a, b = (torch.randint(0, LIMIT, (max(2 * (5000 + n), 4096),), generator=g)[5000:5000 + n].numpy() for _ in range(2))
-    return digits_of(a, DIGITS), digits_of(b, DIGITS)
+    a, b = (torch.randint(0, LIMIT, (max(2 * (5000 + n), 4096),), generator=g).numpy() for _ in range(2))
+    return digits_of(a[5000:5000 + n], DIGITS), digits_of(b[5000:5000 + n], DIGITS)
 
 
-# ---- Model. T positions, J of the input, Q of them predict; V tokens, D width, H head width, F feed-forward width
+# ---- Model. T positions of the input, the last Q of them predict; V tokens, width D, head width H, B sums.
+# Features come first and the batch last, (D, T, B): with widths of 3 to 14, that is what makes a step fast.
 
 @dataclass(frozen=True)
 class Config:
-    """What is needed to rebuild a model; the names of the learned family are those of published checkpoints."""
+    """What is needed to rebuild a model. Raises UserError naming what cannot be.
+
+    The names of the learned family are those of published checkpoints.
+    """
     family: str
     d_model: int
     d_ff: int
-    head_dim: int = 4           # rotary
-    period: float = 12.0
-    tie: str = "none"
+    tie: str = "none"           # rotary
     embedding: str = "table"
     pos_rank: int = 0           # learned
     qkv_rank: int = 0
@@ -344,106 +305,161 @@ class Config:
     use_rmsnorm: bool = False
     tie_qkv: str = "none"
 
+    def __post_init__(self):
+        choices = {"family": ("rotary", "learned"), "tie": ("none", "kv+oq", "all"), "embedding": ("table", "arc"),
+                   "tie_qkv": ("none", "shareA_tieKV")}
+        foreign = fields(self)[5:] if self.family == "rotary" else fields(self)[3:5]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            low, high = {"d_model": (2, 1024), "d_ff": (1, 4096)}.get(f.name, (0, self.d_model))
+            sound = type(value).__name__ == f.type and (
+                value in choices[f.name] if f.type == "str" else low <= value <= high)
+            if not sound or (f in foreign and value != f.default):
+                raise UserError(f"{f.name} {value!r:.40} cannot be in a {self.family!r:.10} model")
+        if self.tie_qkv != "none" and not self.qkv_rank:
+            raise UserError(f"tie_qkv {self.tie_qkv} needs a qkv_rank above 0")
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis. Zhang and Sennrich, arXiv:1910.07467."""
 
-    def __init__(self, width: int, eps: float):
+class Norm(nn.Module):
+    """RMSNorm over the features of (D, T, B), Zhang and Sennrich, arXiv:1910.07467; LayerNorm if it has a
+    bias."""
+
+    def __init__(self, width: int, eps: float, bias: bool = False):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        if self.bias is not None:
+            x = x - x.mean(0, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(0, keepdim=True) + self.eps) * self.weight[:, None, None]
+        return x if self.bias is None else x + self.bias[:, None, None]
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Softmax of the causal scores, times v: q, k, v (B, T, H) -> (B, T, H)."""
-    T = q.shape[1]
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(1, 2)) * q.shape[-1]**-0.5
-    return scores.masked_fill(future, -math.inf).softmax(-1) @ v             # (B, T, T) @ (B, T, H)
+def linear(x: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (in, out), one after the other, on the features of x: (in, T, B) -> (out, T, B)."""
+    for w in matrices:
+        x = (w.T @ x.flatten(1)).unflatten(1, x.shape[1:])
+    return x
 
 
-def rotary_angles(c: Config, T: int) -> torch.Tensor:
-    """Angle of each pair of the head at each position (T, H / 2): 2 pi / period, then 3^-1/2, 3^-1, ... a position."""
-    frequency = torch.tensor([2 * math.pi / c.period, *(3 ** (-i / 2) for i in range(1, c.head_dim // 2))])
-    return torch.arange(T)[:, None] * frequency
+def one_hot(tokens: torch.Tensor, V: int) -> torch.Tensor:
+    """Tokens (T, B) -> (T, V, B); a token that is none of the V gives zeros."""
+    return (tokens[:, None] == torch.arange(V, device=tokens.device)[:, None]).to(torch.get_default_dtype())
+
+
+def look_up(table: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
+    """What each position's token has in a table of all tokens: (D, T or 1, V), one-hot (T, V, B) -> (D, T,
+    B).
+
+    Nothing before the attention depends on the other positions, so that it is computed for V tokens and not
+    for B sums.
+    """
+    return torch.einsum("dtv,tvb->dtb", table, hot)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (H, Q, B) of the last Q positions, k and v (H, T, B) of all -> (H, Q, B), and the weights (Q, T,
+    B)."""
+    Q, T = q.shape[1], k.shape[1]
+    score = torch.full((Q, T), -1e30, device=q.device, dtype=q.dtype).triu(1 + T - Q)[:, :, None]
+    for q_i, k_i in zip(q, k, strict=True):  # H is 3 to 7: a sum term by term needs no tensor of (H, Q, T, B)
+        score = torch.addcmul(score, q_i[:, None], k_i)
+    weight = score.softmax(1)
+    return torch.stack([(weight * v_i).sum(1) for v_i in v]), weight
+
+
+def rotary_angles(T: int) -> torch.Tensor:
+    """Angle of both pairs of the head at each position (2, T, 1): 2 pi / PERIOD and 3^-1/2 a position."""
+    return torch.tensor([2 * math.pi / PERIOD, 3**-0.5])[:, None, None] * torch.arange(T)[:, None]
 
 
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x_i, x_{i + H/2}) of (..., H) by angle (..., H / 2). Su et al., arXiv:2104.09864."""
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    """Turn the pairs (x_i, x_{i + H/2}) of (H, T, B) by angle (H / 2, T, 1). Su et al., arXiv:2104.09864."""
+    a, b = x.chunk(2)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
 
 
 def arc(p: torch.Tensor, width: int) -> torch.Tensor:
-    """Digits on an arc: radius, start and step (..., 3) -> (..., 10, width), zero beyond two coordinates."""
-    angle = p[..., 1, None] + p[..., 2, None] * torch.arange(10, device=p.device)
-    return F.pad(p[..., 0, None, None] * torch.stack([angle.cos(), angle.sin()], -1), (0, width - 2))
+    """Digits on an arc: radius, start and step (3,) -> (10, width), zero beyond two coordinates."""
+    angle = p[1] + p[2] * torch.arange(10, device=p.device)
+    return F.pad(p[0] * torch.stack([angle.cos(), angle.sin()], 1), (0, width - 2))
 
 
-def untied(p: dict[str, torch.Tensor], c: Config) -> dict[str, torch.Tensor]:
-    """Adds the matrices that a tied rotary model derives: of one model, or of many along leading axes.
-
-    kv+oq: V = K, O = Q^T. all: K is Q with its first pair turned by an angle, V = Q, O = Q^T, down is up^T with its
-    first two outputs turned by another one (after AdderBoard's 36-parameter model).
-    """
-    def turned(w: torch.Tensor, i: int, j: int, angle: torch.Tensor) -> torch.Tensor:
-        cos, sin, columns = angle.cos(), angle.sin(), list(w.unbind(-1))
-        a, b = columns[i], columns[j]
-        columns[i], columns[j] = a * cos - b * sin, b * cos + a * sin
-        return torch.stack(columns, -1)
-    if c.tie == "none":
-        return p
-    if c.tie == "all":
-        p = {**p, "wk": turned(p["wq"], 0, c.head_dim // 2, p["wk_angle"]), "wv": p["wq"],
-             "down": turned(p["up"].mT, 0, 1, p["down_angle"])}
-    return {"wv": p["wk"], **p, "wo": p["wq"].mT}
+def turn_columns(w: torch.Tensor, i: int, j: int, angle: torch.Tensor) -> torch.Tensor:
+    """A matrix with its columns i and j turned into each other by an angle (1,)."""
+    columns = list(w.unbind(1))
+    columns[i], columns[j] = (columns[i] * angle.cos() - columns[j] * angle.sin(),
+                              columns[j] * angle.cos() + columns[i] * angle.sin())
+    return torch.stack(columns, 1)
 
 
 class RotaryAdder(nn.Module):
     """One layer, one head, rotary positions, QK-norm, SwiGLU, no biases, the output tied with the embedding.
 
-    Digit k of a, digit k of b and the position that predicts digit k of the sum stand 22 and 10 apart: with a period of
-    12 positions both operands' digits have the same angle, so one frequency can attend to both.
+    Digit k of a, digit k of b and the position that predicts digit k of the sum stand 22 and 10 apart: with a
+    period of 12 positions both operands' digits have the same angle, so one frequency can attend to both.
     """
     V, PROMPT, OUTPUTS = 10, 24, 11
 
     def __init__(self, c: Config):
         super().__init__()
-        D, H = c.d_model, c.head_dim
         self.config = c
-        self.norm1, self.q_norm = RMSNorm(D, 1e-6), RMSNorm(H, 1e-6)
+        D = c.d_model
+        self.norm1, self.q_norm = Norm(D, 1e-6), Norm(HEAD, 1e-6)
         if c.tie == "all":
             self.norm2 = self.norm_f = self.norm1
             self.k_norm = self.q_norm
         else:
-            self.norm2, self.norm_f, self.k_norm = RMSNorm(D, 1e-6), RMSNorm(D, 1e-6), RMSNorm(H, 1e-6)
+            self.norm2, self.norm_f, self.k_norm = Norm(D, 1e-6), Norm(D, 1e-6), Norm(HEAD, 1e-6)
         shapes = {"emb": (10, D) if c.embedding == "table" else (3,),
-                  "wq": (D, H), "wk": (D, H), "wv": (D, H), "wo": (H, D),
-                  "gate": (D, c.d_ff), "up": (D, c.d_ff), "down": (c.d_ff, D), "wk_angle": (1,), "down_angle": (1,)}
+                  "wq": (D, HEAD), "wk": (D, HEAD), "wv": (D, HEAD), "wo": (HEAD, D),
+                  "gate": (D, c.d_ff), "up": (D, c.d_ff), "down": (c.d_ff, D),
+                  "wk_angle": (1,), "down_angle": (1,)}
         derived = {"none": ("wk_angle", "down_angle"), "kv+oq": ("wv", "wo", "wk_angle", "down_angle"),
                    "all": ("wk", "wv", "wo", "down")}[c.tie]
         for name in (x for x in shapes if x not in derived):
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])))
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, T) -> logits (B, T, V)."""
-        c, T = self.config, idx.shape[1]
-        w = untied(dict(self.named_parameters(recurse=False)), c)
-        emb = w["emb"] if c.embedding == "table" else arc(w["emb"], c.d_model)
-        angle = rotary_angles(c, T).to(idx.device)
-        x = emb[idx]                                                       # (B, T, D)
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """The parameters that are no gains, and the matrices that a tied model derives from them.
+
+        kv+oq: V = K, O = Q^T. all: K is Q with its first pair turned by an angle, V = Q, O = Q^T, down is
+        up^T with its first two outputs turned by another one (after AdderBoard's 36-parameter model).
+        """
+        w = dict(self.named_parameters(recurse=False))
+        if self.config.embedding == "arc":
+            w["emb"] = arc(w["emb"], self.config.d_model)
+        if self.config.tie == "all":
+            w["wk"] = turn_columns(w["wq"], 0, HEAD // 2, w["wk_angle"])
+            w["wv"] = w["wq"]
+            w["down"] = turn_columns(w["up"].T, 0, 1, w["down_angle"])
+        if self.config.tie == "kv+oq":
+            w["wv"] = w["wk"]
+        if self.config.tie != "none":
+            w["wo"] = w["wq"].T
+        return w
+
+    def forward(self, tokens: torch.Tensor, Q: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (T, B) -> logits (V, Q, B) of the last Q positions, and their attention (Q, T, B)."""
+        w, hot = self.matrices(), one_hot(tokens, self.V)                   # hot (T, V, B)
+        last = hot[-Q:]
+        angle = rotary_angles(len(tokens)).to(hot)                          # (H / 2, T, 1)
+        x = w["emb"].T[:, None]                                             # (D, 1, V): each token
         h = self.norm1(x)
-        q, k = rotate(self.q_norm(h @ w["wq"]), angle), rotate(self.k_norm(h @ w["wk"]), angle)
-        x = x + causal_attention(q, k, h @ w["wv"]) @ w["wo"]
+        q = rotate(self.q_norm(linear(h, w["wq"])), angle[:, -Q:])          # (H, Q, V)
+        k = rotate(self.k_norm(linear(h, w["wk"])), angle)                  # (H, T, V)
+        v = linear(h, w["wv"])                                              # (H, 1, V)
+        y, attention = causal_attention(look_up(q * HEAD**-0.5, last), look_up(k, hot), look_up(v, hot))
+        x = look_up(x, last) + linear(y, w["wo"])                           # (D, Q, B)
         h = self.norm2(x)
-        x = x + (F.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
-        return self.norm_f(x) @ emb.T                                      # (B, T, V)
+        x = x + linear(F.silu(linear(h, w["gate"])) * linear(h, w["up"]), w["down"])
+        return linear(self.norm_f(x), w["emb"].T), attention                # (V, Q, B), (Q, T, B)
 
 
 class LowRank(nn.Module):
-    """x -> x A B, or a row of A times B for positions; std 0.02 for positions, else (2 / (in + out))^1/2 a factor."""
+    """The matrix A B; std 0.02 for positions, else (2 / (in + out))^1/2 a factor."""
 
     def __init__(self, n_in: int, n_out: int, rank: int, std: float | None = None):
         super().__init__()
@@ -451,59 +467,20 @@ class LowRank(nn.Module):
         nn.init.normal_(self.A, std=std or math.sqrt(2 / (n_in + rank)))
         nn.init.normal_(self.B, std=std or math.sqrt(2 / (rank + n_out)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.A @ self.B
 
-
-def linear(n_in: int, n_out: int, rank: int) -> nn.Module:
-    """A linear map of full rank (rank 0) or of the given rank, without bias."""
+def make_map(n_in: int, n_out: int, rank: int) -> nn.Module:
+    """The weights of a linear map of full rank (rank 0) or of the given rank, without bias."""
     return LowRank(n_in, n_out, rank) if rank else nn.Linear(n_in, n_out, bias=False)
 
 
-QKV = {"shareA": ("q", "k", "v"), "shareA_tieKV": ("q", "kv", "kv"), "shareA_tieQK": ("qk", "qk", "v")}  # names of B
-
-
-class Attention(nn.Module):
-    """One causal head; Q, K and V of full rank, or h A B with a common A."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        D, r = c.d_model, c.qkv_rank
-        self.tie = c.tie_qkv
-        if self.tie == "none":
-            self.qkv = linear(D, 3 * D, r)
-        else:
-            std = math.sqrt(2 / (D + r))
-            self.qkv_A = nn.Parameter(torch.empty(D, r).normal_(std=std))
-            for name in dict.fromkeys(QKV[self.tie]):
-                self.register_parameter("qkv_B" + name, nn.Parameter(torch.empty(r, D).normal_(std=std)))
-        self.proj = linear(D, D, c.attn_out_rank)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        if self.tie == "none":
-            q, k, v = self.qkv(h).chunk(3, -1)
-        else:
-            h = h @ self.qkv_A
-            q, k, v = (h @ getattr(self, "qkv_B" + name) for name in QKV[self.tie])
-        return self.proj(causal_attention(q, k, v))
-
-
-class Block(nn.Module):
-    """x + attention(norm x), then x + MLP(norm x) with an exact GELU."""
-
-    def __init__(self, c: Config, norm: Callable[[], nn.Module]):
-        super().__init__()
-        self.ln1, self.attn, self.ln2 = norm(), Attention(c), norm()
-        self.mlp = nn.ModuleDict({"fc1": linear(c.d_model, c.d_ff, c.ffn_rank),
-                                  "fc2": linear(c.d_ff, c.d_model, c.ffn_rank)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln1(x))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.ln2(x))))
+def factors(m: nn.Module) -> tuple[torch.Tensor, ...]:
+    """The matrices (in, out) of a map, to be applied one after the other."""
+    return (m.A, m.B) if isinstance(m, LowRank) else (m.weight.T,)
 
 
 class LearnedAdder(nn.Module):
-    """The model of the 456-parameter project: learned positions, low-rank maps, the output tied with the embedding.
+    """The model of the 456-parameter project: learned positions, low-rank maps, the output tied with the
+    embedding.
 
     Tensor names, shapes and the order of random draws are the original's, so that its checkpoints load and
     torch.manual_seed(43) gives its weights of seed 43.
@@ -513,11 +490,22 @@ class LearnedAdder(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        T, D = self.PROMPT + self.OUTPUTS - 1, c.d_model
-        norm = partial(RMSNorm, D, 1e-8) if c.use_rmsnorm else partial(nn.LayerNorm, D)
+        T, D, r = self.PROMPT + self.OUTPUTS - 1, c.d_model, c.qkv_rank
+        norm = partial(Norm, D, 1e-8) if c.use_rmsnorm else partial(Norm, D, 1e-5, bias=True)
         self.token_emb = nn.Embedding(self.V, D)
         self.pos_emb = LowRank(T, D, c.pos_rank, std=0.02) if c.pos_rank else nn.Embedding(T, D)
-        self.blocks = nn.ModuleList([Block(c, norm)])
+        block, attn = nn.Module(), nn.Module()
+        if c.tie_qkv == "none":
+            attn.qkv = make_map(D, 3 * D, r)
+        else:
+            for name, shape in (("qkv_A", (D, r)), ("qkv_Bq", (r, D)), ("qkv_Bkv", (r, D))):
+                drawn = torch.empty(shape).normal_(std=math.sqrt(2 / (D + r)))
+                attn.register_parameter(name, nn.Parameter(drawn))
+        attn.proj = make_map(D, D, c.attn_out_rank)
+        block.ln1, block.attn, block.ln2 = norm(), attn, norm()
+        shapes = {"fc1": (D, c.d_ff), "fc2": (c.d_ff, D)}
+        block.mlp = nn.ModuleDict({name: make_map(*shape, c.ffn_rank) for name, shape in shapes.items()})
+        self.blocks = nn.ModuleList([block])
         self.ln_f = norm()
         self.lm_head = nn.Linear(D, self.V, bias=False)
         self.lm_head.weight = self.token_emb.weight
@@ -525,47 +513,39 @@ class LearnedAdder(nn.Module):
             if isinstance(module, (nn.Embedding, nn.Linear)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, T) -> logits (B, T, V)."""
+    def forward(self, tokens: torch.Tensor, Q: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (T, B) -> logits (V, Q, B) of the last Q positions, and their attention (Q, T, B).
+
+        With h A as keys and values, the rest of Q and K folds into one matrix, that of V into the output map.
+        """
+        block, emb, hot = self.blocks[0], self.token_emb.weight, one_hot(tokens, self.V)
+        last = hot[-Q:]                                                     # (Q, V, B)
         pos = self.pos_emb.A @ self.pos_emb.B if self.config.pos_rank else self.pos_emb.weight
-        x = self.token_emb(idx) + pos[:idx.shape[1]]                       # (B, T, D)
-        return self.lm_head(self.ln_f(self.blocks[0](x)))                  # (B, T, V)
+        if self.config.tie_qkv == "none":
+            *a, b = factors(block.attn.qkv)
+            bq, bk, bv = b.chunk(3, 1)
+        else:
+            a, bq, bk = [block.attn.qkv_A], block.attn.qkv_Bq, block.attn.qkv_Bkv
+            bv = bk
+        x = emb.T[:, None] + pos[:len(tokens)].T[:, :, None]                # (D, T, V): each token, each position
+        h = linear(block.ln1(x), *a)                                        # (R, T, V)
+        q = linear(h[:, -Q:], bq @ bk.T * self.config.d_model**-0.5)        # (R, Q, V)
+        kv = look_up(h, hot)                                                # (R, T, B)
+        y, attention = causal_attention(look_up(q, last), kv, kv)
+        x = look_up(x[:, -Q:], last) + linear(y, bv, *factors(block.attn.proj))   # (D, Q, B)
+        h = F.gelu(linear(block.ln2(x), *factors(block.mlp["fc1"])))
+        x = x + linear(h, *factors(block.mlp["fc2"]))
+        return linear(self.ln_f(x), emb.T), attention                       # (V, Q, B), (Q, T, B)
 
 
 FAMILIES = {"rotary": RotaryAdder, "learned": LearnedAdder}
 
 
-def make_config(values: dict, where: str) -> Config:
-    """A Config from flags, a checkpoint of ours or a published one. Raises UserError naming what cannot be."""
-    fixed = {"n_layer": 1, "n_head": 1, "max_seq_len": 33, "vocab_size": 14, "dropout": 0.0}  # in published configs
-    known = {f.name: values[f.name] for f in fields(Config) if f.name in values}
-    for name, value in known.items():
-        wanted = {"str": str, "int": int, "float": float, "bool": bool}[Config.__annotations__[name]]
-        if type(value) is not wanted:
-            raise UserError(f"{where}: {name} is {value!r:.40}, expected {wanted.__name__}")
-    for name, value in fixed.items():
-        if name in values and (type(values[name]) not in (int, float) or values[name] != value):
-            raise UserError(f"{where}: {name} is {values[name]!r:.40}, models here have {value}")
-    try:
-        c = Config(**known)
-    except TypeError as e:
-        raise UserError(f"{where}: not the config of an addition model ({e})") from None
-    D, ranks = c.d_model, (c.pos_rank, c.qkv_rank, c.attn_out_rank, c.ffn_rank)
-    for wrong, message in (
-        (c.family not in FAMILIES, f"family {c.family!r:.40} is not one of {', '.join(FAMILIES)}"),
-        (not 2 <= D <= 1024, f"d_model {D} is not in 2..1024"),
-        (not 1 <= c.d_ff <= 4096, f"d_ff {c.d_ff} is not in 1..4096"),
-        (not 4 <= c.head_dim <= 256 or c.head_dim % 4, f"head_dim {c.head_dim} is not a multiple of 4 up to 256"),
-        (not (math.isfinite(c.period) and c.period >= 2), f"period {c.period} is below 2"),
-        (c.tie not in ("none", "kv+oq", "all"), f"tie {c.tie!r:.40} is not one of none, kv+oq, all"),
-        (c.embedding not in ("table", "arc"), f"embedding {c.embedding!r:.40} is not table or arc"),
-        (not all(0 <= r <= D for r in ranks), f"a rank of {max(ranks)} is not in 0..d_model = {D}"),
-        (c.tie_qkv not in ("none", *QKV), f"tie_qkv {c.tie_qkv!r:.40} is not one of none, {', '.join(QKV)}"),
-        (c.tie_qkv != "none" and not c.qkv_rank, f"tie_qkv {c.tie_qkv} needs a qkv_rank above 0"),
-    ):
-        if wrong:
-            raise UserError(f"{where}: {message}")
-    return c
+def config_of(args: argparse.Namespace) -> Config:
+    """The model that the flags ask for. Raises UserError."""
+    if args.family == "learned" and args.init != "random":
+        raise UserError(f"init is {args.init}, which is not for the learned family")
+    return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
 
 def make_module(config: Config) -> nn.Module:
@@ -577,179 +557,68 @@ def make_module(config: Config) -> nn.Module:
 def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
     """Initial weights of a seed as one row (P,).
 
-    reference: the original's. random (rotary): embedding N(0, 1/D), other matrices uniform, wq and wk within
-    +- 1/(inputs)^1/2, the rest half of that; gains 1, but those of query and key 0.5, so that the attention starts
-    soft: where it sharpens onto one column before the carry is noticed, the column below gets no gradient any more,
-    and the seed is stuck. arc+phase: also digit t near 2.5 (cos, sin)(0.29 t - 1.2) in the first two coordinates of the
-    embedding, and the first coordinate's query and key in phase where positions differ by 2 (mod the period), where the
-    operands are.
+    random, learned: the original's. random, rotary: embedding N(0, 1/D), other matrices uniform, wq and wk
+    within +- 1/(inputs)^1/2, the rest half of that; gains 1, but those of query and key 0.5, so that the
+    attention starts soft: where it sharpens onto one column before the carry is noticed, the column below
+    gets no gradient any more, and the seed is stuck. arc+phase: also digit t near 2.5 (cos, sin)(0.29 t -
+    1.2) in the first two coordinates of the embedding, and the first coordinate's query and key in phase
+    where positions differ by 2 (mod the period), where the operands are.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = FAMILIES[config.family](config)
-        if config.family == "learned":
-            return parameters_to_vector(module.parameters()).detach()
-        w = {name: p.data for name, p in module.named_parameters()}
-        designed, line = how == "arc+phase", torch.tensor([2.5, -1.2, 0.29])
-        for name, p in w.items():
-            if name == "emb" and config.embedding == "arc":
-                p.copy_(line if designed else torch.randn(3))
-            elif name == "emb":
-                p.normal_(std=0.1 if designed else config.d_model**-0.5)
-                p.add_(arc(line, config.d_model) if designed else 0)
-            elif name in ("wq", "wk"):
-                p.normal_(std=0.1) if designed else p.uniform_(-1, 1).mul_(p.shape[0]**-0.5)
-            elif name in ("wk_angle", "down_angle"):
-                p.fill_(-4 * math.pi / config.period) if designed and name == "wk_angle" else p.normal_()
-            elif "norm" not in name:
-                p.uniform_(-0.5, 0.5).mul_(p.shape[0]**-0.5)
-        phase = 2 * math.pi * torch.rand(())
-        for x, angle in (("q", phase), ("k", phase - 4 * math.pi / config.period)):
-            if x + "_norm.weight" in w:
-                w[x + "_norm.weight"].fill_(0.5)
-            if designed and "w" + x in w:
-                w["w" + x][0, 0] += angle.cos()
-                w["w" + x][0, config.head_dim // 2] += angle.sin()
-        return parameters_to_vector(module.parameters()).detach()
+        if config.family == "rotary":
+            init_rotary({name: p.data for name, p in module.named_parameters()}, config, how == "arc+phase")
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-# ---- The batched step: the same models for S seeds at once, batch innermost
-
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-Tensors = dict[str, torch.Tensor]   # the parameters of S models by name
-
-
-def shapes_of(config: Config) -> Shapes:
-    """Names and shapes of a model's parameters, in the order in which a row of weights (P,) holds them."""
-    return tuple((name, tuple(p.shape)) for name, p in make_module(config).named_parameters())
-
-
-def unflatten(weights: torch.Tensor, shapes: Shapes) -> Tensors:
-    """Weights (S, P) -> parameters by name, each with the seeds as first axis."""
-    parts = weights.split([math.prod(shape) for _, shape in shapes], 1)
-    return {name: part.view(-1, *shape) for (name, shape), part in zip(shapes, parts, strict=True)}
-
-
-def normed(x: torch.Tensor, p: Tensors, name: str, dim: int, eps: float = 1e-6) -> torch.Tensor:
-    """RMSNorm (or LayerNorm, if it has a bias) of x along dim, with the weights of each seed."""
-    def on_dim(w: torch.Tensor) -> torch.Tensor:
-        return w.view(w.shape[0], *(w.shape[1] if i == dim else 1 for i in range(1, x.dim())))
-    bias = p.get(name + ".bias")
-    if bias is not None:
-        x, eps = x - x.mean(dim, keepdim=True), 1e-5
-    y = x * torch.rsqrt(x.square().mean(dim, keepdim=True) + eps) * on_dim(p[name + ".weight"])
-    return y if bias is None else y + on_dim(bias)
+def init_rotary(w: dict[str, torch.Tensor], config: Config, designed: bool) -> None:
+    """Draw the weights of a RotaryAdder in place, as init_weights says; designed: arc+phase."""
+    line, step_back = torch.tensor([2.5, -1.2, 0.29]), -4 * math.pi / PERIOD
+    for name, p in w.items():
+        if name == "emb" and config.embedding == "arc":
+            p.copy_(line if designed else torch.randn(3))
+        elif name == "emb":
+            p.normal_(std=0.1 if designed else config.d_model**-0.5)
+            p.add_(arc(line, config.d_model) if designed else 0)
+        elif name in ("wq", "wk"):
+            p.normal_(std=0.1) if designed else p.uniform_(-1, 1).mul_(p.shape[0]**-0.5)
+        elif name in ("wk_angle", "down_angle"):
+            p.fill_(step_back) if designed and name == "wk_angle" else p.normal_()
+        elif "norm" not in name:
+            p.uniform_(-0.5, 0.5).mul_(p.shape[0]**-0.5)
+        elif name in ("q_norm.weight", "k_norm.weight"):
+            p.fill_(0.5)
+    phase = 2 * math.pi * torch.rand(())
+    for name, angle in (("wq", phase), ("wk", phase + step_back)):
+        if designed and name in w:
+            w[name][0, 0] += angle.cos()
+            w[name][0, HEAD // 2] += angle.sin()
 
 
-def project(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x W for each seed: (S, K, N) and (S, Q, K, B) -> (S, Q, N, B)."""
-    if w.shape[1] > 8:  # the compiler unrolls sums of up to 8 terms and fuses them; longer ones are better as a product
-        return w.transpose(1, 2)[:, None] @ x
-    return (w[:, None, :, :, None] * x[:, :, :, None]).sum(2)
+# ---- Loss: one model's, mapped over the seeds
+
+def by_name(weights: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Rows of weights (..., P) as the module's parameters, each (..., *its shape): views of the rows."""
+    named = dict(module.named_parameters())
+    parts = weights.split([p.numel() for p in named.values()], -1)
+    return {name: part.unflatten(-1, p.shape) for (name, p), part in zip(named.items(), parts, strict=True)}
 
 
-def look_up(table: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
-    """Entries of each position's token: table (S, J, V, N) and one-hot tokens (S, J, V, B) -> (S, J, N, B)."""
-    return table.transpose(2, 3) @ hot
+def batch_loss(weights: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor, bonus: torch.Tensor,
+               module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step minimizes, and its cross-entropy (nats), for each seed: (S,), (S,).
 
-
-def matrices(p: Tensors, name: str) -> list[torch.Tensor]:
-    """The factors (S, in, out) of a linear map: A and B, or one of full rank."""
-    return [p[name + ".A"], p[name + ".B"]] if name + ".A" in p else [p[name + ".weight"].transpose(1, 2)]
-
-
-def rotary_logits(p: Tensors, c: Config, hot: torch.Tensor, future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (S, Q, V, B) of RotaryAdder at the last Q positions, and attention weights (S, Q, J, B).
-
-    hot (S, J, V, B) are the tokens, future (Q, J) is added to the scores.
+    weights (S, P), tokens (S, T, B), target (S, Q, B); bonus () is the reward for each nat of the attention's
+    entropy.
     """
-    Q, J = future.shape
-    emb = p["emb"] if c.embedding == "table" else arc(p["emb"], c.d_model)   # (S, V, D)
-    p = untied(p, c)
-    if c.tie == "all":
-        p["norm2.weight"] = p["norm_f.weight"] = p["norm1.weight"]
-        p["k_norm.weight"] = p["q_norm.weight"]
-    angle = rotary_angles(c, J).to(emb.device)[:, None]                      # (J, 1, H/2)
-    h = normed(emb, p, "norm1", 2)
-    q = rotate(normed(h @ p["wq"], p, "q_norm", 2)[:, None], angle[J - Q:]) * c.head_dim**-0.5  # (S, Q, V, H)
-    k = rotate(normed(h @ p["wk"], p, "k_norm", 2)[:, None], angle)          # (S, J, V, H)
-    v = (h @ p["wv"])[:, None].expand_as(k)
-    y, weight = attend(look_up(q, hot[:, J - Q:]), look_up(k, hot), look_up(v, hot), future)
-    x = look_up(emb[:, None].expand(-1, Q, -1, -1), hot[:, J - Q:]) + project(p["wo"], y)
-    h = normed(x, p, "norm2", 2)
-    x = x + project(p["down"], F.silu(project(p["gate"], h)) * project(p["up"], h))
-    return project(emb.transpose(1, 2), normed(x, p, "norm_f", 2)), weight
-
-
-def learned_logits(p: Tensors, c: Config, hot: torch.Tensor, future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of LearnedAdder.
-
-    With h A as keys and values, the rest of Q and K folds into one matrix, that of V into the output map.
-    """
-    (Q, J), D = future.shape, c.d_model
-    pos = (p["pos_emb.A"][..., None] * p["pos_emb.B"][:, None]).sum(2) if c.pos_rank else p["pos_emb.weight"]
-    x = p["token_emb.weight"][:, None] + pos[:, :, None]                     # (S, J, V, D)
-    h = normed(x, p, "blocks.0.ln1", 3, 1e-8)
-    if c.tie_qkv == "none":
-        *a, b = matrices(p, "blocks.0.attn.qkv")
-        bq, bk, bv = b.chunk(3, 2)
-    else:
-        a = [p["blocks.0.attn.qkv_A"]]
-        bq, bk, bv = (p["blocks.0.attn.qkv_B" + name] for name in QKV[c.tie_qkv])
-    for factor in a:
-        h = h @ factor[:, None]                                              # (S, J, V, R)
-    q = h[:, J - Q:] @ (bq @ bk.transpose(1, 2) * D**-0.5)[:, None]          # (S, Q, V, R)
-    kv = look_up(h, hot)
-    y, weight = attend(look_up(q, hot[:, J - Q:]), kv, kv, future)           # (S, Q, R, B)
-    first, *rest = matrices(p, "blocks.0.attn.proj")
-    x = look_up(x[:, J - Q:], hot[:, J - Q:])
-    for w in [bv @ first, *rest]:
-        y = project(w, y)
-    x = x + y
-    h = normed(x, p, "blocks.0.ln2", 2, 1e-8)
-    for w in matrices(p, "blocks.0.mlp.fc1"):
-        h = project(w, h)
-    h = F.gelu(h)
-    for w in matrices(p, "blocks.0.mlp.fc2"):
-        h = project(w, h)
-    return project(p["token_emb.weight"].transpose(1, 2), normed(x + h, p, "ln_f", 2, 1e-8)), weight
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-           future: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with the batch innermost: q (S, Q, R, B), k and v (S, J, R, B) -> (S, Q, R, B), weights (S, Q, J, B).
-
-    R is 3 to 7: a sum over it term by term needs no product of five axes in memory, and the compiler fuses it.
-    """
-    score = future[:, :, None]
-    for r in range(q.shape[2]):
-        score = torch.addcmul(score, q[:, :, None, r], k[:, None, :, r])     # (S, Q, J, B)
-    weight = score.softmax(2)
-    return torch.stack([(weight * v[:, None, :, r]).sum(2) for r in range(v.shape[2])], 2), weight
-
-
-def batched_logits(weights: torch.Tensor, tokens: torch.Tensor, config: Config,
-                   shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (S, Q, V, B) and attention (S, Q, J, B) where it predicts: weights (S, P), tokens (S or 1, J, B)."""
-    family = FAMILIES[config.family]
-    Q, J = family.OUTPUTS, family.PROMPT + family.OUTPUTS - 1
-    where = torch.arange(J, device=weights.device)
-    future = torch.where(where > where[J - Q:, None], -1e30, 0.0)            # (Q, J)
-    hot = (tokens[:, :, None] == torch.arange(family.V, device=weights.device)[:, None]).to(weights.dtype)
-    logits = {"rotary": rotary_logits, "learned": learned_logits}[config.family]
-    return logits(unflatten(weights, shapes), config, hot, future)
-
-
-def batch_loss(weights: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor, bonus: torch.Tensor | None = None, *,
-               config: Config, shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a step minimizes, and its mean cross-entropy (nats), both (S,): weights (S, P), tokens (S, J, B), target
-    (S, Q, B); bonus (S,) is a reward for each nat of the attention's mean entropy, or None."""
-    logits, attention = batched_logits(weights, tokens, config, shapes)
-    loss = (logits.logsumexp(2) - logits.gather(2, target[:, :, None])[:, :, 0]).mean((1, 2))
-    if bonus is None:
-        return loss, loss
-    entropy = -(attention * (attention + 1e-9).log()).sum(2).mean((1, 2))
-    return loss - bonus * entropy, loss
+    def one_seed(row: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = by_name(row, module)  # what a model ties stands there once
+        logits, attention = functional_call(module, named, (tokens, len(target)), tie_weights=False)
+        loss = (logits.logsumexp(0) - logits.gather(0, target[None])[0]).mean()
+        entropy = -(attention * (attention + 1e-9).log()).sum(1).mean()
+        return loss - bonus * entropy, loss
+    return vmap(one_seed)(weights, tokens, target)
 
 
 def compiled(loss: Callable, weights: torch.Tensor, *batch: torch.Tensor) -> tuple[Callable, str]:
@@ -763,11 +632,18 @@ def compiled(loss: Callable, weights: torch.Tensor, *batch: torch.Tensor) -> tup
         return loss, f"eager, 2 to 4 times slower: torch.compile failed ({reason:.90})"
 
 
+def make_loss(module: nn.Module, weights: torch.Tensor, args: argparse.Namespace) -> tuple[Callable, str]:
+    """The loss of a step as a function of weights, tokens, target and bonus, and how it runs."""
+    loss = partial(batch_loss, module=module)
+    sums = args.steps * args.batch_size * len(args.seeds)
+    if args.compile == "off" or (args.compile == "auto" and sums < COMPILE_FROM):
+        return loss, "eager"
+    print("compiling the step (half a minute the first time, then cached)", flush=True)
+    tokens, target = batches(0, args)
+    return compiled(loss, weights.clone().requires_grad_(), tokens[0], target[0], weights.new_zeros(()))
+
+
 # ---- Optimizer: all seeds at once
-
-CURVATURE = np.diff(np.eye(33), 2, axis=0)                       # (31, 33), second differences of a table of positions
-ROUGHNESS = torch.from_numpy(CURVATURE.T @ CURVATURE).float()    # (33, 33), gradient of half their sum of squares
-
 
 @dataclass
 class Population:
@@ -775,532 +651,388 @@ class Population:
     weights: torch.Tensor      # (S, P)
     mean: torch.Tensor         # (S, P) running mean of the gradient
     square: torch.Tensor       # (S, P) running mean of its square, in the basis
-    covariance: torch.Tensor   # (S, P, P) running mean of g g^T; (S, 0, 0) without --optimizer soap
+    covariance: torch.Tensor   # (S, P, P) running mean of g g^T; (S, 0, 0) with adamw
     basis: torch.Tensor        # (S, P, P) its eigenvectors, in columns
-    born: torch.Tensor         # (S,) step at which the seed started, or started anew
     alive: torch.Tensor        # (S,) false once a loss or a gradient was not finite
-    restarts: torch.Tensor     # (S,)
     first: torch.Tensor        # (S,) first step with 99 % on validation, -1 before
     best: torch.Tensor         # (S, P) weights of the best validation, the later one of a tie
     best_val: torch.Tensor     # (S,) correct validation pairs then, -1 before
     best_step: torch.Tensor    # (S,)
 
 
-def empty_population(S: int, P: int, soap: bool) -> Population:
-    """S seeds of P parameters before their first step, all weights 0."""
-    n, whole = P if soap else 0, torch.zeros(S, dtype=torch.long)
-    return Population(
-        weights=torch.zeros(S, P), mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
-        basis=torch.eye(n).repeat(S, 1, 1), born=whole.clone(), alive=torch.ones(S, dtype=torch.bool),
-        restarts=whole.clone(), first=whole - 1, best=torch.zeros(S, P), best_val=whole - 1, best_step=whole.clone())
-
-
 def new_population(config: Config, args: argparse.Namespace) -> Population:
-    """The seeds of a run with their initial weights."""
+    """The seeds of a run with their initial weights. Raises UserError for a model that is too large for
+    SOAP."""
     weights = torch.stack([init_weights(config, args.init, seed) for seed in args.seeds])
-    state = empty_population(*weights.shape, args.optimizer == "soap")
-    state.weights, state.best = weights, weights.clone()
-    return state
+    S, P = weights.shape
+    if args.optimizer == "soap" and P > 2000:
+        raise UserError(f"--optimizer: soap has a basis of all {P} parameters; it is for models of up to 2000")
+    n, count = P if args.optimizer == "soap" else 0, torch.zeros(S, dtype=torch.long)
+    return Population(
+        weights=weights, mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
+        basis=torch.eye(n).repeat(S, 1, 1), alive=torch.ones(S, dtype=torch.bool), first=count - 1,
+        best=weights.clone(), best_val=count - 1, best_step=count.clone())
 
 
-def learning_rates(age: torch.Tensor, total: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """Rate of each seed at its own step `age` of `total`: linear warm-up, then a cosine (or line) to the least rate."""
-    warm = (args.warmup * (total if args.warmup < 1 else torch.ones_like(total))).clamp(min=1)
-    done = ((age - warm) / (total - warm).clamp(min=1)).clamp(0, 1)
-    falling = 1 - done if args.schedule == "linear" else 0.5 * (1 + torch.cos(math.pi * done))
-    rate = args.min_lr_ratio + (1 - args.min_lr_ratio) * falling
-    return args.lr * torch.where(age < warm, ((age + 1) / warm).clamp(max=1), rate)
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a line to 0 or a cosine to a tenth."""
+    warm = max(args.warmup * (args.steps if args.warmup < 1 else 1), 1)
+    if step < warm:
+        return args.lr * min((step + 1) / warm, 1)
+    done = (step - warm) / max(args.steps - warm, 1)
+    return args.lr * (1 - done if args.schedule == "linear" else 0.55 + 0.45 * math.cos(math.pi * done))
 
 
-def faded(age: torch.Tensor, end: torch.Tensor | float) -> torch.Tensor:
-    """A factor that falls linearly from 1 at age 0 to 0 at `end`, and stays there; 1 for ever if end is 0."""
-    end = torch.as_tensor(end, dtype=torch.float32, device=age.device)
-    return torch.where(end > 0, (1 - age / end.clamp(min=1e-9)).clamp(min=0), 1.0)
-
-
-def entropy_bonus(state: Population, step: int, args: argparse.Namespace) -> torch.Tensor | None:
-    """The bonus of each seed for entropy of its attention at a step (S,); None without."""
-    if not args.entropy_bonus:
-        return None
-    return args.entropy_bonus * faded(step - state.born, args.entropy_until * (args.steps - state.born))
+def faded(step: int, args: argparse.Namespace) -> float:
+    """A factor that falls linearly from 1 at step 0 to 0 at --fade-until, and stays there; 1 for ever if that
+    is 0."""
+    return max(0.0, 1 - step / (args.fade_until * args.steps)) if args.fade_until else 1.0
 
 
 def new_basis(state: Population) -> None:
-    """Take the eigenvectors of the gradient covariance as the new basis, and carry the mean square over to it."""
+    """Take the eigenvectors of the gradient covariance as the new basis, and carry the mean square over to
+    it."""
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
-    scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)       # eigh would stop all seeds for one
-    new = torch.linalg.eigh(scaled.cpu() if scaled.is_mps else scaled)[1].to(scaled.device)  # older MPS has no eigh
+    scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)   # eigh would stop all seeds for one
+    on = "cpu" if scaled.is_mps else scaled.device                       # older MPS has no eigh
+    new = torch.linalg.eigh(scaled.to(on))[1].to(scaled.device)
     between = new.transpose(1, 2) @ state.basis                              # (S, P, P), old basis -> new
     state.square = (between.square() * state.square[:, None]).sum(2)         # as if a covariance's diagonal
     state.basis = new
 
 
-def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
-           args: argparse.Namespace) -> torch.Tensor:
+def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int, args: argparse.Namespace,
+           module: nn.Module) -> torch.Tensor:
     """One step of AdamW for every seed; with --optimizer soap, in the eigenbasis of its gradient covariance.
 
-    SOAP (Vyas et al., arXiv:2409.11321) has a basis for each side of each matrix; with a few hundred parameters one for
-    all of them at once is affordable. A seed whose loss or gradient is not finite stops for good.
-    grad (S, P), loss (S,). Returns the gradient norms (S,).
+    SOAP (Vyas et al., arXiv:2409.11321) has a basis for each side of each matrix; with a few hundred
+    parameters one for all of them at once is affordable. A seed whose loss or gradient is not finite stops
+    for good. grad (S, P), loss (S,). Returns the gradient norms (S,).
     """
-    norm = grad.norm(dim=1)
+    soap, lr, norm = args.optimizer == "soap", learning_rate(step, args), grad.norm(dim=1)
+    beta2 = 0.99 if soap else 0.999
     state.alive &= torch.isfinite(loss) & torch.isfinite(norm)
     grad = torch.where(state.alive[:, None], grad, 0.0)
-    if args.grad_clip:
-        grad = grad * (args.grad_clip / (grad.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+    grad = grad / (grad.norm(dim=1, keepdim=True) + 1e-6).clamp(min=1)       # clipped to norm 1
     state.mean.lerp_(grad, 0.1)
     mean = state.mean
-    if args.optimizer == "soap":
-        state.covariance.mul_(args.beta2).baddbmm_(grad[:, :, None], grad[:, None], alpha=1 - args.beta2)
-        if step % args.basis_every == 0 or step in (1, 3, 8):                # the first gradients say little
+    if soap:
+        # not as a product: a batched one rounds otherwise for one seed than for several on some processors
+        state.covariance.mul_(beta2).addcmul_(grad[:, :, None], grad[:, None], value=1 - beta2)
+        if step % max(args.steps // 100, 1) == 0 or step in (1, 3, 8):       # the first gradients say little
             new_basis(state)
         grad, mean = (torch.stack([grad, mean], 1) @ state.basis).unbind(1)
-    age = step - state.born
-    lr = torch.where(state.alive, learning_rates(age, args.steps - state.born, args), 0.0)[:, None]
-    t = (age + 1)[:, None]
-    state.square.mul_(args.beta2).addcmul_(grad, grad, value=1 - args.beta2)
-    move = mean / (1 - 0.9**t) / ((state.square / (1 - args.beta2**t)).sqrt() + 1e-8)
-    if args.optimizer == "soap":
+    state.square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    move = mean / (1 - 0.9 ** (step + 1)) / ((state.square / (1 - beta2 ** (step + 1))).sqrt() + 1e-8)
+    if soap:
         move = (move[:, None] @ state.basis.transpose(1, 2))[:, 0]
-    total = args.steps - state.born
-    decay = args.weight_decay * faded(age, args.decay_until * total)[:, None]
-    state.weights.mul_(1 - lr * decay).sub_(lr * move)
+    lr = lr * state.alive[:, None].to(grad)                                  # (S, 1)
+    state.weights.mul_(1 - lr * args.weight_decay * faded(step, args)).sub_(lr * move)
     if args.smooth_positions:
-        rough = lr[:, :, None] * args.smooth_positions * faded(age, 0.7 * total)[:, None, None]
-        first = LearnedAdder.V * args.d_model                                # the position table follows the tokens
-        width = args.pos_rank or args.d_model
-        table = state.weights[:, first:first + ROUGHNESS.shape[0] * width].view(len(lr), -1, width)   # (S, T, r)
-        table -= rough * (ROUGHNESS.to(table)[:, :, None] * table[:, None]).sum(2)
+        named = by_name(state.weights, module)
+        table = named["pos_emb.A" if args.pos_rank else "pos_emb.weight"]    # (S, T, r)
+        bend = F.pad(table.diff(n=2, dim=1), (0, 0, 2, 2))
+        rough = bend.diff(n=2, dim=1)                                    # gradient of half the sum of bend^2
+        table -= lr[:, :, None] * args.smooth_positions * faded(step, args) * rough
     return norm
-
-
-def restart_stuck(state: Population, exact: torch.Tensor, step: int, config: Config, args: argparse.Namespace) -> None:
-    """Give seeds below 1 % a quarter of the run after their start new random weights and the rest of the steps."""
-    due = (step - state.born >= args.steps / 4) & (step - state.born < args.steps / 4 + args.eval_every)
-    for i in torch.nonzero(due & state.alive & (exact < 0.01) & (step <= args.steps / 2)).flatten().tolist():
-        state.restarts[i] += 1
-        state.born[i] = step
-        again = np.random.SeedSequence([args.seeds[i], int(state.restarts[i])]).generate_state(1)[0]
-        fresh = init_weights(config, args.init, int(again))
-        state.weights[i] = fresh.to(state.weights)
-        for part in (state.mean, state.square, state.covariance):
-            part[i] = 0
-        if len(state.basis[i]):
-            state.basis[i] = torch.eye(len(fresh))
-        print(f"step {step:6d}: seed {args.seeds[i]} is stuck at {100 * exact[i]:.1f}%, restart {state.restarts[i]}")
 
 
 # ---- Evaluation
 
-def predictions(weights: torch.Tensor, tokens: np.ndarray, config: Config, shapes: Shapes) -> np.ndarray:
-    """The likeliest token of each predicting position, given the right ones before it: tokens (N, J) -> (N, Q).
-
-    weights (P,) of one model. A logit that is NaN gives -1. All of the answer right here is the same as a greedy
-    answer that is right: up to a first wrong token both have seen the same tokens.
-    """
-    out = []
-    with torch.no_grad():
-        for lo in range(0, len(tokens), 1000):
-            idx = torch.from_numpy(np.ascontiguousarray(tokens[lo:lo + 1000].T)).long().to(weights.device)
-            top = batched_logits(weights[None], idx[None], config, shapes)[0][0].max(1)   # (Q, B)
-            out.append(torch.where(top.values.isnan(), -1, top.indices).T.cpu().numpy())
-    return np.concatenate(out)
-
-
-def exact_match(weights: torch.Tensor, pairs: tuple[np.ndarray, np.ndarray], config: Config,
-                shapes: Shapes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the digits of N pairs: how many sums are right in all 11 digits (S,), and each digit (S, 11)."""
-    tokens, target = encode(config.family, *pairs)
-    exact, digits = [], []
-    for w in weights:
-        right = predictions(w, tokens, config, shapes)[:, :ANSWER] == target[:, :ANSWER]
-        exact.append(int(right.all(1).sum()))
-        digits.append(right.sum(0))
-    return torch.tensor(exact), torch.tensor(np.array(digits))
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The token with the highest logit, -1 where one is NaN: (V, Q, B) -> (Q, B)."""
+    top = logits.max(0)
+    return torch.where(top.values.isnan(), -1, top.indices)
 
 
 def greedy(model: nn.Module, tokens: torch.Tensor, n: int) -> torch.Tensor:
-    """Extend tokens (B, T) by the n likeliest next tokens, one at a time, each fed back: (B, n)."""
+    """Extend tokens (T, B) by the n likeliest next tokens, one at a time, each fed back: (n, B)."""
     for _ in range(n):
-        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], 1)
-    return tokens[:, -n:]
+        tokens = torch.cat([tokens, likeliest(model(tokens, 1)[0])])
+    return tokens[-n:]
 
 
-def answers(model: nn.Module, pairs: tuple[np.ndarray, np.ndarray], mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and right tokens (N, 11) of a module: mode tf by one teacher-forced pass, ar by greedy decoding."""
+def answers(model: nn.Module, pairs: Pairs, mode: str = "tf") -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and right tokens of sums, (N, 11) each.
+
+    Mode tf: one pass that sees the right digits before each; ar: greedy decoding. A sum is right in both or
+    in none: up to a first wrong token they have seen the same ones.
+    """
     tokens, target = encode(model.config.family, *pairs)
-    if mode == "tf":
-        out = predictions(parameters_to_vector(model.parameters()), tokens, model.config, shapes_of(model.config))
-        return out[:, :ANSWER], target[:, :ANSWER]
     device, out = next(model.parameters()).device, []
     with eval_mode(model):
-        for lo in range(0, len(tokens), 2000):
-            prompt = torch.from_numpy(np.ascontiguousarray(tokens[lo:lo + 2000, :model.PROMPT])).long().to(device)
-            given = greedy(model, prompt, ANSWER)
-            logits = model(torch.cat([prompt, given], 1))[:, model.PROMPT - 1:-1]
-            out.append(torch.where(logits.isnan().any(-1), -1, given).cpu().numpy())
+        for lo in range(0, len(tokens), 1000):
+            part = batch_last(tokens[lo:lo + 1000]).to(device)
+            if mode == "tf":
+                said = likeliest(model(part, model.OUTPUTS)[0])[:ANSWER]
+            else:
+                said = greedy(model, part[:model.PROMPT], ANSWER)
+            out.append(said.T.cpu().numpy())
     return np.concatenate(out), target[:, :ANSWER]
 
 
-def number(digits: np.ndarray) -> int | None:
-    """The number of digits (n,), least significant first; None if one of the tokens is no digit."""
-    return int("".join(map(str, digits[::-1]))) if ((digits >= 0) & (digits <= 9)).all() else None
+def exact_match(weights: torch.Tensor, pairs: Pairs, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the digits of N pairs: how many sums are right in all 11 digits (S,), and each digit (S, 11)."""
+    exact, digits = [], []
+    for row in weights:
+        vector_to_parameters(row, module.parameters())
+        got, target = answers(module, pairs)
+        exact.append(int((got == target).all(1).sum()))
+        digits.append((got == target).sum(0))
+    return torch.tensor(exact), torch.tensor(np.array(digits))
 
 
 # ---- Training
 
-def validate(state: Population, pairs: tuple[np.ndarray, np.ndarray], config: Config, shapes: Shapes,
-             step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact match (S,) and digit accuracy (S, 11) on the validation pairs; keeps the best weights, the first 99 %."""
-    right, digits = exact_match(state.weights, pairs, config, shapes)
+def validate(state: Population, pairs: Pairs, module: nn.Module, step: int) -> tuple[torch.Tensor, ...]:
+    """Exact match (S,) and digit accuracy (S, 11) on the validation pairs; keeps the best weights, the first
+    99 %."""
+    right, digits = exact_match(state.weights, pairs, module)
     right, n = right.to(state.best_val), len(pairs[0])
     better = (right >= state.best_val) & torch.isfinite(state.weights).all(1)
-    state.best[better], state.best_val[better], state.best_step[better] = state.weights[better], right[better], step
+    state.best[better] = state.weights[better]
+    state.best_val[better] = right[better]
+    state.best_step[better] = step
     state.first[(state.first < 0) & (right >= GROKKED * n)] = step
     return right.double() / n, digits.to(right.device).double() / n
 
 
-def train(args: argparse.Namespace) -> dict:
+def train(args: flags.Flags) -> dict:
     """Train all seeds, and return the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
-    saved = None
-    if args.resume:
-        saved = read_checkpoint(args.resume, whole_run=True)
-        if "population" not in saved or not isinstance(saved.get("args"), dict):
-            raise UserError(f"{args.resume}: holds one model; a run goes on from its last.pt")
-        lacking = set(vars(args)) - set(saved["args"]) - {"given"}
-        if lacking:
-            raise UserError(f"{args.resume}: damaged, its flags lack {min(lacking)}")
-        args = run.resumed_args(args, saved["args"], args.resume)
-        parse_args(flags_of(args))  # a file's flags pass the same checks as a command line's
+    args, saved = run.restore(args, SCRIPT, population=dict, loss_sum=torch.Tensor)
     device = devices.get_device(args.device)
     args.device = str(device)
-    config = make_config(vars(args), "flags")
-    shapes = shapes_of(config)
-    state = new_population(config, args)
+    if len(args.seeds) * args.batch_size > MOST_SUMS:
+        raise UserError(f"--batch-size: {args.batch_size} sums for each of {len(args.seeds)} seeds are more than the "
+                        f"{MOST_SUMS} that a step can have")
+    config = config_of(args)
+    module, state = make_module(config).to(device), new_population(config, args)
+    loss_sum = torch.zeros(len(args.seeds))
     if args.init_from:
-        state.weights = initial_weights(args, config, state.weights)
-    start, logged, loss_sum = 0, -1, torch.zeros(len(args.seeds))
+        state.weights[:] = initial_weights(args.init_from, config)
     if saved:
-        start, logged, loss_sum, seconds = resumed_state(saved, args)
-        _, state = load_population(saved, args.resume)
+        restore_population(state, saved, args.resume)
+        loss_sum = saved["loss_sum"]
     for f in fields(state):
         setattr(state, f.name, getattr(state, f.name).to(device))
-    folder = run.open_run(args, __file__)
-    clock = run.Clock(args.max_minutes, *(seconds if saved else ()))
-    n_params = state.weights.shape[1]
-    seeds = f"{len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}"
-    print(f"{args.preset}: {seeds} on {devices.describe(device)}, params {n_params} learned, 0 frozen, "
-          f"init {origin(args)}, {args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {folder}",
-          flush=True)
-    if args.warmup >= args.steps or any(until >= args.steps for _, until in curriculum(args.curriculum)):
-        print(f"the warm-up or the curriculum of preset {args.preset} is longer than this run and is cut off")
-    loss_fn, how = partial(batch_loss, config=config, shapes=shapes), "eager"
-    n_sums = args.steps * args.batch_size * len(args.seeds)
-    if args.compile == "on" or (args.compile == "auto" and n_sums >= COMPILE_FROM):
-        print("compiling the step (half a minute the first time, then cached)", flush=True)
-        weights, bonus = state.weights.clone().requires_grad_(), entropy_bonus(state, 0, args)
-        loss_fn, how = compiled(loss_fn, weights, *(x[0] for x in batches(0, args)), bonus)
-    print(f"the step runs {how}; ready after {clock.seconds():.1f} s", flush=True)
-    log = metrics.Metrics(folder / "metrics.csv", logged if saved else None)
-    tracker = metrics.open_tracker(args.tracker, folder, vars(args))
-    pairs, norm = uniform_pairs([VALIDATION], args.val_size), torch.zeros(len(args.seeds), device=device)
-    loss_sum, since = loss_sum.to(device), logged
+    loss_sum, norm = loss_sum.to(device), torch.zeros(len(args.seeds), device=device)
+    pairs = uniform_pairs([VALIDATION], VAL_SIZE)
 
-    with run.StopSignal() as stop:
-        for step in range(start, args.steps + 1):
-            last = step == args.steps or stop.number or clock.expired()
-            due = logged < step and (step % args.eval_every == 0 or step == args.steps)
+    with run.Run(args, SCRIPT, __file__, saved) as r:
+        print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, "
+              f"params {state.weights.shape[1]} learned, 0 frozen, init {args.init_from or args.init}, "
+              f"{args.optimizer}, {args.batch_size} sums a step, {args.steps} steps, {r.folder}", flush=True)
+        if args.warmup >= args.steps or any(until >= args.steps for _, until in curriculum(args.lengths)):
+            print("the warm-up or the lengths' last phase is longer than this run and is cut off", flush=True)
+        loss_fn, how = make_loss(module, state.weights, args)
+        print(f"the step runs {how}; ready after {r.seconds():.1f} s", flush=True)
+        for step in range(r.start, args.steps + 1):
+            due, last = r.due(step), r.last(step)
             if due:
-                exact, digits = validate(state, pairs, config, shapes, step)
-                mean_loss = (loss_sum / (step - max(since, 0))).tolist() if step else [math.nan] * len(args.seeds)
-                lr = learning_rates(step - state.born, args.steps - state.born, args).tolist()
-                rows = [{"step": step, "seed": seed, "loss": mean_loss[i], "exact": float(exact[i]),
-                         **{f"digit{k}": float(digits[i, k]) for k in range(ANSWER)}, "lr": lr[i],
-                         "grad": float(norm[i]), "sec": clock.seconds()} for i, seed in enumerate(args.seeds)]
-                for row in rows:
-                    log.write(row)
-                mean = {"step": step, "loss": finite_mean(mean_loss), "exact": float(exact.mean()),
-                        "grokked": int((exact >= GROKKED).sum()), "lr": lr[0], "grad": finite_mean(norm.tolist()),
-                        "sec": clock.seconds()}
-                print(metrics.format_row(mean), flush=True)
-                if tracker:
-                    tracker(mean)
-                loss_sum, logged, since = torch.zeros_like(loss_sum), step, step
-                save_best(folder, state, step, config, args)
-                if args.restart_stuck and step < args.steps:
-                    restart_stuck(state, exact, step, config, args)
+                exact, digits = validate(state, pairs, module, step)
+                n = (step - 1) % args.eval_every + 1 if step else 0          # steps since the last row
+                log(r, step, args, loss_sum / n if n else loss_sum * math.nan, exact, digits, norm)
+                loss_sum = torch.zeros_like(loss_sum)
+                save_best(r, state, module, args)
             if due or last:
-                checkpoint.save(folder / "last.pt", {
-                    "script": SCRIPT, "format": FORMAT, "step": step, "config": asdict(config), "args": vars(args),
-                    "population": {f.name: getattr(state, f.name).cpu() for f in fields(state)}, "ema": None,
-                    "loss_sum": loss_sum.cpu(), "logged": logged,
-                    "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds()})
+                r.save("last.pt", config=asdict(config), loss_sum=loss_sum.cpu(), ema=None,
+                       population={f.name: getattr(state, f.name).cpu() for f in fields(state)})
             if last:
                 break
-            if step % CHUNK == 0 or step == start:
+            if step % CHUNK == 0 or step == r.start:
                 tokens, target = batches(step // CHUNK, args)
             weights = state.weights.detach().requires_grad_()
-            bonus = entropy_bonus(state, step, args)
+            bonus = torch.tensor(args.entropy_bonus * faded(step, args), device=device)
             goal, loss = loss_fn(weights, tokens[step % CHUNK], target[step % CHUNK], bonus)
             grad, = torch.autograd.grad(goal.sum(), weights)
             with torch.no_grad():
-                norm = update(state, grad, loss, step, args)
+                norm = update(state, grad, loss, step, args, module)
                 loss_sum += loss.detach()
-    if stop.number:
-        print(f"stopped at step {step}; go on with: python {SCRIPT} --resume {folder}", flush=True)
-        sys.exit(128 + stop.number)
-    return finish(args, state, config, folder, clock, step, how)
+        r.leave_if_stopped()
+        return finish(r, state, module, args, how)
 
 
-def origin(args: argparse.Namespace) -> str:
-    """Where the first weights come from: --init, or the path of --init-from."""
-    return f"from {args.init_from}" if args.init_from else args.init
+def log(r: run.Run, step: int, args: argparse.Namespace, loss: torch.Tensor, exact: torch.Tensor,
+        digits: torch.Tensor, norm: torch.Tensor) -> None:
+    """A row of metrics.csv for each seed, and a log line of the means of those that have not failed."""
+    lr = learning_rate(step, args)
+    for i, seed in enumerate(args.seeds):
+        by_digit = {f"digit{k}": float(digits[i, k]) for k in range(ANSWER)}
+        r.record({"step": step, "seed": seed, "loss": float(loss[i]), "exact": float(exact[i]), **by_digit, "lr": lr,
+                  "grad": float(norm[i])})
+    r.show({"step": step, "loss": float(loss[loss.isfinite()].mean()), "exact": float(exact.mean()),
+            "grokked": int((exact >= GROKKED).sum()), "lr": lr, "grad": float(norm[norm.isfinite()].mean())})
 
 
-def finite_mean(values: Sequence[float]) -> float:
-    """Mean over the seeds that have not failed; NaN if all have, or at step 0."""
-    kept = [x for x in values if math.isfinite(x)]
-    return sum(kept) / len(kept) if kept else math.nan
-
-
-def save_best(folder: Path, state: Population, step: int, config: Config, args: argparse.Namespace) -> None:
+def save_best(r: run.Run, state: Population, module: nn.Module, args: argparse.Namespace) -> None:
     """Write best_sSEED.pt of each seed whose validation was the best of its run just now."""
-    module = make_module(config)
-    for i in torch.nonzero(state.best_step == step).flatten().tolist():
-        vector_to_parameters(state.best[i].cpu(), module.parameters())
-        checkpoint.save(folder / f"best_s{args.seeds[i]}.pt", {
-            "script": SCRIPT, "format": FORMAT, "step": int(state.best_step[i]), "model": module.state_dict(),
-            "config": asdict(config), "seed": args.seeds[i], "val_exact": int(state.best_val[i]) / args.val_size,
-            "args": vars(args)})
+    for i in torch.nonzero(state.best_step == r.step).flatten().tolist():
+        vector_to_parameters(state.best[i], module.parameters())
+        weights = {name: x.detach().cpu().clone() for name, x in module.state_dict().items()}
+        r.save(f"best_s{args.seeds[i]}.pt", model=weights, config=asdict(module.config), seed=args.seeds[i],
+               val_exact=int(state.best_val[i]) / VAL_SIZE)
 
 
-def finish(args: argparse.Namespace, state: Population, config: Config, folder: Path, clock: run.Clock, step: int,
-           how: str) -> dict:
+def restore_population(state: Population, saved: dict, path: str) -> None:
+    """Put the population of a last.pt into a new one. Raises UserError when a tensor is missing or misshapen."""
+    for f in fields(Population):
+        got, own = saved["population"].get(f.name), getattr(state, f.name)
+        if not isinstance(got, torch.Tensor) or (got.shape, got.dtype) != (own.shape, own.dtype):
+            raise UserError(f"{path}: damaged, {f.name} of its seeds is missing or not {tuple(own.shape)}")
+        setattr(state, f.name, got)
+
+
+def finish(r: run.Run, state: Population, module: nn.Module, args: argparse.Namespace, how: str) -> dict:
     """Exact match of the last weights on fresh pairs, summary.json, the pictures, and the table."""
-    shapes = shapes_of(config)
-    right, digits = exact_match(state.weights, uniform_pairs([TEST], args.test_size), config, shapes)
-    n, seeds = args.test_size, {}
+    n = TEST_SIZE
+    right, digits = exact_match(state.weights, uniform_pairs([TEST], n), module)
+    seeds = {}
     for i, seed in enumerate(args.seeds):
         seeds[str(seed)] = {
             "first_step": int(state.first[i]) if state.first[i] >= 0 else None, "errors": n - int(right[i]),
             "exact": int(right[i]) / n, "digits": (digits[i].double() / n).tolist(),
-            "failed": not state.alive[i].item(),
-            "restarts": int(state.restarts[i]), "best_step": int(state.best_step[i]),
-            "best_val": int(state.best_val[i]) / args.val_size}
+            "failed": not state.alive[i].item(), "best_step": int(state.best_step[i]),
+            "best_val": int(state.best_val[i]) / VAL_SIZE}
     grokked = [s for s in seeds.values() if s["exact"] >= GROKKED and not s["failed"]]
-    alone = sum(not s["restarts"] for s in grokked)
-    summary = {"script": SCRIPT, "name": folder.resolve().name, "seed": args.seed, "n_params": state.weights.shape[1],
-               "seconds": clock.seconds(), "cpu_seconds": clock.cpu_seconds(), "command": run.command(),
-               "preset": args.preset, "init": origin(args),
-               "steps": step, "stopped_early": step < args.steps, "step_runs": how,
-               "test_size": n, "n_seeds": len(seeds), "n_grokked": len(grokked), "grok_rate": len(grokked) / len(seeds),
-               "grok_interval": wilson(len(grokked), len(seeds)), "n_perfect": sum(s["errors"] == 0 for s in grokked),
-               "n_grokked_without_restarts": alone, "n_restarts": int(state.restarts.sum()), "seeds": seeds}
-    run.write_json(folder / "summary.json", summary)
+    summary = r.summary(
+        n_params=state.weights.shape[1], preset=args.preset, init=args.init_from or args.init, step_runs=how,
+        test_size=n, n_seeds=len(seeds), n_grokked=len(grokked), grok_rate=len(grokked) / len(seeds),
+        grok_interval=wilson(len(grokked), len(seeds)), n_perfect=sum(s["errors"] == 0 for s in grokked),
+        seeds=seeds)
     for seed, s in seeds.items():
-        note = (", failed: its loss was not finite" if s["failed"] else "") + (
-            f", restarted {s['restarts']} times" if s["restarts"] else "")
-        weak = [f"digit {k} {100 * x:.0f}%" for k, x in enumerate(s["digits"]) if x < 0.95]
         at = f"99% at step {s['first_step']}" if s["first_step"] is not None else "never 99%"
-        print(f"seed {seed:>5}: {100 * s['exact']:8.3f}%, {s['errors']:6d} errors, {at}{note}"
+        weak = [f"digit {k} {100 * x:.0f}%" for k, x in enumerate(s["digits"]) if x < 0.95]
+        print(f"seed {seed:>5}: {100 * s['exact']:8.3f}%, {s['errors']:6d} errors, {at}"
+              + (", failed: its loss was not finite" if s["failed"] else "")
               + (f"; below 95%: {', '.join(weak)}" if weak else ""))
-    restarts = f", {alone} without restarts ({summary['n_restarts']} restarts)" if summary["n_restarts"] else ""
-    early = f"stopped at step {step} of {args.steps} by --max-minutes: " if step < args.steps else ""
-    draw_pictures(folder)
-    print(f"{early}{format_rate(len(grokked), len(seeds))} of the seeds have >= 99% of {n} pairs{restarts}, "
-          f"{summary['n_perfect']} make no error; {summary['n_params']} parameters, {clock.seconds():.0f} s "
-          f"({clock.cpu_seconds():.0f} CPU-s), {folder}")
+    draw_pictures(r.folder)
+    early = f"stopped at step {r.step} of {args.steps} by --max-minutes: " if r.step < args.steps else ""
+    print(f"{early}{format_rate(len(grokked), len(seeds))} of the seeds have >= 99% of {n} pairs, "
+          f"{summary['n_perfect']} make no error; {summary['n_params']} parameters, {r.seconds():.0f} s "
+          f"({r.cpu_seconds():.0f} CPU-s), {r.folder}")
     return summary
 
 
 # ---- Pictures
 
-def draw_pictures(folder: Path) -> list[Path]:
-    """Draw exact.png, positions.png and attention.png of a run from its metrics.csv, summary.json and best_s*.pt."""
-    from matplotlib import colormaps
-    summary = run.read_json(folder / "summary.json")
-    if summary.get("script") != SCRIPT or not isinstance(summary.get("seeds"), dict):
-        raise UserError(f"{folder}: a run of {summary.get('script')!r:.40}, not a finished one of {SCRIPT}")
-    rows = metrics.read(folder)
-    seeds, made = list(summary["seeds"]), []
-    fig, ax = plots.new_figure()
-    for i, seed in enumerate(seeds):
-        curve = [(r["step"], 100 * r["exact"]) for r in rows if r["seed"] == int(seed)]
-        ax.plot(*zip(*curve, strict=True), marker=".", ms=4, lw=1.2, color=f"C{i % 10}", alpha=0.8,
-                label=f"seed {seed}" if len(seeds) <= 16 else None)
-    ax.set(xlabel="step", ylabel="exact match on validation, %", ylim=(-3, 103),
-           title=f"{summary['n_params']} parameters: {summary['n_grokked']} of {len(seeds)} seeds reach 99 %")
-    if len(seeds) <= 16:
-        ax.legend(frameon=False, fontsize=8, ncols=2)
-    made.append(plots.save_figure(fig, folder / "exact.png"))
+def draw_pictures(folder: str | os.PathLike) -> list[Path]:
+    """Draw exact.png and attention.png of a run from its metrics.csv, summary.json and best_s*.pt."""
+    folder = Path(folder)
+    summary, rows = files.read_json(folder / "summary.json"), metrics.read(folder)
+    if summary.get("script") != SCRIPT:
+        raise UserError(f"{folder}: a run of {summary.get('script')!r:.40}, not of {SCRIPT}")
+    seeds = list(summary["seeds"])
 
-    worst = min(seeds, key=lambda s: summary["seeds"][s]["exact"])
     fig, (left, right) = plots.new_figure(1, 2, height=max(4.2, 0.14 * len(seeds)))
-    grid = np.array([summary["seeds"][s]["digits"] for s in seeds])
-    image = left.imshow(100 * grid, vmin=0, vmax=100, aspect="auto", cmap="viridis")
-    left.grid(False)
-    left.set(xlabel="digit of the sum, lowest first", ylabel="seed", xticks=range(ANSWER),
-             title="accuracy at the end, %")
+    for i, seed in enumerate(seeds):
+        steps, exact = metrics.points([row for row in rows if row["seed"] == int(seed)], "step", "exact")
+        left.plot(steps, [100 * x for x in exact], marker=".", ms=4, lw=1.2, color=f"C{i % 10}", alpha=0.8,
+                  label=f"seed {seed}" if len(seeds) <= 16 else None)
+    left.set(xlabel="step", ylabel="exact match on validation, %", ylim=(-3, 103),
+             title=f"{summary['n_params']} parameters: {summary['n_grokked']} of {len(seeds)} seeds reach 99 %")
+    if len(seeds) <= 16:
+        left.legend(frameon=False, fontsize=8, ncols=2)
+    digits = [[100 * x for x in summary["seeds"][seed]["digits"]] for seed in seeds]
+    image = right.imshow(digits, vmin=0, vmax=100, aspect="auto", cmap="viridis")
+    right.grid(False)
+    right.set(xlabel="digit of the sum, lowest first", ylabel="seed", xticks=range(ANSWER),
+              title="right digits at the end, %")
     if len(seeds) <= 32:
-        left.set_yticks(range(len(seeds)), seeds)
-    fig.colorbar(image, ax=left)
-    history = [r for r in rows if r["seed"] == int(worst)]
-    for k in range(ANSWER):
-        right.plot([r["step"] for r in history], [100 * r[f"digit{k}"] for r in history], lw=1.2,
-                   color=colormaps["viridis"](k / (ANSWER - 1)), label=f"digit {k}")
-    right.set(xlabel="step", ylabel="accuracy on validation, %", ylim=(-3, 103),
-              title=f"seed {worst}, the lowest at the end")
-    right.legend(frameon=False, fontsize=8)
-    made.append(plots.save_figure(fig, folder / "positions.png"))
+        right.set_yticks(range(len(seeds)), seeds)
+    fig.colorbar(image, ax=right)
+    made = [plots.save_figure(fig, folder / "exact.png")]
 
-    best = max(seeds, key=lambda s: summary["seeds"][s]["best_val"])
-    if (folder / f"best_s{best}.pt").is_file():
-        made.append(draw_attention(load_model(folder / f"best_s{best}.pt")[0], folder / "attention.png", best))
-    return made
+    best = max(seeds, key=lambda seed: summary["seeds"][seed]["best_val"])
+    file = folder / f"best_s{best}.pt"
+    return [*made, draw_attention(load_model(file)[0], folder / "attention.png", best)] if file.is_file() else made
 
 
-def draw_attention(model: nn.Module, path: Path, seed: str, a: int = 1234567890, b: int = 9876543210) -> Path:
+def draw_attention(model: nn.Module, out: Path, seed: str, a: int = 1234567890, b: int = 9876543210) -> Path:
     """The attention of the positions that predict the sum of a and b, over all positions."""
-    tokens, _ = encode(model.config.family, *(digits_of(np.array([x]), DIGITS) for x in (a, b)))
-    weights, shapes = parameters_to_vector(model.parameters()), shapes_of(model.config)
-    with torch.no_grad():
-        _, attention = batched_logits(weights[None], torch.from_numpy(tokens.T).long()[None], model.config, shapes)
+    tokens = encode(model.config.family, *pair_of(a, b))[0]
+    with eval_mode(model):
+        _, attention = model(batch_last(tokens), model.OUTPUTS)
     fig, ax = plots.new_figure(width=9)
-    image = ax.imshow(attention[0, :ANSWER, :, 0].numpy(), vmin=0, aspect="auto")
+    image = ax.imshow(attention[:ANSWER, :, 0].numpy(), vmin=0, aspect="auto")
     ax.grid(False)
     names = ["+" if t == PLUS else "=" if t == EQUALS else str(t) for t in tokens[0].tolist()]
     ax.set_xticks(range(len(names)), names)
     ax.set(xlabel=f"token: {a}, {b} and their sum, as this model reads them", yticks=range(ANSWER),
            ylabel="digit of the sum that is predicted", title=f"attention of seed {seed}")
     fig.colorbar(image, ax=ax)
-    return plots.save_figure(fig, path)
+    return plots.save_figure(fig, out)
 
 
 # ---- Use of a trained model
 
-def file_of(path: str | os.PathLike) -> Path:
-    """The checkpoint that `path` means: itself, or of a folder best.pt, the best_sSEED.pt with the best validation, or
-    last.pt."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    if (path / "best.pt").is_file():
-        return path / "best.pt"
-    seeds = sorted((f for f in path.glob("best_s*.pt") if f.stem[6:].isdecimal()), key=lambda f: int(f.stem[6:]))
-
-    def validation(file: Path) -> float:
-        value = read_checkpoint(file).get("val_exact")
-        return value if type(value) is float else -1.0
-    return max(seeds, key=validation) if seeds else path / "last.pt"
-
-
-def read_checkpoint(path: str | os.PathLike, whole_run: bool = False) -> dict:
-    """A checkpoint of this script, or a published one with its keys renamed. Raises UserError.
-
-    Over 10 MB is refused, but for whole_run=True: the optimizer state of many seeds is larger.
-    """
-    path = Path(path) / "last.pt" if whole_run and Path(path).is_dir() else file_of(path)
-    if path.is_file() and path.stat().st_size > MAX_BYTES and not whole_run:
-        raise UserError(f"{path}: {path.stat().st_size / 1e6:.0f} MB; a model of {SCRIPT} has at most "
-                        f"{MAX_BYTES // 10**6} MB (of a run, take a best_sSEED.pt)")
-    saved = checkpoint.read(path)
-    if is_published(saved):
-        saved = {"script": SCRIPT, "format": FORMAT, "model": saved["model_state"], "step": saved.get("step", -1),
-                 "args": {}, "config": {"family": "learned", **saved["model_config"]}}
-    checkpoint.check_script(saved, SCRIPT, path)
-    kinds = {"format": int, "config": dict, "step": int}
-    if "seed" in saved:  # not in a last.pt, which has many
-        kinds["seed"] = int
-    for key, kind in kinds.items():
-        if type(saved.get(key)) is not kind or (key == "format" and saved[key] != FORMAT):
-            shown = " ".join(repr(saved.get(key))[:20].split())
-            raise UserError(f"{path}: its {key} is {shown}, which cannot be read here")
-    return saved
-
-
-def is_published(saved: dict) -> bool:
+def recognises(saved: dict) -> bool:
     """Whether a checkpoint is one of the 456-parameter project, which names no script."""
     return all(isinstance(saved.get(k), dict) for k in ("model_state", "model_config"))
 
 
-def load_population(saved: dict, path: str | os.PathLike) -> tuple[list[int], Population]:
-    """The seeds of a last.pt and their population. Raises UserError when they do not fit each other or the config."""
-    args, stored = (saved[k] if isinstance(saved.get(k), dict) else {} for k in ("args", "population"))
-    seeds = args.get("seeds")
-    if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
-        raise UserError(f"{path}: damaged, it names no seeds")
-    module = make_module(make_config(saved["config"], str(path)))
-    like = empty_population(len(seeds), count_parameters(module), args.get("optimizer") == "soap")
-    for f in fields(Population):
-        got, own = stored.get(f.name), getattr(like, f.name)
-        if not isinstance(got, torch.Tensor) or got.shape != own.shape or got.dtype != own.dtype:
-            raise UserError(f"{path}: damaged, {f.name} of its seeds is missing or not {tuple(own.shape)}")
-        setattr(like, f.name, got)
-    return seeds, like
+def file_of(path: str | os.PathLike) -> Path:
+    """The model that `path` means: itself, or of a run folder the best_sSEED.pt with the best validation."""
+    def validation(file: Path) -> float:
+        value = checkpoint.read(file).get("val_exact")
+        return value if type(value) is float else -1.0
+    if not Path(path).is_dir():
+        return Path(path)
+    return max(sorted(Path(path).glob("best_s*.pt")), key=validation, default=Path(path) / "best_s0.pt")
 
 
-def resumed_state(saved: dict, args: argparse.Namespace) -> tuple[int, int, torch.Tensor, tuple[float, float]]:
-    """Step, last logged step, sum of losses since then, wall and CPU seconds of a last.pt. Raises UserError."""
-    step, logged, loss_sum = (saved.get(k) for k in ("step", "logged", "loss_sum"))
-    seconds = saved.get("seconds"), saved.get("cpu_seconds")
-    if not (type(step) is type(logged) is int and -1 <= logged <= step <= args.steps and step >= 0
-            and isinstance(loss_sum, torch.Tensor) and loss_sum.shape == (len(args.seeds),)
-            and all(type(x) is float and math.isfinite(x) for x in seconds)):
-        raise UserError(f"{args.resume}: damaged, it cannot be resumed (step {step!r:.20}, logged {logged!r:.20})")
-    return step, logged, loss_sum, seconds
+def stored_config(values: dict, path: str | os.PathLike, published: bool) -> Config:
+    """The Config in a checkpoint. Raises UserError naming a field that no model here has."""
+    fixed = {"head_dim": HEAD, "period": PERIOD, "n_layer": 1, "n_head": 1, "max_seq_len": 33, "vocab_size": 14,
+             "dropout": 0}
+    own = {f.name: values[f.name] for f in fields(Config) if f.name in values}
+    for name, value in values.items():
+        unused = published and not value  # an option of the other project that was off
+        if name not in own and not unused and (type(value) not in (int, float) or value != fixed.get(name)):
+            raise UserError(f"{path}: its {name} is {value!r:.40}, which no model here has")
+    try:
+        return Config(**own)
+    except (TypeError, UserError) as e:
+        raise UserError(f"{path}: {e}") from None
 
 
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
-    """The trained module at `path` and its checkpoint; of a last.pt or a run folder, the seed with the best validation.
+    """The trained module at `path`, of a run folder its best, and the checkpoint. A published file will do.
 
-    Raises UserError: missing, damaged, foreign, over 10 MB, an impossible config, tensors missing, extra, of another
-    shape or not finite.
+    Raises UserError: missing, damaged, foreign, an impossible config, tensors missing, misshapen or not
+    finite.
     """
-    saved = read_checkpoint(path)
-    config = make_config(saved["config"], str(path))
-    module, state = make_module(config), saved.get("model")
-    if "population" in saved:
-        seeds, population = load_population(saved, path)
-        i = int(population.best_val.argmax())
-        vector_to_parameters(population.best[i], module.parameters())
-        saved = {**saved, "seed": seeds[i], "step": int(population.best_step[i])}
-        state = {k: v.clone() for k, v in module.state_dict().items()}
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: it holds no weights")
-    checkpoint.load_weights(module, state, path)
-    if config.family == "learned" and not torch.equal(state["lm_head.weight"], state["token_emb.weight"]):
+    path = file_of(path)
+    saved = checkpoint.read(path)
+    published = recognises(saved)
+    if published:
+        saved = {"script": SCRIPT, "format": checkpoint.FORMAT, "model": saved["model_state"],
+                 "step": saved.get("step", -1), "config": {"family": "learned", **saved["model_config"]}}
+    checkpoint.check(saved, path, SCRIPT, config=dict, model=dict, step=int)
+    module = make_module(stored_config(saved["config"], path, published))
+    checkpoint.load_weights(module, saved["model"], path)
+    if module.config.family == "learned" and not torch.equal(*(
+            saved["model"][name] for name in ("lm_head.weight", "token_emb.weight"))):
         raise UserError(f"{path}: lm_head.weight is not token_emb.weight, which it is tied to")
     return module.eval(), saved
 
 
-def initial_weights(args: argparse.Namespace, config: Config, like: torch.Tensor) -> torch.Tensor:
-    """Weights (S, P) of --init-from: the same seeds of a last.pt, or one model for every seed. Raises UserError."""
-    saved = read_checkpoint(args.init_from, whole_run=not os.path.isdir(args.init_from))
-    theirs = make_config(saved["config"], args.init_from)
-    if theirs != config:
-        raise UserError(f"{args.init_from}: a model of another config ({theirs}, here {config})")
-    if "population" not in saved:
-        module, _ = load_model(args.init_from)
-        return parameters_to_vector(module.parameters()).detach().expand_as(like).clone()
-    seeds, population = load_population(saved, args.init_from)
-    missing = set(args.seeds) - set(seeds)
-    if missing:
-        raise UserError(f"{args.init_from}: has no seed {min(missing)}; give one model (best_sSEED.pt), or its seeds")
-    weights = population.weights[[seeds.index(s) for s in args.seeds]]
-    if not torch.isfinite(weights).all():
-        raise UserError(f"{args.init_from}: its weights are not finite")
-    return weights
+def initial_weights(path: str, config: Config) -> torch.Tensor:
+    """The weights (P,) of a trained model, from which every seed starts. Raises UserError: of another
+    config."""
+    module, _ = load_model(path)
+    if module.config != config:
+        raise UserError(f"{path}: a model of another config ({module.config}, here {config})")
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def operand(x: object, name: str) -> int:
-    """x as an operand. Raises UserError when it is not a whole number in 0..10^10 - 1."""
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-        raise UserError(f"{name}: {repr(x)[:40]} is not a whole number")
-    if not 0 <= x < LIMIT:
-        shown = str(x) if abs(x) < 10**40 else f"a number of {int(x).bit_length()} bits"
-        raise UserError(f"{name}: {shown} is not in 0..{LIMIT - 1}")
-    return int(x)
+def pair_of(a: object, b: object) -> Pairs:
+    """Digits (1, 10) of two operands. Raises UserError when one is not a whole number in 0..10^10 - 1."""
+    for x in (a, b):
+        if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or not 0 <= x < LIMIT:
+            shown = f"a number of {x.bit_length()} bits" if type(x) is int and abs(x) > 10**40 else repr(x)[:40]
+            raise UserError(f"{shown} is not a whole number in 0..{LIMIT - 1}")
+    return digits_of(np.array([a]), DIGITS), digits_of(np.array([b]), DIGITS)
 
 
 def load(path: str | os.PathLike) -> Callable[[int, int], int | None]:
@@ -1311,39 +1043,42 @@ def load(path: str | os.PathLike) -> Callable[[int, int], int | None]:
     model, _ = load_model(path)
 
     def add(a: int, b: int) -> int | None:
-        pair = tuple(digits_of(np.array([operand(x, name)]), DIGITS) for x, name in ((a, "a"), (b, "b")))
-        return number(answers(model, pair, "ar")[0][0])
+        return number(answers(model, pair_of(a, b), "ar")[0][0])
     return add
 
 
 def show_sum(model: nn.Module, text: str) -> dict:
     """Answer a sum like 12+34, and print the digits as the model gives them, with their probability."""
-    found = re.fullmatch(r"\s*(\d{1,40})\s*\+\s*(\d{1,40})\s*", text)
+    found = re.fullmatch(r"\s*([0-9]{1,40})\s*\+\s*([0-9]{1,40})\s*", text)
     if not found:
         raise UserError(f"--add {text[:60]!r}: expected two whole numbers like 1234567890+9876543210")
-    a, b = (operand(int(x), "--add") for x in found.groups())
-    pair = tuple(digits_of(np.array([x]), DIGITS) for x in (a, b))
-    given = answers(model, pair, "ar")[0][0]
-    prompt = torch.from_numpy(encode(model.config.family, *pair)[0][:, :model.PROMPT]).long()
+    a, b = int(found[1]), int(found[2])
+    pair = pair_of(a, b)
+    given = answers(model, pair, "ar")[0]                                    # (1, 11)
+    prompt = encode(model.config.family, *pair)[0][:, :model.PROMPT]
     with eval_mode(model):
-        p = model(torch.cat([prompt, torch.from_numpy(given[None]).clamp(min=0)], 1))[0, model.PROMPT - 1:].softmax(-1)
-    for k, digit in enumerate(given.tolist()):
-        print(f"digit {k:2d}: {digit:2d}  probability {p[k, digit]:.4f}")
-    answer = number(given)
+        logits, _ = model(batch_last(np.concatenate([prompt, given[:, :-1]], 1)), ANSWER)
+    p = logits.softmax(0)[:, :, 0]                                           # (V, 11)
+    for k, digit in enumerate(given[0].tolist()):
+        print(f"digit {k:2d}: {digit:2d}  probability {p[digit, k]:.4f}")
+    answer = number(given[0])
     print(f"{a} + {b} = {'no number' if answer is None else answer}, "
           + ("right" if answer == a + b else f"wrong: it is {a + b}"))
     return {"a": a, "b": b, "answer": answer, "right": answer == a + b}
 
 
-SUBMISSION = '''"""{n} parameters, trained: a submission for AdderBoard, written by {script} --export-submission."""
+SUBMISSION = '''"""{n} parameters, trained: a submission for AdderBoard, written by {script}."""
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+UserError = ValueError
+HEAD, PERIOD = {head}, {period}
+
 
 {sources}
 
@@ -1364,44 +1099,52 @@ def add(model, a, b):
     a, b = f"{{a:010d}}", f"{{b:010d}}"
     prompt = {prompt}
     with torch.no_grad():
-        out = greedy(model, torch.tensor([prompt]), 11)[0].tolist()
-    return int("".join(map(str, out[::-1]))) if max(out) < 10 else -1
+        out = greedy(model, torch.tensor(prompt)[:, None], 11)[:, 0].tolist()
+    return int("".join(map(str, out[::-1]))) if 0 <= min(out) <= max(out) < 10 else -1
 '''
 
 
-def export_submission(model: nn.Module, path: str, name: str) -> None:
-    """Write the model as one file with build_model() and add(model, a, b): its classes' source, weights as numbers."""
-    c = model.config
-    parts = [Config, RMSNorm, causal_attention]
+def export_submission(model: nn.Module, saved: dict, out: str) -> None:
+    """Write the model as one file with build_model() and add(model, a, b): its classes' source, weights as
+    numbers.
+
+    The metadata names what AdderBoard tells apart: priors in the positions, the start and the training.
+    """
+    c, n, args = model.config, count_parameters(model), saved.get("args", {})
+    common_parts = [Config, Norm, linear, one_hot, look_up, causal_attention]
     if c.family == "rotary":
-        parts += [rotary_angles, rotate, arc, untied, RotaryAdder]
+        parts = [*common_parts, rotary_angles, rotate, arc, turn_columns, RotaryAdder]
         prompt = "[int(x) for x in '0' + a[::-1] + '00' + b[::-1] + '0']"
-        tricks = [f"rotary positions of period {c.period:g}", f"tie {c.tie}"]
+        tricks = [f"rotary positions of period {PERIOD}", f"tie {c.tie}", f"embedding {c.embedding}"]
     else:
-        parts += [LowRank, linear, Attention, Block, LearnedAdder]
+        parts = [*common_parts, LowRank, make_map, factors, LearnedAdder]
         prompt = f"[*map(int, a), {PLUS}, *map(int, b), {EQUALS}]"
         tricks = [f"ranks {c.pos_rank} {c.qkv_rank} {c.attn_out_rank} {c.ffn_rank}", f"tie {c.tie_qkv}"]
-    sources = "\n\n".join(inspect.getsource(part) for part in (*parts, greedy))
-    if c.family == "learned":
-        sources = f"QKV = {QKV}\n\n\n{sources}"
+    tricks += [f"{what} {args[name]}" for name, what in (
+        ("init", "start"), ("optimizer", "optimizer"), ("entropy_bonus", "entropy bonus"),
+        ("random_zeros", "random zeros"), ("smooth_positions", "smooth positions")) if args.get(name)]
     text = SUBMISSION.format(
-        n=count_parameters(model), script=SCRIPT, sources=sources, config=c, cls=type(model).__name__, name=name,
-        weights={k: v.tolist() for k, v in model.state_dict().items()}, prompt=prompt, tricks=tricks)
-    run.write_atomic(path, text.encode())
-    print(f"{path}: {count_parameters(model)} parameters; check it with AdderBoard's verify.py")
+        n=n, script=SCRIPT, head=HEAD, period=PERIOD, config=c, cls=type(model).__name__, prompt=prompt,
+        tricks=tricks, sources="\n\n".join(inspect.getsource(part) for part in (*parts, likeliest, greedy)),
+        weights={k: v.tolist() for k, v in model.state_dict().items()},
+        name=f"{args.get('preset') or c.family}, {n} parameters, seed {saved.get('seed')}")
+    files.write_atomic(out, text.encode())
+    print(f"{out}: {n} parameters; check it with AdderBoard's verify.py")
 
 
 def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> dict:
     """Exact match of a checkpoint on the original's test pairs, as [right, of] counts. Raises UserError.
 
-    A sum is right if all 11 digits are (EOS is not asked, as in the original; a token that is no digit is wrong).
-    With mode tf, token accuracy and positions are teacher-forced. Intervals are Wilson's, 95 %.
-    args may have: n (10,000) pairs for each of split_seeds, mode (tf: one teacher-forced pass; ar: greedy), device.
-    failures: the first ten as a, b, a + b, greedy answer. positions: each digit of the sum, lowest first.
+    A sum is right if all 11 digits are (EOS is not asked, as in the original; a token that is no digit is
+    wrong). With mode tf, token accuracy and positions are teacher-forced. Intervals are Wilson's, 95 %. args
+    may have: n (10,000) pairs for each of split_seeds, mode (tf: one teacher-forced pass; ar: greedy),
+    device. failures: the first ten as a, b, a + b, greedy answer. positions: each digit of the sum, lowest
+    first.
     """
     model, saved = load_model(path)
     model.to(devices.get_device(getattr(args, "device", "cpu")))
-    n, seeds, mode = (getattr(args, k, d) for k, d in (("n", 10_000), ("split_seeds", SPLIT_SEEDS), ("mode", "tf")))
+    n, mode = getattr(args, "n", 10_000), getattr(args, "mode", "tf")
+    seeds = getattr(args, "split_seeds", SPLIT_SEEDS)
     wall, cpu, total = time.monotonic(), time.process_time(), n * len(seeds)
     splits, failures, positions = {}, [], np.zeros(ANSWER, np.int64)
     for seed in seeds:
@@ -1419,31 +1162,50 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
             "config": asdict(model.config), "step": saved["step"], "seed": saved.get("seed"), "mode": mode,
             "exact": [right, total], "exact_rate": right / total, "exact_interval": list(wilson(right, total)),
             "splits": splits,
-            "split_intervals": {seed: list(wilson(*counts)) for seed, counts in splits.items()},
             "token_accuracy": int(positions.sum()) / (total * ANSWER),
             "positions": [[int(k), total] for k in positions], "failures": failures,
             "seconds": time.monotonic() - wall, "cpu_seconds": cpu,
             "additions_per_cpu_second": total / max(cpu, 1e-9)}
 
 
+def format_evaluation(out: dict) -> str:
+    """The figures of evaluate_checkpoint as text."""
+    right, total = out["exact"]
+    return "\n".join([
+        f"  {out['n_params']} parameters, {out['config']['family']}, step {out['step']}, mode {out['mode']}, "
+        f"{out['additions_per_cpu_second']:.0f} additions per CPU-s",
+        f"  exact match {format_rate(right, total)}, {total - right} errors, token accuracy "
+        f"{100 * out['token_accuracy']:.4f}%",
+        "  errors by split seed: " + ", ".join(f"{s}: {n - k}" for s, (k, n) in out["splits"].items()),
+        "  % by position, lowest digit first: " + " ".join(f"{100 * k / n:.2f}" for k, n in out["positions"]),
+        *(f"  {a} + {b} = {c}, got {'no number' if d is None else d}" for a, b, c, d in out["failures"])])
+
+
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse_args(argv)
-    with run.one_line_errors(SCRIPT):
+    with files.one_line_errors(SCRIPT):
         devices.set_threads(args.threads)
         if args.plot:
-            print(*draw_pictures(args.plot), sep="\n")
-        elif args.add:
-            return show_sum(load_model(args.checkpoint)[0], args.add)
-        elif args.export_submission:
-            model, saved = load_model(args.checkpoint)
-            export_submission(model, args.export_submission, f"{args.checkpoint}, seed {saved.get('seed')}")
-        elif args.checkpoint:
-            out = evaluate_checkpoint(args.checkpoint, args)
-            print(f"{args.checkpoint}: {out['n_params']} parameters, step {out['step']}, exact match "
-                  f"{format_rate(*out['exact'])} (tables: python evaluate_checkpoints.py {args.checkpoint})")
-            return out
-        else:
+            flags.only(args, "plot")
+            with files.refuse_damaged(args.plot):
+                print(*draw_pictures(args.plot), sep="\n")
+            return None
+        modes = ("add", "export_submission", "checkpoint")
+        mode = next((name for name in modes if vars(args)[name] is not None), None)
+        if mode is None:
             return train(args)
+        flags.only(args, mode, "checkpoint")
+        if args.checkpoint is None:
+            raise UserError(f"--{mode.replace('_', '-')}: of which model? give its --checkpoint")
+        if mode == "checkpoint":
+            out = evaluate_checkpoint(args.checkpoint, args)
+            print(f"{out['file']}\n{format_evaluation(out)}")
+            return out
+        model, saved = load_model(args.checkpoint)
+        if mode == "add":
+            return show_sum(model, args.add)
+        files.check_output(args.export_submission)
+        export_submission(model, saved, args.export_submission)
 
 
 if __name__ == "__main__":

@@ -3,30 +3,31 @@
     python evaluate_checkpoints.py logs/kept/addition_train/rope196     # 100,000 sums and tables, 2 s
     python evaluate_checkpoints.py logs/kept/collatz/window10-s0 --output out.json  # a run folder, all figures as JSON
 
-The checkpoint's field `script` says which script's `evaluate_checkpoint(path, args)` is called; published checkpoints
-of the 456-parameter addition project have no such field and are known by their keys. Reads plain data, runs no pickle.
-A checkpoint that cannot be evaluated does not stop the others; the exit code is then 1.
+The checkpoint's field `script` says which script's `evaluate_checkpoint(path, args)` is called and whose
+`format_evaluation` makes text of the figures; a checkpoint of another project goes to the script that `recognises` it.
+Reads plain data, runs no pickle. A checkpoint that cannot be evaluated does not stop the others; the exit code is
+then 1. The tables of an addition model stand here, as they stood in the evaluation script that this one descends from.
 """
 from __future__ import annotations
 
+from common import files, flags  # before torch: a Ctrl-C while that loads is one line then
+
+# isort: split
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 import addition_train
-from addition_train import DIGITS, LIMIT, SPLIT_SEEDS, digits_of, uniform_pairs
+from addition_train import DIGITS, LIMIT, Pairs, digits_of, uniform_pairs
 from common import checkpoint, devices, run
-from common.evaluation import format_rate
-from common.run import UserError, integer
+from common.files import UserError
+from common.flags import integer, path
 
-SCRIPTS = (             # whose checkpoints can be evaluated
-    "addition_train.py",
-    "collatz.py",
-)
+SCRIPTS = ("addition_train", "collatz")  # whose checkpoints can be evaluated
 TABLES = 4              # stream of the pairs of the tables; training, validation and test have others
 EDGE_CASES = ((0, 0), (0, 1), (1, 0), (9, 1), (5, 5), (LIMIT - 1, 0), (LIMIT - 1, 1), (1, LIMIT - 1),
               (LIMIT - 1, LIMIT - 1), (LIMIT // 2, LIMIT // 2), (1234567890, 9876543210), (1111111111, 8888888889),
@@ -34,18 +35,14 @@ EDGE_CASES = ((0, 0), (0, 1), (1, 0), (9, 1), (5, 5), (LIMIT - 1, 0), (LIMIT - 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = run.Parser(usage="%(prog)s CKPT [CKPT ...] [flags]", description=__doc__)
-    p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoint, or run folder")
+    p = flags.Parser(usage="%(prog)s CKPT [CKPT ...] [flags]", description=__doc__)
+    p.add_argument("checkpoints", nargs="+", type=path, metavar="CKPT", help="checkpoint, or run folder")
     p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto: CUDA, MPS, else CPU")
-    p.add_argument("--threads", type=integer(0), default=1, help="CPU threads of torch; 0: torch's choice")
-    p.add_argument("--output", metavar="FILE.json", help="write all figures there")
-    g = p.add_argument_group("addition")
-    g.add_argument("--n", type=integer(1, 1 << 22), default=10_000, help="pairs for each split seed; the tables have "
-                   "n / 10 an entry, that of operand lengths n / 50")
-    g.add_argument("--split-seeds", type=addition_train.seed_list, default=list(SPLIT_SEEDS), metavar="A-B,C",
-                   help="seeds of the test pairs (default: the original's ten)")
-    g.add_argument("--mode", choices=["tf", "ar"], default="tf",
-                   help="tf: one teacher-forced pass by tables; ar: greedy decoding by the module, digit by digit")
+    p.add_argument("--threads", type=integer(0, 1024), default=1, help="CPU threads of torch; 0: torch's choice")
+    p.add_argument("--output", type=path, metavar="FILE.json", help="write all figures there")
+    for script in map(importlib.import_module, SCRIPTS):
+        if hasattr(script, "add_evaluation_arguments"):
+            script.add_evaluation_arguments(p)
     return p.parse_args(argv)
 
 
@@ -60,7 +57,7 @@ def longest_chain(carry: np.ndarray) -> np.ndarray:
     return longest
 
 
-def chained_pairs(stream: Sequence[int], n: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def chained_pairs(stream: Sequence[int], n: int, length: int) -> Pairs:
     """Digits of n pairs, uniform among all pairs of ten-digit operands whose longest carry chain is `length`.
 
     A column carries for 45 of its 100 digit pairs without a carry into it and for 55 with one, so the weight of each
@@ -83,7 +80,7 @@ def chained_pairs(stream: Sequence[int], n: int, length: int) -> tuple[np.ndarra
     return out[0], out[1]
 
 
-def pairs_of_lengths(stream: Sequence[int], n: int, a_length: int, b_length: int) -> tuple[np.ndarray, np.ndarray]:
+def pairs_of_lengths(stream: Sequence[int], n: int, a_length: int, b_length: int) -> Pairs:
     """Digits of n pairs, uniform among those with exactly so many digits in a and b (one digit: 0..9)."""
     pairs = uniform_pairs(stream, n)
     for i, (x, length) in enumerate(zip(pairs, (a_length, b_length), strict=True)):
@@ -103,7 +100,7 @@ def addition_tables(path: str, args: argparse.Namespace) -> dict:
     model.to(devices.get_device(args.device))
     few, fewer, lengths = max(args.n // 10, 1), max(args.n // 50, 1), range(1, DIGITS + 1)
 
-    def count(pairs: tuple[np.ndarray, np.ndarray]) -> list[int]:
+    def count(pairs: Pairs) -> list[int]:
         got, target = addition_train.answers(model, pairs, args.mode)
         return [int((got == target).all(1).sum()), len(got)]
     edges = tuple(digits_of(np.array(x, np.int64), DIGITS) for x in zip(*EDGE_CASES, strict=True))
@@ -113,67 +110,63 @@ def addition_tables(path: str, args: argparse.Namespace) -> dict:
             "edge_cases": count(edges)}
 
 
-def format_addition(out: dict) -> str:
-    """The figures of an addition model as text."""
+def format_tables(out: dict) -> str:
+    """The tables of an addition model as text."""
     def row(title: str, cells: Sequence[list[int]]) -> str:
         return f"  {title:<37}" + " ".join(f"{100 * k / n:6.2f}" for k, n in cells) + f"  (n = {cells[0][1]} each)"
-    (right, total), edges = out["exact"], out["edge_cases"]
+    edges = out["edge_cases"]
     return "\n".join([
-        f"  {out['n_params']} parameters, {out['config']['family']}, step {out['step']}, mode {out['mode']}, "
-        f"{out['additions_per_cpu_second']:.0f} additions per CPU-s",
-        f"  exact match {format_rate(right, total)}, {total - right} errors, token accuracy "
-        f"{100 * out['token_accuracy']:.4f}%, edge cases {edges[0]}/{edges[1]}",
-        "  errors by split seed: " + ", ".join(f"{s}: {n - k}" for s, (k, n) in out["splits"].items()),
-        row("% by position, lowest digit first", out["positions"]),
+        f"  edge cases {edges[0]}/{edges[1]}",
         row("% by longest carry chain, 0..10", list(out["by_chain"].values())),
         row("% by digits, both below 10^1..10^10", list(out["by_digits"].values())),
-        *(row(f"% a of {i} digit{'s' * (i > 1)}, b of 1..10", cells) for i, cells in enumerate(out["by_lengths"], 1)),
-        *(f"  {a} + {b} = {c}, got {'no number' if d is None else d}" for a, b, c, d in out["failures"])])
+        *(row(f"% a of {i} digit{'s' * (i > 1)}, b of 1..10", cells) for i, cells in enumerate(out["by_lengths"], 1))])
 
 
 # ---- Any checkpoint
 
-def script_of(path: str) -> str:
-    """The script that wrote a checkpoint. Raises UserError when it is none of SCRIPTS."""
-    saved = checkpoint.read(addition_train.file_of(path))
-    if addition_train.is_published(saved):
-        return "addition_train.py"
-    checkpoint.check_script(saved, None, path)
-    if saved["script"] not in SCRIPTS:
-        raise UserError(f"{path}: written by {saved['script']!r:.60}, which is not one of {', '.join(SCRIPTS)}")
-    return saved["script"]
+def script_of(file: str) -> ModuleType:
+    """The script that evaluates a checkpoint. Raises UserError when it is none of SCRIPTS."""
+    saved = checkpoint.read(checkpoint.file_of(file))
+    modules = [importlib.import_module(name) for name in SCRIPTS]
+    for module in modules:
+        if saved.get("script") == module.SCRIPT or (hasattr(module, "recognises") and module.recognises(saved)):
+            return module
+    wrote = repr(saved["script"])[:60] if "script" in saved else "another project (it has no field 'script')"
+    raise UserError(f"{file}: written by {wrote}, not by one of {', '.join(m.SCRIPT for m in modules)}")
 
 
-def evaluate(path: str, args: argparse.Namespace) -> tuple[dict, str]:
+def evaluate(file: str, args: argparse.Namespace) -> tuple[dict, str]:
     """The figures of one checkpoint, and the same as text. Raises UserError."""
-    script = script_of(path)
-    out = importlib.import_module(script.removesuffix(".py")).evaluate_checkpoint(path, args)
-    if script == addition_train.SCRIPT:
-        out.update(addition_tables(path, args))
-        return out, format_addition(out)
-    numbers = {k: v for k, v in out.items() if isinstance(v, (bool, int, float, str))}
-    return out, "\n".join(f"  {k} {v:.6g}" if isinstance(v, float) else f"  {k} {v}" for k, v in numbers.items())
+    module = script_of(file)
+    out = module.evaluate_checkpoint(file, args)
+    text = module.format_evaluation(out)
+    if module is addition_train:
+        out.update(addition_tables(file, args))
+        text += "\n" + format_tables(out)
+    return out, text
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     results, failed = {}, 0
-    with run.one_line_errors("evaluate_checkpoints.py"):
+    with files.one_line_errors("evaluate_checkpoints.py"):
         devices.set_threads(args.threads)
         devices.get_device(args.device)
-        if args.output and not Path(args.output).absolute().parent.is_dir():
-            raise UserError(f"--output {args.output}: its folder does not exist")
-        for path in args.checkpoints:
+        if args.output:
+            files.check_output(args.output)
+        for file in args.checkpoints:
             try:
-                results[path], text = evaluate(path, args)
-                print(f"{results[path].get('file', path)}\n{text}", flush=True)
+                results[file], text = evaluate(file, args)
+                print(f"{results[file].get('file', file)}\n{text}", flush=True)
+            except BrokenPipeError:
+                raise
             except Exception as e:  # a file may be broken in ways that no check foresees, and must not stop the others
                 failed += 1
-                reason = str(e) if isinstance(e, (UserError, OSError)) else f"{path}: {type(e).__name__}: {e}"
-                results[path] = {"error": " ".join(reason.split())}
-                print(f"evaluate_checkpoints.py: error: {results[path]['error']}", file=sys.stderr, flush=True)
+                reason = str(e) if isinstance(e, (UserError, OSError)) else f"{file}: {type(e).__name__}: {e}"
+                results[file] = {"error": " ".join(reason.split())}
+                print(f"evaluate_checkpoints.py: error: {results[file]['error']}", file=sys.stderr, flush=True)
         if args.output:
-            run.write_json(args.output, {"command": run.command(), "commit": run.commit(), "checkpoints": results})
+            files.write_json(args.output, {"command": run.command(), "commit": run.commit(), "checkpoints": results})
     if failed:
         sys.exit(1)
     return results

@@ -1,4 +1,16 @@
-"""Thin bookkeeping shared by the experiments: devices, runs, metrics, checkpoints, evaluation, plots.
+"""Thin bookkeeping shared by the experiments: no models, losses, data, schedules or training loops.
 
-No models, losses, data, schedules or training loops: those live in the script that uses them.
+A script imports from this package before torch, whose import takes seconds: a Ctrl-C then, too, is one line.
 """
+import os
+import sys
+
+
+def _excepthook(kind, error, trace) -> None:
+    if not issubclass(kind, KeyboardInterrupt) or hasattr(sys, "ps1"):  # at a prompt, Ctrl-C goes back to it
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)  # 128 + SIGINT; Python's own exit would be a death by that signal
+
+
+sys.excepthook = _excepthook

@@ -1,14 +1,12 @@
-"""Where a run computes: device, precision, threads, seeds, ranks of torchrun."""
+"""Where a run computes: device, precision, threads, ranks of torchrun."""
 from __future__ import annotations
 
 import os
-import random
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 
-from common.run import UserError
+from common.files import UserError
 
 
 def get_device(name: str) -> torch.device:
@@ -58,13 +56,6 @@ def set_threads(n: int) -> None:
     """Limit torch to n CPU threads; 0 leaves torch's own choice. Spinning threads slow small models down 30x."""
     if n > 0:
         torch.set_num_threads(n)
-
-
-def set_seed(seed: int) -> None:
-    """Seed the global generators of Python, numpy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 # ---- torchrun

@@ -2,11 +2,33 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from common.run import UserError, write_atomic
+from common.files import UserError, append, write_atomic
+
+Row = dict[str, float | None]
+
+
+def _cell(value: float | None) -> str:
+    if value is None or value != value:
+        return ""
+    return str(int(value)) if isinstance(value, int) else repr(float(value))
+
+
+def write(path: Path, row: Row) -> None:
+    """Append a row, None and NaN as empty cells. Raises ValueError when its columns are not those of the first row."""
+    header, line = ",".join(row) + "\n", ",".join(map(_cell, row.values())) + "\n"
+    if path.is_file() and path.stat().st_size:
+        with open(path) as f:
+            if (columns := f.readline()) != header:
+                raise ValueError(f"a row of {header.strip()} does not fit the columns {columns.strip()} of {path}")
+        header = ""
+    append(path, header + line)
 
 
 def read(path: str | os.PathLike) -> list[dict[str, float]]:
@@ -26,78 +48,53 @@ def read(path: str | os.PathLike) -> list[dict[str, float]]:
         raise UserError(f"{path}: not a metrics file") from None
 
 
-def _cell(value: float) -> str:
-    return str(int(value)) if isinstance(value, int) else repr(float(value))
-
-
-class Metrics:
-    """Appends rows to a CSV whose columns are fixed by its first row, and to a tracker if there is one.
-
-    With keep_until=s, rows of steps up to s stay and later ones are dropped (resume); without, the file is new.
-    Raises UserError when the file that is resumed is no metrics file.
-    """
-
-    def __init__(self, path: str | os.PathLike, keep_until: int | None = None, tracker=None):
-        self.path, self.tracker = Path(path), tracker
-        self.columns: list[str] = []
-        kept = ""
-        if keep_until is not None and self.path.is_file():
-            try:
-                whole = [x for x in self.path.read_text().splitlines(keepends=True) if x.endswith("\n")]
-                if whole:  # not so if the run was killed before its first row
-                    self.columns = whole[0].strip().split(",")
-                    at = self.columns.index("step")
-                    kept = whole[0] + "".join(x for x in whole[1:] if float(x.split(",")[at]) <= keep_until)
-            except (ValueError, IndexError):
-                raise UserError(f"{self.path}: not a metrics file") from None
-        write_atomic(self.path, kept.encode())
-
-    def write(self, row: dict[str, float]) -> None:
-        """Append one row of numbers. Raises ValueError when its columns are not those of the first row."""
-        line = ",".join(_cell(v) for v in row.values()) + "\n"
-        if not self.columns:
-            self.columns = list(row)
-            line = ",".join(row) + "\n" + line
-        if list(row) != self.columns:
-            raise ValueError(f"metrics row {list(row)} does not fit the columns {self.columns}")
-        with open(self.path, "a") as f:
-            f.write(line)  # one write: a kill leaves whole lines or a last one without its newline
-            f.flush()
-            os.fsync(f.fileno())
-        if self.tracker:
-            self.tracker(row)
-
-
-def format_row(row: dict[str, float]) -> str:
-    """The log line of a row, NaN left out: `step   1000 | loss 0.0312 | violations   80 | lr 5.00e-04 | sec   63.2`."""
-    def cell(key: str, value: float) -> str:
-        if key == "step":
-            return f"{value:6d}"
-        if isinstance(value, int):
-            return f"{value:4d}"
-        return f"{value:.2e}" if key.startswith("lr") else f"{value:6.1f}" if key == "sec" else f"{value:.4f}"
-    return " | ".join(f"{key} {cell(key, value)}" for key, value in row.items() if value == value)
-
-
-def open_tracker(kind: str, folder: str | os.PathLike, args: dict):
-    """A function that sends a row to tensorboard or wandb (files in the run folder), or None for kind `none`.
-
-    Raises UserError when the package is not installed.
-    """
-    if kind == "none":
-        return None
+def keep_until(path: Path, step: int) -> None:
+    """Drop the rows behind a step, from which the run goes on. Raises UserError when the file is no metrics file."""
+    if not path.is_file():
+        print(f"{path} is gone: the record begins again behind step {step}", flush=True)
+        return
     try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(os.fspath(folder))
+        header, *lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")] or [""]
+        kept = [x for x in lines if float(x.split(",")[header.strip().split(",").index("step")]) <= step]
+    except (ValueError, IndexError):
+        raise UserError(f"{path}: not a metrics file") from None
+    write_atomic(path, "".join([header, *kept]).encode())
 
-            def log(row: dict[str, float]) -> None:
-                for key, value in row.items():
-                    writer.add_scalar(key, value, row["step"])
-                writer.flush()
-            return log
+
+def points(rows: list[dict[str, float]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """The curve of column y over column x, of the rows that have a number in both."""
+    both = [(row[x], row[y]) for row in rows if math.isfinite(row.get(x, math.nan) + row.get(y, math.nan))]
+    return [a for a, _ in both], [b for _, b in both]
+
+
+def format_row(row: Row) -> str:
+    """The log line of a row, without its empty cells: `step   1000 | loss 0.0312 | lr 5.00e-04 | sec   63.2`."""
+    def text(key: str, value: float) -> str:
+        if isinstance(value, int):
+            return f"{value:6d}" if key == "step" else f"{value:4d}"
+        return f"{value:.2e}" if key.startswith("lr") else f"{value:6.1f}" if key == "sec" else f"{value:.4f}"
+    return " | ".join(f"{key} {text(key, value)}" for key, value in row.items() if _cell(value))
+
+
+def check_tracker(kind: str) -> None:
+    """Raise UserError when the package of a tracker is not installed."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise UserError(f"--tracker {kind} needs a package that is missing: pip install -e '.[trackers]'")
+
+
+def open_tracker(kind: str, folder: Path, args: dict) -> Callable[[Row], None]:
+    """A function that sends a row to tensorboard or wandb, with its files in the run folder; one that does nothing."""
+    if kind == "wandb":
         import wandb
-    except ImportError:
-        raise UserError(f"--tracker {kind} needs a package that is missing: pip install -e '.[trackers]'") from None
-    run = wandb.init(dir=os.fspath(folder), name=Path(folder).name, config=args)
-    return lambda row: run.log(row, step=row["step"])
+        tracked = wandb.init(dir=os.fspath(folder), name=folder.name, config=args)
+        return lambda row: tracked.log(row, step=row["step"])
+    if kind == "none":
+        return lambda row: None
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(os.fspath(folder))
+
+    def log(row: Row) -> None:
+        for key in (key for key, value in row.items() if _cell(value)):
+            writer.add_scalar(key, row[key], row["step"])
+        writer.flush()
+    return log

@@ -1,9 +1,6 @@
-"""A run: its flags, its folder, its provenance, its end."""
+"""A run: its folder, its provenance, its record, its end."""
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import os
 import platform
 import shlex
@@ -13,153 +10,192 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
-RUN_FLAGS = ("name", "out_dir", "resume", "init_from", "device", "threads", "max_minutes", "tracker")  # free on resume
-
-
-class UserError(ValueError):
-    """Bad input: a message of one line that names the thing and what to do."""
+from common import checkpoint, metrics
+from common.files import UserError, append, named, write_json
+from common.flags import Flags, restored
 
 
-@contextmanager
-def one_line_errors(script: str) -> Iterator[None]:
-    """Turn bad input, a full or read-only disk and Ctrl-C into one line and an exit code; other errors are bugs."""
-    try:
-        yield
-    except (UserError, OSError) as e:
-        sys.exit(f"{script}: error: {e}")
-    except MemoryError as e:
-        sys.exit(f"{script}: error: not enough memory: {e}")
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+def restore(args: Flags, script: str, **kinds: type) -> tuple[Flags, dict | None]:
+    """The flags of a run that --resume goes on with, and its last.pt; of a new run its own flags, and None.
 
-
-# ---- flags
-
-def integer(lo: int, hi: int | None = None) -> Callable[[str], int]:
-    """An argparse type: a whole number in [lo, hi]."""
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < lo or (hi is not None and value > hi):
-            raise argparse.ArgumentTypeError(f"{value} is not {f'in {lo}..{hi}' if hi is not None else f'>= {lo}'}")
-        return value
-    return parse
-
-
-def real(lo: float, hi: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number in [lo, hi], or in (lo, hi] with above=True."""
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not (math.isfinite(value) and lo <= value <= hi and not (above and value == lo)):
-            where = f"{'>' if above else '>='} {lo:g}" + (f" and <= {hi:g}" if hi < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text} is not {where}")
-        return value
-    return parse
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        shown = "default" not in action.help and action.default not in (None, False, argparse.SUPPRESS)
-        return action.help + " (default: %(default)s)" if shown else action.help
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose help keeps the docstring's lines and shows defaults, and whose errors are one line."""
-
-    def __init__(self, **settings):
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **{"usage": "%(prog)s [flags]", **settings})
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser, threads: int = 1) -> None:
-    """Add the flags that mean the same in every script."""
-    g = parser.add_argument_group("run")
-    g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="seeds everything: init, data, order")
-    g.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto: CUDA, MPS, else CPU")
-    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="of the forward pass; auto: bf16 on CUDA that has it, fp32 elsewhere")
-    g.add_argument("--threads", type=integer(0), default=threads, help="CPU threads of torch; 0: torch's choice")
-    g.add_argument("--name", help="run name; default: time and seed")
-    g.add_argument("--out-dir", help="the run folder itself; default: logs/SCRIPT/NAME")
-    g.add_argument("--resume", metavar="PATH", help="go on from this run folder or checkpoint, with its flags")
-    g.add_argument("--init-from", metavar="PATH", help="start from the weights of this checkpoint, nothing else of it")
-    g.add_argument("--max-minutes", type=real(0), default=0, help="end training after this long; 0: no limit")
-    g.add_argument("--tracker", choices=["none", "tensorboard", "wandb"], default="none", help="send metrics there too")
-
-
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse argv; `given` in the namespace lists the flags that stood on the command line."""
-    args = parser.parse_args(argv)
-    unset = []  # told by identity; a list, so that action="append" can copy it
-    blank = argparse.Namespace(**{a.dest: unset for a in parser._actions})
-    parser.parse_args(argv, namespace=blank)
-    args.given = sorted(a.dest for a in parser._actions if getattr(blank, a.dest, unset) is not unset)
-    if args.name is not None and (not args.name or set(args.name) & set("/\\\0") or args.name in (".", "..")):
-        parser.error("argument --name: a folder's name, without slashes")
-    return args
-
-
-def resumed_args(args: argparse.Namespace, saved: dict, path: str) -> argparse.Namespace:
-    """The flags of a resumed run: the checkpoint's, but for RUN_FLAGS. Raises UserError when a given flag differs."""
-    for flag in args.given:
-        if flag not in RUN_FLAGS and saved.get(flag) != getattr(args, flag):
-            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)} here and {saved.get(flag)} in {path}"
-                            ": a resumed run keeps its flags (for new ones use --init-from)")
-    kept = {k: v for k, v in saved.items() if k not in RUN_FLAGS and k != "given"}
-    return argparse.Namespace(**{**vars(args), **kept})
-
-
-# ---- folder
-
-def _folder_of(path: str) -> Path:
-    return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
-def run_folder(args: argparse.Namespace, script: str) -> Path:
-    """The folder of a run of `script` (its file name): --out-dir, the folder that is resumed, or logs/SCRIPT/NAME."""
-    if args.out_dir is not None:
-        return Path(args.out_dir)
-    if args.resume is not None and args.name is None:
-        return _folder_of(args.resume)
-    name = args.name or f"{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
-    return Path("logs") / Path(script).stem / name
-
-
-def open_run(args: argparse.Namespace, script_file: str) -> Path:
-    """Create the run folder with args.json, run.txt and a copy of the script, and return it.
-
-    Raises UserError when the folder holds another run, which this one does not resume; OSError if it is not writable.
+    kinds: fields of last.pt that the script needs, by type. Raises UserError: not a last.pt of this script, damaged,
+    or a flag is given that the run was not started with.
     """
-    folder = run_folder(args, script_file)
-    own = args.resume is not None and folder.resolve() == _folder_of(args.resume).resolve()
-    if not own and any((folder / f).exists() for f in ("last.pt", "summary.json")):
+    if args.resume is None:
+        return args, None
+    if args.init_from is not None:
+        raise UserError("--init-from: not together with --resume")
+    path = Path(args.resume) / "last.pt" if Path(args.resume).is_dir() else Path(args.resume)
+    saved = checkpoint.check(checkpoint.read(path), path, script, step=int, args=dict, seconds=float,
+                             cpu_seconds=float, **kinds)
+    args = restored(args, saved["args"], path)
+    if not 0 <= saved["step"] <= args.steps:
+        raise UserError(f"{path}: damaged, it is at step {saved['step']} of {args.steps}")
+    return args, saved
+
+
+class Run:
+    """An open run: what every training loop does with its folder, its record and its clock.
+
+    Nothing is written before it is entered; from then on the folder is this process's alone, and the first Ctrl-C or
+    SIGTERM ends the loop (the second acts at once). Raises UserError when the folder is in use or holds another run.
+    """
+
+    def __init__(self, args: Flags, script: str, script_file: str, saved: dict | None):
+        self.args, self.script, self.script_file, self.saved = args, script, script_file, saved
+        self.start = self.step = saved["step"] if saved else 0
+        self.stopped_by = 0  # the signal's number
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+        self._end = self._wall + 60 * args.max_minutes if args.max_minutes else float("inf")
+        self._handlers: dict[int, object] = {}
+        if saved:
+            self._wall -= saved["seconds"]
+            self._cpu -= saved["cpu_seconds"]
+
+    def __enter__(self) -> Run:
+        metrics.check_tracker(self.args.tracker)
+        self.folder, self._lock = open_folder(self.args, self.script_file)
+        try:
+            self._open_files()
+        except BaseException:
+            self.__exit__()
+            raise
+        if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
+            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _open_files(self) -> None:
+        copy = self.folder / Path(self.script_file).name
+        if not (copy.exists() and copy.samefile(self.script_file)):
+            with named(copy):
+                shutil.copyfile(self.script_file, copy)
+        write_json(self.folder / "args.json", vars(self.args))
+        append(self.folder / "run.txt", provenance() + "\n")
+        if self.saved:
+            metrics.keep_until(self.folder / "metrics.csv", self.start)
+        else:
+            (self.folder / "metrics.csv").unlink(missing_ok=True)  # of a run that was killed before its first save
+        self._tracker = metrics.open_tracker(self.args.tracker, self.folder, vars(self.args))
+
+    def __exit__(self, *exc) -> None:
+        self._restore_handlers()
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _on_signal(self, number: int, frame) -> None:
+        self.stopped_by = number
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def seconds(self) -> float:
+        """Wall seconds of the run, over all its resumed parts."""
+        return time.monotonic() - self._wall
+
+    def cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu
+
+    def due(self, step: int, every: int | None = None) -> bool:
+        """Whether to evaluate at this step: every --eval-every (or `every`) and at the end, but not twice."""
+        again = self.saved is not None and step == self.start
+        return (step % (every or self.args.eval_every) == 0 or step == self.args.steps) and not again
+
+    def last(self, step: int) -> bool:
+        """Whether to save and leave the loop at this step: the end, a signal, or --max-minutes."""
+        self.step = step
+        return step == self.args.steps or self.stopped_by != 0 or time.monotonic() > self._end
+
+    def record(self, row: metrics.Row) -> None:
+        """Append a row to metrics.csv, seconds last."""
+        metrics.write(self.folder / "metrics.csv", {**row, "sec": self.seconds()})
+
+    def show(self, row: metrics.Row) -> None:
+        """Print the log line, and send it to the tracker."""
+        row = {**row, "sec": self.seconds()}
+        print(metrics.format_row(row), flush=True)
+        self._tracker(row)
+
+    def save(self, name: str, **fields) -> None:
+        """Write a checkpoint of this step into the run folder."""
+        checkpoint.save(self.folder / name, {
+            "script": self.script, "format": checkpoint.FORMAT, "step": self.step, "args": vars(self.args),
+            "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), **fields})
+
+    def leave_if_stopped(self) -> None:
+        """After the loop: a Ctrl-C or SIGTERM ends the process here; from now on it acts at once."""
+        self._restore_handlers()
+        if self.stopped_by:
+            again = shlex.join(["python", self.script, "--resume", str(self.folder)])
+            print(f"stopped at step {self.step}; go on with: {again}", flush=True)
+            sys.exit(128 + self.stopped_by)
+
+    def summary(self, **results) -> dict:
+        """Write summary.json: what every script says of a run, then its results. Returns it."""
+        out = {"script": self.script, "name": self.folder.resolve().name, "seed": self.args.seed,
+               "steps": self.step, "stopped_early": self.step < self.args.steps, "seconds": self.seconds(),
+               "cpu_seconds": self.cpu_seconds(), "command": command(), **results}
+        write_json(self.folder / "summary.json", out)
+        return out
+
+
+# ---- the folder
+
+def open_folder(args: Flags, script_file: str) -> tuple[Path, int | None]:
+    """Make (or, resuming, take) the run folder, and lock it until the descriptor is closed or the process dies.
+
+    It is --out-dir, logs/SCRIPT/NAME, or the folder that is resumed. Raises UserError when another process holds it,
+    or it holds a run that this one does not resume; OSError if it is not writable.
+    """
+    logs = Path("logs") / Path(script_file).stem
+    folder = Path(args.out_dir) if args.out_dir else logs / args.name if args.name else None
+    if args.resume:
+        source = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+        if folder is not None and folder.resolve() != source.resolve():
+            raise UserError(f"--resume: the run goes on in its folder {source}, not in {folder}")
+        folder = source
+    if folder is None:
+        folder = new_folder(logs, args.seed)
+    elif not args.resume and any((folder / f).exists() for f in ("last.pt", "summary.json")):
         raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    if args.resume is not None and not own:  # the record so far comes along
-        for pattern in ("metrics.csv", "best*.pt"):
-            for file in _folder_of(args.resume).glob(pattern):
-                shutil.copyfile(file, folder / file.name)
-    write_json(folder / "args.json", {k: v for k, v in vars(args).items() if k != "given"})
-    with open(folder / "run.txt", "a") as f:
-        f.write(provenance() + "\n")
-    copy = folder / Path(script_file).name
-    if not (copy.exists() and copy.samefile(script_file)):
-        shutil.copyfile(script_file, copy)
-    return folder
+    return folder, hold(folder)
 
+
+def new_folder(logs: Path, seed: int) -> Path:
+    """Make a folder named by time and seed; of two runs that start in the same second, one waits for the next."""
+    logs.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-s{seed}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def hold(folder: Path) -> int | None:
+    """Lock a folder: the open descriptor. Raises UserError when another process has it."""
+    try:
+        import fcntl
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):  # Windows has neither
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is writing into this run; wait for it, or stop it") from None
+    except OSError:  # some network disks have no locks
+        pass
+    return descriptor
+
+
+# ---- provenance
 
 def command() -> str:
     """The command line of this process, quoted for a shell."""
@@ -191,85 +227,3 @@ def provenance() -> str:
         f"versions python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}",
         f"machine  {platform.platform()}, {os.cpu_count()} cores, GPU {gpu}",
     ]) + "\n"
-
-
-# ---- files
-
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Write data beside `path`, flush it to disk, then rename: killed at any moment, `path` is whole, old or new."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: str | os.PathLike, value: dict) -> None:
-    """Write strict JSON atomically; numbers that are not finite become null."""
-    def finite(x):
-        if isinstance(x, dict):
-            return {str(k): finite(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [finite(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    write_atomic(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: str | os.PathLike) -> dict:
-    """Read a JSON object. Raises UserError when it is missing or not one."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is its folder that of a finished run?") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
-
-
-# ---- the end of a run
-
-class Clock:
-    """Wall and CPU seconds of a run, over all its resumed parts, and the end that --max-minutes sets for this part."""
-
-    def __init__(self, max_minutes: float = 0, seconds: float = 0.0, cpu_seconds: float = 0.0):
-        self._wall, self._cpu = time.monotonic() - seconds, time.process_time() - cpu_seconds
-        self._end = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._wall
-
-    def cpu_seconds(self) -> float:
-        return time.process_time() - self._cpu
-
-    def expired(self) -> bool:
-        return time.monotonic() > self._end
-
-
-class StopSignal:
-    """While entered, the first Ctrl-C or SIGTERM sets `number` for the loop to see; a second one acts at once."""
-
-    def __init__(self):
-        self.number = 0
-        self._old: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
-            self._old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _on_signal(self, number: int, frame) -> None:
-        self.number = number
-        self.__exit__()
-
-    def __exit__(self, *exc) -> None:
-        for s, handler in self._old.items():
-            signal.signal(s, handler)
-        self._old = {}
