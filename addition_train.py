@@ -694,6 +694,7 @@ def new_basis(state: Population) -> None:
     it."""
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
     scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)   # eigh would stop all seeds for one
+    scaled.diagonal(dim1=1, dim2=2).add_(1e-7)  # at rank one, with parameters that get no gradient, eigh may fail
     on = "cpu" if scaled.is_mps else scaled.device                       # older MPS has no eigh
     new = torch.linalg.eigh(scaled.to(on))[1].to(scaled.device)
     between = new.transpose(1, 2) @ state.basis                              # (S, P, P), old basis -> new

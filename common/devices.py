@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import nullcontext
 
 import torch
@@ -15,22 +16,15 @@ def get_device(name: str) -> torch.device:
     auto takes CUDA, then MPS, then the CPU. With torchrun, `cuda` is the GPU of the local rank.
     Raises UserError for a device that is not there.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and index.isdecimal())):
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    if kind == "cuda":
-        if not cuda:
-            raise UserError(f"--device {name}: this machine has no CUDA device; try --device cpu")
-        index = index or os.environ.get("LOCAL_RANK", "0")
-        if int(index) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
-        return torch.device("cuda", int(index))
-    if kind == "mps" and not mps:
-        raise UserError("--device mps: this machine has no MPS device; try --device cpu")
-    return torch.device(kind)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[device.type]
+    if (device.index or 0) >= there:
+        raise UserError(f"--device {name}: this machine has {there or 'no'} {device.type.upper()} devices; try --device cpu")
+    return device
 
 
 def describe(device: torch.device) -> str:

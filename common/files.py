@@ -70,22 +70,21 @@ def check_output(path: str | os.PathLike) -> None:
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write data beside `path`, flush it to disk, then rename: killed at any moment, `path` is whole, old or new."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe, like /dev/stdout, is not replaced
+        with open(path, "wb") as f:
+            f.write(data)
+        return
     path = Path(os.path.realpath(path))  # of a link, the file that it names
     beside = path.with_name(path.name + ".tmp")
-    if path.exists() and not path.is_file():  # a device like /dev/stdout is not replaced
-        beside = path
     with named(path):
         try:
             with open(beside, "wb") as f:
                 f.write(data)
-                if beside is path:
-                    return
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(beside, path)
         except OSError:
-            if beside is not path:
-                beside.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
             raise
 
 

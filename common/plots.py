@@ -37,12 +37,6 @@ def save_figure(fig, out: Path) -> Path:
     return out
 
 
-def label_of(folder: Path) -> str:
-    """A folder's name as a label: matplotlib takes $ for a formula, hides what begins with _, and draws only text."""
-    name = os.fsencode(folder.resolve().name).decode(errors="replace")
-    return name.lstrip("_").replace("$", r"\$")
-
-
 def curves(runs: list[Path], key: str, x: str, out: Path, log: bool = False) -> Path:
     """Plot column `key` against column `x` of each run's metrics.csv into `out`. Raises UserError: no such numbers."""
     fig, ax = new_figure()
@@ -52,7 +46,8 @@ def curves(runs: list[Path], key: str, x: str, out: Path, log: bool = False) -> 
         if not curve[0]:
             known = ", ".join(dict.fromkeys(name for row in rows for name in row)) or "no rows"
             raise UserError(f"{run}: no column {key!r} over {x!r} in its metrics (it has: {known})")
-        ax.plot(*curve, label=label_of(run if run.is_dir() else run.parent), marker=".", lw=1.2)
+        name = os.fsencode((run if run.is_dir() else run.parent).resolve().name).decode(errors="replace")
+        ax.plot(*curve, label=name.lstrip("_").replace("$", r"\$"), marker=".", lw=1.2)  # text, no formula
     ax.set(xlabel=x, ylabel=key, yscale="log" if log else "linear")
     ax.legend(frameon=False)
     return save_figure(fig, out)

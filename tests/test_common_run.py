@@ -1,544 +1,380 @@
-"""common/run.py: flags, the run folder, files that survive a kill, the end of a run."""
+"""common/run.py and common/repeat.py, by way of a training script whose model is one integer."""
 from __future__ import annotations
 
-import argparse
-import errno
+import importlib.util
 import json
 import math
+import multiprocessing
 import os
-import resource
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 
-from common import run
-from common.run import UserError, integer, one_line_errors, parse, real, resumed_args
+from common import checkpoint, metrics, repeat, run
+from common.files import read_json
 
 ROOT = Path(__file__).parents[1]
-FAST = settings(deadline=None, derandomize=True)
+FORK = multiprocessing.get_context("fork")
+FAKE = '''
+from common import files, flags, run
 
+def at(step, r):
+    """What a test makes happen at this step."""
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="fake.py")
-    p.add_argument("--lr", type=real(0, above=True), default=1e-3)
-    p.add_argument("--layers", type=integer(1, 8), default=2)
-    p.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--note", action="append")
-    run.add_run_arguments(p)
-    return p
+def parse_args(argv):
+    p = flags.Parser(prog="fake.py")
+    p.add_argument("--steps", type=flags.integer(0, 100), default=10)
+    p.add_argument("--eval-every", type=flags.integer(1), default=4)
+    p.add_argument("--lr", type=flags.real(0, 1), default=0.5)
+    p.add_argument("--sizes", type=lambda text: [int(x) for x in text.split(",")], default=[1, 2])
+    p.add_argument("--quick", action="store_true")
+    flags.add_run_arguments(p)
+    return flags.parse(p, argv)
 
+def train(args):
+    args, saved = run.restore(args, "fake.py", model=int)
+    model = saved["model"] if saved else args.seed
+    with run.Run(args, "fake.py", __file__, saved) as r:
+        for step in range(r.start, args.steps + 1):
+            at(step, r)
+            due, last = r.due(step), r.last(step)
+            if due:
+                row = {"step": step, "model": model, "test": model if r.due(step, 8) else None}
+                r.record(row)
+                r.show(row)
+            if due or last:
+                r.save("last.pt", model=model)
+            if last:
+                break
+            model = (3 * model + step) % 1009
+        r.leave_if_stopped()
+        at("end", r)
+        return r.summary(model=model)
 
-def flags(*argv: str) -> argparse.Namespace:
-    return parse(parser(), list(argv))
-
-
-def python(code: str, *args: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-# ---- flags
-
-@given(value=st.integers(), lo=st.integers(-100, 100), width=st.integers(0, 200))
-@FAST
-def test_integer_takes_exactly_the_whole_numbers_of_its_range(value, lo, width):
-    kind = integer(lo, lo + width)
-    if lo <= value <= lo + width:
-        assert kind(str(value)) == value
-    else:
-        with pytest.raises(argparse.ArgumentTypeError, match=f"{value} is not in {lo}..{lo + width}"):
-            kind(str(value))
-
-
-def test_integer_without_an_upper_limit_has_none():
-    assert integer(0)("0") == 0 and integer(0)(str(10**30)) == 10**30
-    with pytest.raises(argparse.ArgumentTypeError, match="-1 is not >= 0"):
-        integer(0)("-1")
-
-
-@pytest.mark.parametrize("text", ["", " ", "1.0", "1e3", "nan", "inf", "two", "0x10", "9" * 5000])
-def test_integer_refuses_text_that_is_no_whole_number(text):
-    limit = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(4300)  # Python's default; a script may have lifted it
-    try:
-        with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number"):
-            integer(0)(text)
-    finally:
-        sys.set_int_max_str_digits(limit)
-
-
-@given(value=st.floats(), lo=st.floats(-10, 10), width=st.floats(0, 20), above=st.booleans())
-@FAST
-def test_real_takes_exactly_the_finite_numbers_of_its_range(value, lo, width, above):
-    kind = real(lo, lo + width, above=above)
-    if (lo < value if above else lo <= value) and value <= lo + width:
-        assert kind(repr(value)) == value
-    else:
-        with pytest.raises(argparse.ArgumentTypeError, match="is not >"):
-            kind(repr(value))
-
-
-def test_real_at_its_limits():
-    assert real(0)("0") == 0.0 and real(0, 1)("1") == 1.0 and real(0, 1, above=True)("1") == 1.0
-    assert real(0, above=True)("5e-324") == 5e-324
-    with pytest.raises(argparse.ArgumentTypeError, match="0 is not > 0 and <= 1"):
-        real(0, 1, above=True)("0")
-    with pytest.raises(argparse.ArgumentTypeError, match="1.0000001 is not >= 0 and <= 1"):
-        real(0, 1)("1.0000001")
-
-
-@pytest.mark.parametrize("text", ["nan", "-nan", "inf", "-inf", "1e999", "", "x", "1,5", "--1"])
-def test_real_refuses_what_is_not_a_finite_number(text):
-    for kind in (real(0), real(-math.inf), real(0, above=True)):
-        with pytest.raises(argparse.ArgumentTypeError):
-            kind(text)
-
-
-def test_given_lists_the_flags_of_the_command_line_also_at_their_defaults():
-    assert flags().given == []
-    assert flags("--lr", "0.001", "--no-ema", "--seed=0").given == ["ema", "lr", "seed"]
-    assert flags("--layer", "2").given == ["layers"]  # argparse takes an abbreviation
-
-
-def test_given_knows_flags_that_may_be_repeated():
-    args = flags("--note", "a", "--note", "b")
-    assert args.note == ["a", "b"] and args.given == ["note"]
-    assert flags().note is None
-
-
-def test_the_run_flags_have_the_documented_defaults():
-    args = flags()
-    assert (args.seed, args.device, args.precision, args.threads) == (0, "auto", "auto", 1)
-    assert (args.max_minutes, args.tracker) == (0, "none")
-    assert args.name is args.out_dir is args.resume is args.init_from is None
-    p = argparse.ArgumentParser()
-    run.add_run_arguments(p, threads=4)
-    assert parse(p, []).threads == 4
-
-
-@pytest.mark.parametrize("argv", [
-    ["--name", "a/b"], ["--name", "/a"], ["--name", "a\\b"], ["--name", ".."], ["--name", "."], ["--name", ""],
-    ["--name", "a\0b"], ["--seed", "-1"], ["--seed", str(2**32)], ["--seed", "1.5"], ["--threads", "-1"],
-    ["--max-minutes", "nan"], ["--max-minutes", "inf"], ["--max-minutes", "-1"],
-    ["--precision", "fp16"], ["--tracker", "mlflow"], ["--lr", "0"],
-    ["--layers", "9"]])
-def test_a_flag_out_of_range_ends_the_command_and_is_named(argv, capsys):
-    with pytest.raises(SystemExit) as e:
-        flags(*argv)
-    assert e.value.code == 2
-    assert argv[0] in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_run_flags_take_the_ends_of_their_ranges():
-    for seed in (0, 2**32 - 1):
-        assert flags("--seed", str(seed)).seed == seed
-    args = flags("--threads", "0", "--max-minutes", "0", "--name", "run 1.2")
-    assert (args.threads, args.max_minutes, args.name) == (0, 0, "run 1.2")
-
-
-def test_a_resumed_run_keeps_the_flags_of_its_checkpoint():
-    saved = {k: v for k, v in vars(flags("--lr", "0.5", "--seed", "3", "--no-ema")).items() if k != "given"}
-    args = resumed_args(flags("--resume", "x"), saved, "x")
-    assert (args.lr, args.seed, args.ema, args.resume) == (0.5, 3, False, "x")
-
-
-def test_a_resumed_run_takes_the_run_flags_from_the_command_line():
-    old = {"name": "old", "out_dir": "old", "resume": "old", "init_from": "old", "device": "cuda", "threads": 8,
-           "max_minutes": 9.0, "tracker": "wandb"}
-    assert set(old) == set(run.RUN_FLAGS)
-    saved = {**vars(flags()), **old}
-    new = flags("--name", "n", "--resume", "x", "--device", "cpu", "--threads", "2", "--max-minutes", "1")
-    args = resumed_args(new, saved, "x")
-    assert (args.name, args.resume, args.device, args.threads, args.max_minutes) == ("n", "x", "cpu", 2, 1.0)
-    assert args.out_dir is None and args.init_from is None and args.tracker == "none"  # the default, not the old one
-
-
-def test_a_resumed_run_refuses_a_given_flag_that_differs():
-    saved = vars(flags("--seed", "3", "--layers", "4"))
-    with pytest.raises(UserError, match=r"^--layers is 2 here and 4 in run/last.pt: [^\n]*--init-from[^\n]*$"):
-        resumed_args(flags("--layers", "2"), saved, "run/last.pt")
-    with pytest.raises(UserError, match="--seed is 0 here and 3 in"):
-        resumed_args(flags("--seed", "0"), saved, "run/last.pt")
-    assert resumed_args(flags("--seed", "3"), saved, "run/last.pt").layers == 4
-
-
-def test_an_old_checkpoint_without_a_new_flag_takes_its_default_and_refuses_another_value():
-    saved = {k: v for k, v in vars(flags("--lr", "0.5")).items() if k not in ("layers", "given")}
-    args = resumed_args(flags("--lr", "0.5"), saved, "x")
-    assert (args.layers, args.lr, args.given) == (2, 0.5, ["lr"])
-    with pytest.raises(UserError, match="--layers is 3 here and None in x"):
-        resumed_args(flags("--layers", "3"), saved, "x")
-
-
-# ---- folder
-
-def test_the_run_folder_is_out_dir_then_the_name_then_the_resumed_folder_then_time_and_seed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / "best.pt").touch()
-    for resume in (str(old), str(old / "best.pt")):
-        assert run.run_folder(flags("--resume", resume), "/here/fake.py") == old
-        assert run.run_folder(flags("--resume", resume, "--name", "n"), "/here/fake.py") == Path("logs/fake/n")
-        assert run.run_folder(flags("--resume", resume, "--out-dir", "o", "--name", "n"), "/here/fake.py") == Path("o")
-    assert run.run_folder(flags("--out-dir", "a/b"), "fake.py") == Path("a/b")
-    monkeypatch.setattr(time, "strftime", lambda form: "20250102-030405")
-    assert run.run_folder(flags("--seed", "7"), "fake.py") == Path("logs/fake/20250102-030405-s7")
-    assert not (tmp_path / "logs").exists()
+def main(argv):
+    with files.one_line_errors("fake.py"):
+        return train(parse_args(argv))
+'''
 
 
 @pytest.fixture
-def script(tmp_path) -> Path:
-    path = tmp_path / "fake.py"
-    path.write_text("print('first')\n")
-    return path
+def fake(tmp_path, monkeypatch) -> ModuleType:
+    """fake.py in the working directory, imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "commit", lambda: "abc123")
+    Path("fake.py").write_text(FAKE)
+    spec = importlib.util.spec_from_file_location("fake", "fake.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_open_run_writes_the_flags_the_provenance_and_a_copy_of_the_script(tmp_path, script, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The time of common.run, which stands still unless it is moved; sleep moves it."""
+    now = SimpleNamespace(wall=1e9, cpu=50.0)
+    monkeypatch.setattr(run, "time", SimpleNamespace(
+        monotonic=lambda: now.wall, process_time=lambda: now.cpu,
+        strftime=lambda form: time.strftime(form, time.gmtime(now.wall)),
+        sleep=lambda seconds: setattr(now, "wall", now.wall + seconds)))
+    return now
+
+
+def outcome(folder: str) -> tuple:
+    """What must not depend on how often a run was stopped: rows, last checkpoint, summary, but for times."""
+    rows = [{k: v for k, v in row.items() if k != "sec"} for row in metrics.read(folder)]
+    saved, summary = checkpoint.read(Path(folder, "last.pt")), read_json(Path(folder, "summary.json"))
+    return rows, saved["step"], saved["model"], summary["model"], summary["steps"], summary["stopped_early"]
+
+
+def unbroken(fake: ModuleType) -> tuple:
+    fake.main(["--out-dir", "unbroken"])
+    return outcome("unbroken")
+
+
+def refusal(fake: ModuleType, *argv: str) -> str:
+    """The one line with which a command ends that leaves every file as it was, and makes none."""
+    def everything() -> list:
+        return [(p, p.is_file() and p.read_bytes()) for p in sorted(Path().rglob("*"))]
+    before = everything()
+    with pytest.raises(SystemExit) as e:
+        fake.main(list(argv))
+    assert e.value.code.startswith("fake.py: error: ") and "\n" not in e.value.code
+    assert everything() == before
+    return e.value.code
+
+
+def exit_code(fake: ModuleType, *argv: str) -> int:
+    """Of the script in a process of its own."""
+    process = FORK.Process(target=fake.main, args=[argv])
+    process.start()
+    process.join(30)
+    return process.exitcode
+
+
+# ---- a run
+
+def test_a_run_leaves_its_flags_its_provenance_its_rows_and_a_copy_of_the_script(fake, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fake.py", "--name", "two words"])
-    folder = run.open_run(flags("--out-dir", str(tmp_path / "deep/er"), "--lr", "0.5"), str(script))
-    assert folder == tmp_path / "deep/er"
-    assert sorted(p.name for p in folder.iterdir()) == ["args.json", "fake.py", "run.txt"]
-    args = run.read_json(folder / "args.json")
-    assert args["lr"] == 0.5 and args["layers"] == 2 and "given" not in args
-    assert (folder / "fake.py").read_text() == script.read_text()
-    text = (folder / "run.txt").read_text()
-    words = [line.split()[0] for line in text.splitlines() if line]
+    summary = fake.main(["--name", "two words", "--lr", "0.25"])
+    folder = Path("logs/fake/two words")
+    args = read_json(folder / "args.json")
+    assert args == checkpoint.read(folder / "last.pt")["args"] and args["lr"] == 0.25 and args["steps"] == 10
+    assert (folder / "fake.py").read_text() == FAKE
+    words = [line.split()[0] for line in (folder / "run.txt").read_text().splitlines() if line]
     assert words == ["time", "command", "commit", "versions", "machine"]
-    assert "command  python fake.py --name 'two words'\n" in text
+    rows = metrics.read(folder)
+    assert [(row["step"], "test" in row) for row in rows] == [(0, True), (4, False), (8, True), (10, True)]
+    assert list(rows[0])[-1] == "sec" and capsys.readouterr().out.count(" | test ") == 3
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert {k: v for k, v in summary.items() if "seconds" not in k} == {
+        "script": "fake.py", "name": "two words", "seed": 0, "steps": 10, "stopped_early": False,
+        "command": "python fake.py --name 'two words'", "model": 631}
 
 
-@pytest.mark.parametrize("file", ["last.pt", "summary.json"])
-def test_open_run_refuses_a_folder_that_holds_a_run_and_leaves_it_alone(file, tmp_path, script):
-    folder = tmp_path / "old"
-    folder.mkdir()
-    (folder / file).write_text("precious")
-    with pytest.raises(UserError, match=r"^[^\n]*old holds a run already: [^\n]*--resume [^\n]*old$"):
-        run.open_run(flags("--out-dir", str(folder)), str(script))
-    assert [p.name for p in folder.iterdir()] == [file] and (folder / file).read_text() == "precious"
+def test_runs_of_one_second_and_seed_get_folders_of_their_own(fake, clock):
+    assert len({fake.main(["--seed", "7"])["name"] for _ in range(3)}) == 3
+    assert len(list(Path("logs/fake").glob("*-s7/summary.json"))) == 3
 
 
-def test_open_run_takes_a_folder_without_a_run(tmp_path, script):
-    (tmp_path / "notes.txt").touch()
-    assert run.open_run(flags("--out-dir", str(tmp_path)), str(script)) == tmp_path
+def test_logs_on_a_disk_that_is_gone_are_said(fake, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for another run"))
+    Path("logs").symlink_to("gone")
+    assert "logs" in refusal(fake)
 
 
-def test_open_run_appends_to_run_txt_and_renews_the_copy_on_resume(tmp_path, script):
-    folder = run.open_run(flags("--out-dir", str(tmp_path / "r")), str(script))
-    (folder / "last.pt").touch()
-    (folder / "metrics.csv").write_text("step\n0\n")
-    first = (folder / "run.txt").read_text()
-    script.write_text("print('second')\n")
-    for resume in (folder, folder / "last.pt"):
-        assert run.open_run(flags("--resume", str(resume), "--seed", "5"), str(script)) == folder
-    text = (folder / "run.txt").read_text()
-    assert text.startswith(first) and text.count("command  ") == 3
-    assert (folder / "fake.py").read_text() == "print('second')\n"
-    assert run.read_json(folder / "args.json")["seed"] == 5
-    assert (folder / "metrics.csv").read_text() == "step\n0\n"
+# ---- stopped and resumed
+
+@pytest.mark.parametrize("step", [0, 3, 4, 9, 10])
+@pytest.mark.parametrize("way", ["SIGINT", "SIGTERM", "--max-minutes"])
+def test_a_run_that_is_stopped_and_resumed_is_the_unbroken_run(way, step, fake, clock, capsys):
+    expected = unbroken(fake)
+
+    def stop(here, r) -> None:
+        if here == step and way == "--max-minutes":
+            clock.wall += 61
+        elif here == step:
+            signal.raise_signal(signal.Signals[way])
+    fake.at = stop
+    resume = ["--resume", "a run"]
+    if way == "--max-minutes":
+        summary = fake.main(["--out-dir", "a run", "--max-minutes", "1"])
+        assert (summary["steps"], summary["stopped_early"]) == (step, step < 10)
+    else:
+        with pytest.raises(SystemExit) as e:
+            fake.main(["--out-dir", "a run"])
+        assert e.value.code == 128 + signal.Signals[way]
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"stopped at step {step}; ")
+        assert shlex.split(line.split(": ")[1]) == ["python", "fake.py", *resume]
+        assert not Path("a run/summary.json").exists()
+    fake.at = lambda step, r: None
+    for _ in range(2):  # at last a finished run
+        fake.main(resume)
+        assert outcome("a run") == expected
+    assert Path("a run/run.txt").read_text().count("command ") == 3
 
 
-def test_resume_into_a_third_folder_that_holds_another_run_is_refused(tmp_path, script):
-    old, other = tmp_path / "old", tmp_path / "other"
-    for folder in (old, other):
-        folder.mkdir()
-        (folder / "last.pt").touch()
-    with pytest.raises(UserError, match="other holds a run already"):
-        run.open_run(flags("--resume", str(old), "--out-dir", str(other)), str(script))
-    assert [p.name for p in other.iterdir()] == ["last.pt"]
-    new = tmp_path / "new"
-    assert run.open_run(flags("--resume", str(old), "--out-dir", str(new)), str(script)) == new
-    same = flags("--resume", str(old / "last.pt"), "--out-dir", str(tmp_path / "new/../old"))
-    assert run.open_run(same, str(script)).samefile(old)
+def test_a_record_that_is_gone_is_said_and_begins_again(fake, capsys):
+    fake.main(["--out-dir", "a", "--max-minutes", "1e-9"])
+    os.remove("a/metrics.csv")
+    fake.main(["--resume", "a"])
+    assert "a/metrics.csv is gone" in capsys.readouterr().out
+    assert [row["step"] for row in metrics.read("a")] == [4, 8, 10]
 
 
-def test_the_copy_in_a_run_folder_can_itself_be_run_there(tmp_path, script):
-    run.open_run(flags("--out-dir", str(tmp_path)), str(script))  # the copy would be the script itself
-    assert script.read_text() == "print('first')\n"
+def test_the_seconds_of_all_parts_are_counted_and_the_limit_is_that_of_this_part(fake, clock):
+    def work(step, r) -> None:
+        clock.wall, clock.cpu = clock.wall + 20, clock.cpu + 30
+    fake.at = work
+    summaries = [fake.main([*argv, "--max-minutes", "1"]) for argv in (["--out-dir", "a"], ["--resume", "a"])]
+    assert [(s["steps"], s["seconds"], s["cpu_seconds"]) for s in summaries] == [(3, 100, 150), (6, 180, 270)]
+    assert [row["sec"] for row in metrics.read("a")] == [20, 120]
 
 
-def test_a_run_folder_that_cannot_be_made_is_an_oserror(tmp_path, script):
-    for bad in (script, script / "below"):
-        with pytest.raises(OSError):
-            run.open_run(flags("--out-dir", str(bad)), str(script))
+@pytest.mark.parametrize("step, signals, code", [
+    (3, "SIGINT SIGINT", 130), (3, "SIGTERM SIGINT", 130), (3, "SIGTERM SIGTERM", -15),
+    ("end", "SIGINT", 130), ("end", "SIGTERM", -15)])
+def test_a_second_signal_and_one_after_the_loop_act_at_once(step, signals, code, fake):
+    numbers = [signal.Signals[name] for name in signals.split()]
+    fake.at = lambda here, r: here == step and list(map(signal.raise_signal, numbers))
+    assert exit_code(fake, "--out-dir", "a") == code
+    assert checkpoint.read("a/last.pt")["step"] == (0 if step == 3 else 10)
+    assert not Path("a/summary.json").exists()
 
 
-def test_the_commit_is_that_of_the_checkout_and_says_when_files_have_changed(tmp_path, monkeypatch):
-    if shutil.which("git") is None:
-        pytest.skip("no git")
+# ---- one writer
+
+@pytest.mark.parametrize("argv, step", [
+    (["--out-dir", "logs/fake/n"], 0), (["--name", "n"], 0), (["--resume", "logs/fake/n"], 8),
+    (["--resume", "logs/fake/n/last.pt", "--name", "n"], 8)])
+def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(argv, step, fake):
+    expected = unbroken(fake)
+    there = FORK.Event()
+
+    def stand_still(here, r) -> None:  # between the row and its checkpoint
+        if here == step:
+            r.save = lambda *words, **fields: (there.set(), time.sleep(60))
+    fake.at = stand_still
+    process = FORK.Process(target=fake.main, args=[["--name", "n"]])
+    process.start()
+    fake.at = lambda step, r: None
+    assert there.wait(30)
+    assert "logs/fake/n: another process is writing" in refusal(fake, *argv)
+    process.kill()
+    process.join(30)
+    fake.main(argv)
+    assert outcome("logs/fake/n") == expected
+
+
+# ---- refused before anything is written
+
+RUN = "logs/fake/n"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--tracker", "wandb"], "--tracker wandb needs a package that is missing"),
+    (["--name", "n"], f"{RUN} holds a run already: choose another --name or --out-dir, or --resume {RUN}"),
+    (["--out-dir", RUN], f"{RUN} holds a run already"),
+    (["--out-dir", "fake.py"], "fake.py"),
+    (["--resume", "gone"], "gone: no such checkpoint"),
+    (["--resume", "logs/fake"], "logs/fake/last.pt: no such checkpoint"),
+    (["--resume", "fake.py"], "fake.py: not a readable checkpoint"),
+    (["--resume", RUN, "--init-from", "x"], "--init-from: not together with --resume"),
+    (["--resume", RUN, "--out-dir", "other"], f"goes on in its folder {RUN}, not in other"),
+    (["--resume", RUN, "--name", "other"], f"goes on in its folder {RUN}, not in logs/fake/other"),
+    (["--resume", RUN, "--lr", "0.25"], f"--lr is 0.25 here and 0.5 in {RUN}/last.pt"),
+    (["--resume", RUN, "--quick"], f"--quick is True here and False in {RUN}/last.pt")])
+def test_what_cannot_run_is_one_line_and_leaves_nothing_behind(argv, message, fake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    fake.main(["--name", "n"])
+    assert message in refusal(fake, *argv)
+
+
+def test_where_and_how_long_a_resumed_run_goes_on_is_free(fake):
+    fake.main(["--name", "n", "--max-minutes", "1e-9", "--threads", "2"])
+    fake.main(["--resume", RUN, "--name", "n", "--out-dir", f"logs/../{RUN}", "--device", "cpu", "--threads=1",
+               "--max-minutes", "9", "--tracker", "none", "--lr", "0.5"])
+    assert outcome(RUN) == unbroken(fake)
+    assert read_json(f"{RUN}/args.json")["max_minutes"] == 9
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("script", MISSING), ("script", torch.eye(3)), ("script", "other.py"), ("format", MISSING), ("format", 2),
+    ("step", -1), ("step", 11), ("step", True), ("step", 7.0), ("args", []), ("seconds", None),
+    ("model", torch.zeros(3, 3)), ("--lr", MISSING), ("--lr", 2.0), ("--lr", math.nan), ("--lr", "0.5"),
+    ("--lr", torch.zeros(2, 2)), ("--steps", 10.0), ("--steps", True), ("--steps", -1), ("--steps", None),
+    ("--sizes", 1), ("--sizes", [1, "x"]), ("--sizes", "1,2"), ("--quick", 1), ("--quick", None)])
+def test_a_tampered_checkpoint_is_one_line_that_names_what_is_wrong(name, value, fake):
+    fake.main(["--out-dir", "a"])
+    saved = checkpoint.read("a/last.pt")
+    fields = saved["args"] if name.startswith("--") else saved
+    fields[name.lstrip("-")] = value
+    if value is MISSING:
+        del fields[name.lstrip("-")]
+    checkpoint.save("a/last.pt", saved)
+    message = refusal(fake, "--resume", "a")
+    assert "a/last.pt: " in message and (name in message or "of 'other.py', not of 'fake.py'" in message)
+
+
+def test_any_path_works_in_a_locale_of_ascii(fake):
+    code = "import fake, sys\nfor argv in sys.argv[1:4], sys.argv[4:]: fake.main(argv)"
+    folder = "ä " + os.fsdecode(b"\xff")
+    argv = ["--out-dir", folder, "--max-minutes=1e-9", "--resume", folder]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": f"{ROOT}:."}
+    done = subprocess.run([sys.executable, "-c", code, *argv], env={**os.environ, **ascii_only}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert outcome(folder) == unbroken(fake)
+    assert os.fsencode(folder) in Path(folder, "run.txt").read_bytes()
+
+
+def test_the_commit_is_that_of_the_checkout_or_else_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
     monkeypatch.setenv("RUN_COMMIT", "abc123")
-    assert run.commit() == "abc123"  # not a repository
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run.commit() == "abc123"
     (tmp_path / "run.py").write_text("1\n")
-    for words in (["init", "-q"], ["add", "run.py"], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *words], cwd=tmp_path, check=True, capture_output=True)
-    head = run.commit()
-    assert len(head) == 40 and set(head) <= set("0123456789abcdef")
+    me = "-c user.name=t -c user.email=t -c commit.gpgsign=false"
+    for words in ("init -q", "add run.py", f"{me} commit -qm first"):
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
     (tmp_path / "untracked").touch()
-    assert run.commit() == head
+    assert len(head := run.commit()) == 40
     (tmp_path / "run.py").write_text("2\n")
     assert run.commit() == f"{head}, with changes"
 
 
-def test_without_git_the_commit_comes_from_the_environment(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("RUN_COMMIT", "abc123")
-    assert run.commit() == "abc123"
-    monkeypatch.delenv("RUN_COMMIT")
-    assert run.commit() == "unknown"
+# ---- several seeds
 
-
-# ---- errors
-
-@pytest.mark.parametrize("error, text", [
-    (UserError("run/last.pt: no such checkpoint"), "run/last.pt: no such checkpoint"),
-    (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "[Errno 28] No space left on device: 'last.pt'"),
-    (PermissionError(errno.EACCES, "Permission denied"), "[Errno 13] Permission denied")])
-def test_bad_input_and_a_full_disk_are_one_line_and_a_non_zero_exit(error, text):
-    with pytest.raises(SystemExit) as e, one_line_errors("fake.py"):
-        raise error
-    assert e.value.code == f"fake.py: error: {text}"  # Python prints a text code to stderr and exits with 1
-
-
-def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
-    with pytest.raises(SystemExit) as e, one_line_errors("fake.py"):
-        raise KeyboardInterrupt
-    assert e.value.code == 130 and capsys.readouterr().err == "fake.py: interrupted\n"
-
-
-@pytest.mark.parametrize("error", [
-    ValueError("a bug"), RuntimeError("a bug"), AssertionError(), KeyError("x"), SystemExit(3)])
-def test_every_other_error_passes_through_unchanged(error):
-    with pytest.raises(type(error)) as e, one_line_errors("fake.py"):
-        raise error
-    assert e.value is error
-
-
-def test_a_block_without_error_goes_on():
-    with one_line_errors("fake.py"):
-        done = True
-    assert done
-
-
-def test_the_exit_of_a_real_process_is_one_line_on_stderr():
-    code = "from common.run import *\nwith one_line_errors('s.py'): raise UserError('x: no')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "s.py: error: x: no\n")
-
-
-# ---- files
-
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-                    max_leaves=12)
-
-
-def _refuse(word: str):
-    raise AssertionError(f"{word} is not strict JSON")
-
-
-@given(value=st.dictionaries(st.text(), JSON, max_size=5))
-@FAST
-def test_json_is_strict_and_survives_but_for_numbers_that_are_not_finite(value, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "strict.json"
-    run.write_json(path, value)
-    read = json.loads(path.read_text(), parse_constant=_refuse)
-
-    def same(a, b) -> bool:
-        if isinstance(a, float) and not math.isfinite(a):
-            return b is None
-        if isinstance(a, dict):
-            return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-        if isinstance(a, list):
-            return len(a) == len(b) and all(map(same, a, b))
-        return type(a) is type(b) and a == b
-    assert same(value, read) and run.read_json(path) == read
-
-
-def test_json_turns_nan_and_infinity_into_null_at_any_depth(tmp_path):
-    run.write_json(tmp_path / "a.json", {"a": math.nan, "b": (1, [math.inf, {"c": -math.inf}]), 3: 1e308})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1, [None, {"c": None}]], "3": 1e308}
-
-
-def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
-    run.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        run.write_json(path, {"a": object()})
-    assert run.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["a.json"]
-
-
-@pytest.mark.parametrize("data", [b"", b"{", b'{"a": 1', b"a: 1", b"\xff\xfe\x00", b"[1, 2]", b"3", b'"text"', b"null"])
-def test_a_file_that_holds_no_json_object_is_one_clear_error(data, tmp_path):
-    path = tmp_path / "summary.json"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"^[^\n]*summary.json: not [^\n]*$"):
-        run.read_json(path)
-
-
-def test_a_missing_json_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match=r"^[^\n]*summary.json: no such file[^\n]*$"):
-        run.read_json(tmp_path / "summary.json")
-    with pytest.raises(OSError):
-        run.read_json(tmp_path)  # a folder: one_line_errors has a line for it
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(broken, tmp_path, monkeypatch):
-    path = tmp_path / "a.bin"
-    run.write_atomic(path, b"old")
-
-    def fail(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(OSError, match="No space left"):
-        run.write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
-    monkeypatch.undo()
-    run.write_atomic(path, b"new")
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_a_write_that_outgrows_the_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path):
-    path = tmp_path / "a.bin"
-    run.write_atomic(path, b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # the kernel refuses byte 65537, like a full disk
-    try:
-        with pytest.raises(OSError):
-            run.write_atomic(path, bytes(1 << 20))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
-
-
-@pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_a_kill_while_writing_leaves_the_old_file_and_the_next_write_works(moment, tmp_path):
-    path = tmp_path / "a.bin"
-    run.write_atomic(path, b"old")
-    code = (f"import os, signal, sys\nfrom common.run import write_atomic\n"
-            f"os.{moment} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\nwrite_atomic(sys.argv[1], b'new' * 1000)")
-    with python(code, str(path)) as process:
-        assert process.wait(30) == -signal.SIGKILL
-    assert path.read_bytes() == b"old"
-    run.write_atomic(path, b"newer")
-    assert path.read_bytes() == b"newer" and os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_the_bytes_are_on_the_disk_before_the_file_takes_its_name(tmp_path, monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(b).name)), replace(a, b)))
-    run.write_atomic(tmp_path / "a.bin", b"12345")
-    assert calls == [("fsync", 5), ("replace", "a.bin")]
-
-
-# ---- the end of a run
-
-def test_the_clock_counts_from_what_the_earlier_parts_took(monkeypatch):
-    wall, cpu = 100.0, 50.0
-    monkeypatch.setattr(time, "monotonic", lambda: wall)
-    monkeypatch.setattr(time, "process_time", lambda: cpu)
-    clock = run.Clock(max_minutes=2, seconds=1000.0, cpu_seconds=500.0)
-    assert (clock.seconds(), clock.cpu_seconds(), clock.expired()) == (1000.0, 500.0, False)
-    wall, cpu = 220.0, 53.0
-    assert (clock.seconds(), clock.cpu_seconds(), clock.expired()) == (1120.0, 503.0, False)
-    wall = 220.5  # 120.5 s of this part
-    assert clock.expired()
-
-
-def test_without_a_limit_the_clock_never_expires(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(time, "process_time", lambda: now)
-    clock = run.Clock()
-    assert clock.seconds() == clock.cpu_seconds() == 0
-    now = 1e12
-    assert not clock.expired()
+SEED = """
+import json, pathlib, signal, sys, time
+argv = sys.argv[1:]
+folder = pathlib.Path(argv[-1])
+if argv[0] == "--fail-at" and argv[1] == argv[-3]:
+    sys.exit(3)
+folder.mkdir(parents=True)
+if argv[0] == "--wait":
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), (folder / "saved").touch(), sys.exit(143)))
+    print("waiting", flush=True)
+    time.sleep(60)
+(folder / "summary.json").write_text(json.dumps({"argv": argv, "test": {"deep": {"x": int(argv[-3])}}}))
+"""
 
 
 @pytest.fixture
-def received():
-    """Our own handlers of SIGINT and SIGTERM in place of the default ones; yields what they received."""
-    got = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    old = [signal.signal(s, lambda number, frame: got.append(number)) for s in numbers]
-    yield got
-    for s, handler in zip(numbers, old, strict=True):
-        signal.signal(s, handler)
+def script(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("seed.py").write_text(SEED)
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT),
-                                           (signal.SIGTERM, signal.SIGINT)])
-def test_the_first_signal_sets_the_number_and_the_second_acts(first, second, received):
-    with run.StopSignal() as stop:
-        assert stop.number == 0
-        signal.raise_signal(first)
-        assert stop.number == first and received == []
-        signal.raise_signal(second)
-        assert stop.number == first and received == [second]
+def test_the_table_has_a_line_for_each_number_that_every_summary_has():
+    summaries = [{"seed": i, "name": "n", "acc": i, "yes": True, "test": {"x": {"y": 0.5}}} for i in (1, 2, 3)]
+    lines = repeat.table([{**summaries[0], "only_here": 1}, *summaries[1:]]).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["acc", "2", "1", "-0.484338", "-", "4.48434", "1", "-", "3"],  # 2 -+ 4.303 / sqrt(3)
+        ["test.x.y", "0.5", "0", "0.5", "-", "0.5", "0.5", "-", "0.5"]]
+    assert repeat.table([{"acc": 1}]).splitlines()[1].split() == ["acc", "1", "nan", "-", "1", "-", "1"]
 
 
-def test_the_handlers_are_put_back_at_the_end_after_a_signal_and_after_an_error(received):
-    def handlers():
-        return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    before = handlers()
-    with run.StopSignal() as stop:
-        assert handlers() == [stop._on_signal] * 2
-    assert handlers() == before and stop.number == 0
-    with run.StopSignal():
-        signal.raise_signal(signal.SIGINT)
-        assert handlers() == before
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # set after the first signal: not ours to put back
-    assert handlers() == [before[0], signal.SIG_IGN]
-    signal.signal(signal.SIGTERM, before[1])
-    with pytest.raises(RuntimeError), run.StopSignal():
-        raise RuntimeError
-    assert handlers() == before
+def test_the_seeds_are_run_with_their_flags_in_order(script, capsys):
+    flags = ["--words", "b", "a", "c d", "--scale=-1.5", "--out", "x", "--na", "y"]  # the last are no abbreviations
+    summaries = repeat.main(["2", "seed.py", *flags, "--seed", "4", "--out-dir", "r"])
+    assert [s["argv"] for s in summaries] == [[*flags, "--seed", s, "--out-dir", f"r-s{s}"] for s in "45"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# seed 4: r-s4", "# seed 5: r-s5"]
+    assert lines[-1].split()[:2] == ["test.deep.x", "4.5"]
+    repeat.main(["1", "seed.py", "--name", "n"])
+    assert os.listdir("logs/seed") == ["n-s0"]
 
 
-def test_in_another_thread_the_stop_signal_stays_out_of_the_way(received):
-    before = signal.getsignal(signal.SIGTERM)
-    numbers = []
+@pytest.mark.parametrize("argv, code, message", [
+    (["3", "seed.py", "--fail-at", "1"], 3, "seed 1 ended with exit code 3; 1 seeds had finished"),
+    (["3", "gone.py"], None, "gone.py: no such script"), (["2", ""], 2, "argument script: empty")])
+def test_a_seed_that_fails_ends_the_command_in_one_line(argv, code, message, script, capsys):
+    with pytest.raises(SystemExit) as e:
+        repeat.main([*argv, "--out-dir", "r"])
+    text = capsys.readouterr().err if code else e.value.code
+    assert text.startswith(f"common.repeat: error: {message}") and text.count("\n") <= 1
+    assert e.value.code == (code or text)
+    assert not Path("r-s2").exists()
 
-    def work():
-        with run.StopSignal() as stop:
-            numbers.append((stop.number, signal.getsignal(signal.SIGTERM) is before))
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert numbers == [(0, True)]
 
-
-def test_a_real_process_finishes_its_step_at_the_first_sigterm_and_dies_of_the_second():
-    code = """
-import time
-from common.run import StopSignal
-with StopSignal() as stop:
-    print("ready", flush=True)
-    while not stop.number:
-        time.sleep(0.01)
-    print(stop.number, flush=True)
-    time.sleep(60)
-"""
-    process = python(code)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        process.terminate()
-        assert process.stdout.readline() == "15\n"
-        process.terminate()
-        assert process.wait(30) == -signal.SIGTERM
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+def test_sigterm_reaches_the_script_which_may_save(script):
+    command = [sys.executable, "-m", "common.repeat", "2", "seed.py", "--wait", "--out-dir", "r"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.stdout.readline() != "waiting\n":
+        assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and err.startswith("common.repeat: error: ") and err.count("\n") == 1
+    assert os.listdir("r-s0") == ["saved"] and not Path("r-s1").exists()
