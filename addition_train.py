@@ -40,7 +40,7 @@ from common.evaluation import count_parameters, eval_mode, format_rate, wilson
 from common.files import UserError
 from common.flags import integer, path, real
 
-SCRIPT = "addition_train.py"
+SCRIPT = Path(__file__).name
 DIGITS, ANSWER = 10, 11                  # digits of an operand, of a sum
 LIMIT = 10**DIGITS                       # operands are below
 PLUS, EQUALS, EOS = 10, 11, 13           # tokens of the learned family; 0..9 are the digits, 12 is never used
@@ -308,13 +308,15 @@ class Config:
     def __post_init__(self):
         choices = {"family": ("rotary", "learned"), "tie": ("none", "kv+oq", "all"), "embedding": ("table", "arc"),
                    "tie_qkv": ("none", "shareA_tieKV")}
-        foreign = fields(self)[5:] if self.family == "rotary" else fields(self)[3:5]
+        only = {"learned": ("pos_rank", "qkv_rank", "attn_out_rank", "ffn_rank", "use_rmsnorm", "tie_qkv"),
+                "rotary": ("tie", "embedding")}
+        foreign = only["learned" if self.family == "rotary" else "rotary"]
         for f in fields(self):
             value = getattr(self, f.name)
             low, high = {"d_model": (2, 1024), "d_ff": (1, 4096)}.get(f.name, (0, self.d_model))
             sound = type(value).__name__ == f.type and (
                 value in choices[f.name] if f.type == "str" else low <= value <= high)
-            if not sound or (f in foreign and value != f.default):
+            if not sound or (f.name in foreign and value != f.default):
                 raise UserError(f"{f.name} {value!r:.40} cannot be in a {self.family!r:.10} model")
         if self.tie_qkv != "none" and not self.qkv_rank:
             raise UserError(f"tie_qkv {self.tie_qkv} needs a qkv_rank above 0")
@@ -545,6 +547,8 @@ def config_of(args: argparse.Namespace) -> Config:
     """The model that the flags ask for. Raises UserError."""
     if args.family == "learned" and args.init != "random":
         raise UserError(f"init is {args.init}, which is not for the learned family")
+    if args.family == "rotary" and args.smooth_positions:
+        raise UserError("smooth_positions is for the learned family, which has a table of positions")
     return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
 
@@ -815,6 +819,8 @@ def train(args: flags.Flags) -> dict:
     if saved:
         restore_population(state, saved, args.resume)
         loss_sum = saved["loss_sum"]
+        if loss_sum.shape != (len(args.seeds),):
+            raise UserError(f"{args.resume}: damaged, its loss_sum is {tuple(loss_sum.shape)}")
     for f in fields(state):
         setattr(state, f.name, getattr(state, f.name).to(device))
     loss_sum, norm = loss_sum.to(device), torch.zeros(len(args.seeds), device=device)
@@ -988,8 +994,9 @@ def stored_config(values: dict, path: str | os.PathLike, published: bool) -> Con
              "dropout": 0}
     own = {f.name: values[f.name] for f in fields(Config) if f.name in values}
     for name, value in values.items():
-        unused = published and not value  # an option of the other project that was off
-        if name not in own and not unused and (type(value) not in (int, float) or value != fixed.get(name)):
+        number = type(value) in (int, float)
+        unused = published and (value is None or value is False or (number and value == 0))
+        if name not in own and not unused and not (number and value == fixed.get(name)):
             raise UserError(f"{path}: its {name} is {value!r:.40}, which no model here has")
     try:
         return Config(**own)
@@ -1069,6 +1076,8 @@ def show_sum(model: nn.Module, text: str) -> dict:
 
 
 SUBMISSION = '''"""{n} parameters, trained: a submission for AdderBoard, written by {script}."""
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, fields
 from functools import partial
@@ -1111,7 +1120,8 @@ def export_submission(model: nn.Module, saved: dict, out: str) -> None:
 
     The metadata names what AdderBoard tells apart: priors in the positions, the start and the training.
     """
-    c, n, args = model.config, count_parameters(model), saved.get("args", {})
+    c, n = model.config, count_parameters(model)
+    args = saved["args"] if isinstance(saved.get("args"), dict) else {}
     common_parts = [Config, Norm, linear, one_hot, look_up, causal_attention]
     if c.family == "rotary":
         parts = [*common_parts, rotary_angles, rotate, arc, turn_columns, RotaryAdder]
