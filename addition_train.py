@@ -158,7 +158,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "entropy of the attention, which keeps it soft; fades")
     g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the second "
                    "differences of the positions (or of their factor A); fades; 0: off")
-    g.add_argument("--fade-until", type=real(0, 1), default=0.4, help="share of the run at whose end what fades has "
+    g.add_argument("--fade-until", type=real(0, 1), default=0.3, help="share of the run at whose end what fades has "
                    "fallen to 0 in a line; 0: nothing fades")
     g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile of the step, "
                    "eager where it fails; auto: in runs of 2.5 million sums or more")

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -61,7 +62,7 @@ def folder_name(text: str) -> str:
 
 class Flags(argparse.Namespace):
     """The flags of a run; vars() of it holds nothing else."""
-    __slots__ = ("given", "parser")  # names of those on the command line; what parsed them
+    __slots__ = ("given", "parser", "started")  # names of those on the command line; what parsed them, and when
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -100,7 +101,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Flags:
     unset: list = []  # told by identity
     args = parser.parse_args(argv, Flags(**dict.fromkeys(defaults, unset)))
     args.given = sorted(name for name, value in vars(args).items() if value is not unset)
-    args.parser = parser
+    args.parser, args.started = parser, (time.monotonic(), time.process_time())
     use(args, defaults)
     return args
 

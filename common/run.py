@@ -47,7 +47,7 @@ class Run:
         self.args, self.script, self.script_file, self.saved = args, script, script_file, saved
         self.start = self.step = saved["step"] if saved else 0
         self.stopped_by = 0  # the signal's number
-        self._wall, self._cpu = time.monotonic(), time.process_time()
+        self._wall, self._cpu = args.started
         self._end = self._wall + 60 * args.max_minutes if args.max_minutes else float("inf")
         self._handlers: dict[int, object] = {}
         if saved:

@@ -42,27 +42,26 @@ def test_exact_arithmetic_against_python_integers(lookahead, n):
 
 
 def test_training_step_against_forward_alone():
-    args = collatz.parse_args(["--pool", "20000", "--train-seeds", "200", "--eval-trajectories", "2"])
-    exam = collatz.make_exam(args)
-    pools, model, rng = collatz.make_pools(args, exam), collatz.Lyapunov(collatz.model_config(args)), np.random.default_rng(0)
+    args = collatz.parse_args(["--pool", "20000", "--train-seeds", "200"])
+    pools = collatz.make_pools(args, collatz.make_exam(None, args.lookahead))
+    model = collatz.make_model(args, None)
     optimizers = collatz.make_optimizers(model, args)
 
     def step():
-        loss = collatz.batch_loss(model, collatz.draw(pools, args, 0, rng), args, 0)
-        loss.backward()
+        collatz.batch_loss(model, collatz.sample_batch(pools, args, 0), args, 0).backward()
         for optimizer in optimizers:
             optimizer.step()
 
     def forward():
         with torch.no_grad():
-            collatz.batch_loss(model, collatz.draw(pools, args, 0, rng), args, 0)
+            collatz.batch_loss(model, collatz.sample_batch(pools, args, 0), args, 0)
 
-    a, b = cpu_seconds(lambda: [step() for _ in range(10)]) / 10, cpu_seconds(lambda: [forward() for _ in range(10)]) / 10
+    a, b = (cpu_seconds(lambda f=f: [f() for _ in range(10)]) / 10 for f in (step, forward))
     print(f"\ntraining step {1000 * a:.1f} ms, its forward pass alone {1000 * b:.1f} ms: {a / b:.1f} times")
 
 
 def test_exhaustive_check_of_the_closed_form():
-    model = collatz.Lyapunov(collatz.Config(150, layers=None, sees=0))
+    model = collatz.Lyapunov(collatz.Config(150, layers=None, sees=0, hold=0))
     seconds = cpu_seconds(lambda: collatz.exhaustive(model, 1 << 18), repeats=1)
     print(f"\nclosed form, lookahead 150: {(1 << 17) / seconds / 1e3:.0f} k odd numbers a CPU-s, 2^21 in {8 * seconds:.0f} s")
 
