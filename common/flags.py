@@ -132,7 +132,7 @@ def _may_be(action: argparse.Action, value: object) -> bool:
         parsed = (action.type or str)(text)
     except (argparse.ArgumentTypeError, ValueError):
         return False
-    return type(value) is not bool and parsed == value and (action.choices is None or parsed in action.choices)
+    return parsed == value and (action.choices is None or parsed in action.choices)
 
 
 def restored(args: Flags, saved: dict, path: str | os.PathLike, names: tuple[str, ...] = ()) -> Flags:

@@ -63,10 +63,15 @@ class Run:
             self.__exit__()
             raise
         if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
-            self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # so a shell starts what runs behind `&`
+                    self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def _open_files(self) -> None:
+        folder = self.folder
+        if not self.saved and any((folder / f).exists() for f in ("last.pt", "summary.json")):
+            raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or --resume {folder}")
         copy = self.folder / Path(self.script_file).name
         if not (copy.exists() and copy.samefile(self.script_file)):
             with named(copy):
@@ -148,8 +153,8 @@ class Run:
 def open_folder(args: Flags, script_file: str) -> tuple[Path, int | None]:
     """Make (or, resuming, take) the run folder, and lock it until the descriptor is closed or the process dies.
 
-    It is --out-dir, logs/SCRIPT/NAME, or the folder that is resumed. Raises UserError when another process holds it,
-    or it holds a run that this one does not resume; OSError if it is not writable.
+    It is --out-dir, logs/SCRIPT/NAME, or the folder that is resumed. Raises UserError when another process holds it;
+    OSError if it is not writable.
     """
     logs = Path("logs") / Path(script_file).stem
     folder = Path(args.out_dir) if args.out_dir else logs / args.name if args.name else None
@@ -160,8 +165,6 @@ def open_folder(args: Flags, script_file: str) -> tuple[Path, int | None]:
         folder = source
     if folder is None:
         folder = new_folder(logs, args.seed)
-    elif not args.resume and any((folder / f).exists() for f in ("last.pt", "summary.json")):
-        raise UserError(f"{folder} holds a run already: choose another --name or --out-dir, or --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder, hold(folder)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from test_addition import FAST, digits, numbers, operand
-from test_addition_use import LOGS, learned, published, rotary, sums_of, tamper  # noqa: F401, fixtures among them
+from test_addition_use import LOGS, learned, published, rotary, sums_of, tamper  # noqa: F401, fixtures
 
 import addition_train as A
 import collatz
@@ -27,15 +27,10 @@ def test_longest_chain_is_the_longest_run_of_carries(a, b):
 
 
 @pytest.mark.parametrize("length", range(11))
-def test_chained_pairs_have_exactly_that_chain(length):
-    a, b = E.chained_pairs([0, length], 300, length)
-    assert a.shape == b.shape == (300, 10)
-    assert min(a.min(), b.min()) >= 0 and max(a.max(), b.max()) <= 9
-    assert (E.longest_chain(A.carries(a, b)) == length).all()
-
-
-@pytest.mark.parametrize("length", range(4))
-def test_chained_pairs_are_distributed_as_by_rejection(length):
+def test_chained_pairs_have_exactly_that_chain_and_are_distributed_as_by_rejection(length):
+    direct = E.chained_pairs([6, length], 30_000, length)
+    assert (E.longest_chain(A.carries(*direct)) == length).all()
+    assert all(x.shape == (30_000, 10) and x.min() == 0 and x.max() == 9 for x in direct)
     a, b = A.uniform_pairs([5, length], 200_000)
     kept = E.longest_chain(A.carries(a, b)) == length
 
@@ -43,10 +38,10 @@ def test_chained_pairs_are_distributed_as_by_rejection(length):
         shown = [(x[..., None] == np.arange(10)).reshape(len(x), -1) for x in (a, b)]
         c = A.carries(a, b)
         return np.concatenate([*shown, c, c[:, 1:] * c[:, :-1]], 1)
-    x, y = events(a[kept], b[kept]), events(*E.chained_pairs([6, length], 30_000, length))
+    x, y = events(a[kept], b[kept]), events(*direct)
     p = (x.sum(0) + y.sum(0)) / (len(x) + len(y))
-    sigma = np.sqrt(p * (1 - p) * (1 / len(x) + 1 / len(y))) + 1e-12
-    assert len(x) > 250 and (np.abs(x.mean(0) - y.mean(0)) / sigma).max() < 4.7  # of 219 frequencies
+    sigma = np.sqrt(p * (1 - p) * (1 / len(x) + 1 / len(y))) + 1e-9
+    assert (np.abs(x.mean(0) - y.mean(0)) / sigma).max() < (4.7 if len(x) > 5000 else 7)  # of 219
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 10), (4, 7), (10, 2)])
@@ -58,27 +53,26 @@ def test_pairs_of_lengths_have_these_lengths_and_are_uniform(lengths):
         assert len(set((x // 10 ** (n - 1)).tolist())) == (9 if n > 1 else 10)
 
 
-@pytest.fixture(scope="module")
-def figures(rotary):  # noqa: F811
-    """Of a model that has about half right: 150 pairs for each of two split seeds, and their text."""
-    return E.evaluate(str(rotary), E.parse_args([*FEW, "--n", "150", "x"]))
-
-
-def test_figures_are_those_of_the_script_and_tables_the_counts_of_their_pairs(rotary, figures):  # noqa: F811
+def test_figures_are_those_of_the_script_and_tables_the_counts_of_their_pairs(rotary):  # noqa: F811
     args = E.parse_args([*FEW, "--n", "150", "x"])
-    (out, text), (module, _), want = figures, A.load_model(rotary), A.evaluate_checkpoint(rotary, args)
+    (out, text), (module, _) = E.evaluate(str(rotary), args), A.load_model(rotary)
+    want = A.evaluate_checkpoint(rotary, args)
     timing = ("seconds", "cpu_seconds", "additions_per_cpu_second")
     assert all(out[key] == want[key] for key in want if key not in timing)
 
     def count(pairs):
         return [int(sums_of(module, pairs).sum()), len(pairs[0])]
-    stream, k10 = E.TABLES, range(1, 11)
-    assert out["by_digits"] == {str(k): count(A.uniform_pairs([stream, 0, k], 15, k)) for k in k10}
+    stream = E.TABLES
+    assert out["by_digits"] == {str(k): count(A.uniform_pairs([stream, 0, k], 15, k)) for k in range(1, 11)}
     assert out["by_chain"] == {str(k): count(E.chained_pairs([stream, 3, k], 15, k)) for k in range(11)}
-    assert out["by_lengths"] == [[count(E.pairs_of_lengths([stream, 2, i, j], 3, i, j)) for j in k10] for i in k10]
+    assert out["by_lengths"] == [[count(E.pairs_of_lengths([stream, 2, i, j], 3, i, j)) for j in range(1, 11)]
+                                 for i in range(1, 11)]
     add = A.load(rotary)
     assert out["edge_cases"] == [sum(add(a, b) == a + b for a, b in E.EDGE_CASES), len(E.EDGE_CASES)]
-    assert 0 < out["edge_cases"][0] < len(E.EDGE_CASES) and out["by_digits"]["1"][0] > out["by_digits"]["10"][0]
+    assert 0 < out["edge_cases"][0] < len(E.EDGE_CASES)
+    ar, _ = E.evaluate(str(rotary), E.parse_args([*FEW, "--n", "150", "--mode", "ar", "x"]))
+    for key in ("exact", "splits", "failures", "by_digits", "by_chain", "by_lengths", "edge_cases"):
+        assert ar[key] == out[key], key                                      # greedy decoding
     lines = text.splitlines()
     for title, cells in (("longest carry chain, 0..10", out["by_chain"].values()),
                          ("both below 10^1..10^10", out["by_digits"].values()),
@@ -88,23 +82,20 @@ def test_figures_are_those_of_the_script_and_tables_the_counts_of_their_pairs(ro
         assert [float(x) for x in shown] == pytest.approx([100 * k / n for k, n in cells], abs=0.006)
 
 
-def test_greedy_decoding_gives_the_counts_of_one_pass(rotary, figures):  # noqa: F811
-    ar, _ = E.evaluate(str(rotary), E.parse_args([*FEW, "--n", "150", "--mode", "ar", "x"]))
-    for key in ("exact", "splits", "failures", "by_digits", "by_chain", "by_lengths", "edge_cases"):
-        assert ar[key] == figures[0][key], key
-
-
-def test_the_splits_are_the_originals_by_default_and_the_tables_have_pairs_of_their_own():
+def test_pairs_of_training_validation_test_splits_and_tables_are_different_ones():
     args = E.parse_args(["x"])
     assert args.split_seeds == [41, 100, 200, 300, 400, 500, 999, 1234, 7777, 31415]
     assert (args.n, args.mode) == (10_000, "tf")
-    stream = [E.TABLES, 0, 10]
-    tables = [A.uniform_pairs(stream, 2000, 10), E.chained_pairs([E.TABLES, 3, 3], 2000, 3),
+    tables = [A.uniform_pairs([E.TABLES, 0, 10], 2000), E.chained_pairs([E.TABLES, 3, 3], 2000, 3),
               E.pairs_of_lengths([E.TABLES, 2, 10, 10], 2000, 10, 10)]
-    others = [A.uniform_pairs([s], 2000) for s in (A.VALIDATION, A.TEST)]
-    x = A.sample_pairs(E.TABLES, 0, A.parse_args(["--lengths", "full"])).reshape(-1, 2, 10)
-    sets = [{row.tobytes() for row in np.concatenate(pair, 1)} for pair in (*tables, *others, (x[:, 0], x[:, 1]))]
-    assert sum(map(len, sets)) == len(set().union(*sets))
+    others = [A.uniform_pairs([stream], 2000) for stream in (A.VALIDATION, A.TEST)]
+    others.append(A.split_pairs(41, 2000))
+    full = A.parse_args(["--lengths", "full"])
+    for seed, chunk in ((s, c) for s in range(8) for c in (0, 1)):
+        x = A.sample_pairs(seed, chunk, full).reshape(-1, 2, 10)
+        others.append((x[:, 0], x[:, 1]))
+    sets = [{row.tobytes() for row in np.concatenate(pair, 1)} for pair in tables + others]
+    assert sum(map(len, sets)) == len(set().union(*sets)) == 6 * 2000 + 16 * A.CHUNK * 128
 
 
 # ---- any checkpoint
@@ -124,34 +115,27 @@ def test_a_collatz_checkpoint_goes_to_its_own_script(tmp_path, monkeypatch, caps
     assert out[COLLATZ] == {"script": "collatz.py", "pass_rate": 0.5, "margin": None}
 
 
-@pytest.mark.slow
-def test_the_kept_collatz_checkpoint_has_its_recorded_figures():
-    out = E.main([COLLATZ, "--device", "cpu"])[COLLATZ]
-    summary = json.loads((LOGS / "collatz" / "window10-s0" / "summary.json").read_text())
-    assert out["pass_rate"] == pytest.approx(summary["pass_rate"], abs=0.002)
-
-
 def test_one_bad_checkpoint_does_not_stop_the_others(rotary, published, tmp_path, capsys):  # noqa: F811
-    bad = [tamper(rotary, tmp_path / "seed.pt", seed=torch.ones(2)), tmp_path / "cut.pt", tmp_path / "missing.pt",
-           tamper(rotary, tmp_path / "odd.pt", model={"wq": torch.ones(2)}),
-           tamper(rotary, tmp_path / "foreign.pt", script="../train_everything.py")]
-    bad[1].write_bytes(rotary.read_bytes()[:1000])
+    bad = [tmp_path / "cut.pt", tmp_path / "missing.pt",
+           tamper(rotary, tmp_path / "foreign.pt", script="x.py"),
+           tamper(rotary, tmp_path / "shape.pt", model={"wq": torch.ones(2)}),
+           tamper(rotary, tmp_path / "odd.pt", seed=torch.ones(2))]
+    bad[0].write_bytes(rotary.read_bytes()[:1000])
     with pytest.raises(SystemExit) as e:
         E.main([*map(str, bad), str(rotary), str(published), *FEW, "--output", str(tmp_path / "out.json")])
     said = capsys.readouterr()
     out = json.loads((tmp_path / "out.json").read_text())
     assert e.value.code == 1 and out.keys() >= {"command", "commit"}
     out = out["checkpoints"]
-    for path in bad[1:]:
+    for path in bad:
         assert path.name in out[str(path)]["error"] and out[str(path)]["error"] in said.err
-    assert said.err.count("\n") == said.err.count("evaluate_checkpoints.py: error: ") == len(
-        [x for x in out.values() if "error" in x])
+    assert said.err.count("\n") == said.err.count("evaluate_checkpoints.py: error: ") == len(bad)
     assert out[str(rotary)]["exact"][1] == 200 and out[str(rotary)]["by_chain"]["3"][1] == 10
     assert (out[str(published)]["n_params"], out[str(published)]["step"]) == (456, 34_000)
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("", "CKPT"), ("--n 0 CKPT", "--n"), ("--split-seeds 41,41 CKPT", "twice"), ("--mode beam CKPT", "--mode"),
+    ("", "CKPT"), ("--n 0 CKPT", "--n"), ("--split-seeds 41,41 CKPT", "twice"), ("--mode beam CKPT", "beam"),
     ("--device gpu CKPT", "--device gpu"), ("--output / CKPT", "/: is a folder"),
     ("--output nowhere/out.json CKPT", "nowhere")])
 def test_bad_flags_end_in_one_line_before_any_work(tmp_path, capsys, monkeypatch, flags, named):
