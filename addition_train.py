@@ -1016,7 +1016,8 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     if published:
         saved = {"script": SCRIPT, "format": checkpoint.FORMAT, "model": saved["model_state"],
                  "step": saved.get("step", -1), "config": {"family": "learned", **saved["model_config"]}}
-    checkpoint.check(saved, path, SCRIPT, config=dict, model=dict, step=int)
+    kinds = {"seed": int, "args": dict} if "seed" in saved else {}          # not in a published file
+    checkpoint.check(saved, path, SCRIPT, config=dict, model=dict, step=int, **kinds)
     module = make_module(stored_config(saved["config"], path, published))
     checkpoint.load_weights(module, saved["model"], path)
     if module.config.family == "learned" and not torch.equal(*(
@@ -1120,8 +1121,7 @@ def export_submission(model: nn.Module, saved: dict, out: str) -> None:
 
     The metadata names what AdderBoard tells apart: priors in the positions, the start and the training.
     """
-    c, n = model.config, count_parameters(model)
-    args = saved["args"] if isinstance(saved.get("args"), dict) else {}
+    c, n, args = model.config, count_parameters(model), saved.get("args", {})
     common_parts = [Config, Norm, linear, one_hot, look_up, causal_attention]
     if c.family == "rotary":
         parts = [*common_parts, rotary_angles, rotate, arc, turn_columns, RotaryAdder]

@@ -41,7 +41,7 @@ from common import checkpoint, devices, files, flags, plots, run
 from common.evaluation import count_parameters, eval_mode, format_rate
 from common.files import UserError
 
-SCRIPT, FORMAT = "collatz.py", 1  # of its checkpoints
+SCRIPT = "collatz.py"
 LOG2_3 = math.log2(3)
 RESIDUE_DIGITS = 12                # n mod 3^12 is the most that a V may know of the past of n
 RESIDUE = 3**RESIDUE_DIGITS
@@ -99,7 +99,8 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: list[str] | None = None) -> flags.Flags:
     integer, real, path = flags.integer, flags.real, flags.path
     p = flags.Parser(description=__doc__)
-    p.add_argument("--preset", "--recipe", choices=sorted(PRESETS), default="window", help="whose flags")
+    p.add_argument("--preset", "--recipe", choices=sorted(PRESETS), default="window",
+                   help="sets other flags: ours, or the original's")
     g = p.add_argument_group("data")
     g.add_argument("--lookahead", type=integer(1, 1000), default=10, help="L: how many k V(n) may use")
     g.add_argument("--split", choices=["honest", "original"], default="honest",
@@ -142,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    help="steps between validations and saves")
     g.add_argument("--test-every", "--eval-interval", type=integer(1), default=200,
                    help="steps between evaluations on the test sets")
-    g.add_argument("--exhaustive", type=integer(4, 2**53), help="at the end, check every odd n < N")
+    g.add_argument("--exhaustive", type=integer(4, 2**53), help="at the end, check all odd n below it")
     add_evaluation_arguments(g)
     g = p.add_argument_group("instead of training")
     g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate this trained V")
@@ -152,17 +153,16 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--make-eval", type=path, help="write the original's evaluation set")
     g.add_argument("--plot", type=path, nargs="+", metavar="RUN", help="draw the pictures again")
     flags.add_run_arguments(p)
-
     args = flags.parse(p, argv)
     flags.use(args, PRESETS[args.preset])
     if args.eval_csv:
         args.eval_csv = os.path.abspath(args.eval_csv)  # a resumed run may start elsewhere
-    modes = {"analyze_seeds": (), "make_eval": (), "plot": (), "checkpoint": ("exhaustive", "eval_csv")}
-    modes["score"] = ("checkpoint",) if args.checkpoint else ("model", "lookahead")
+    modes = {"score": ("checkpoint",) if args.checkpoint else ("model", "lookahead"), "analyze_seeds": (),
+             "make_eval": (), "plot": (), "checkpoint": ("exhaustive", "eval_csv")}
     try:
-        for mode in ("score", *modes):
+        for mode, others in modes.items():
             if getattr(args, mode):
-                flags.only(args, mode, *modes[mode])
+                flags.only(args, mode, *others)
                 break
         if args.model == "closed" and not args.score:
             flags.only(args, "model closed", "model", "lookahead", "exhaustive", "eval_csv", "seed", "name",
@@ -278,6 +278,7 @@ class Paths:
     k: np.ndarray    # (N, m) int32
     lg: np.ndarray   # (N, m+1) float64, log2 T^j(n)
     res: np.ndarray  # (N, m+1) int32, T^j(n) modulo RESIDUE
+
 
 def paths(limbs: np.ndarray, m: int, chunk: int = 8192) -> Paths:
     """The first m steps of N odd numbers, limbs (W, N), in chunks that stay in the processor's cache."""
@@ -832,8 +833,7 @@ def make_optimizers(model: Lyapunov, args: flags.Flags) -> list[torch.optim.Opti
     """AdamW; with muon, Muon for all matrices but the last (worth 3-4 times the steps)."""
     if model.beta is not None:
         model.beta.requires_grad_(args.target_type == "adaptive")
-    muon = args.optimizer == "muon"
-    hidden = [m.weight for m in model.layers[:-1] if isinstance(m, nn.Linear)] if muon else []
+    hidden = [m.weight for m in model.layers[:-1] if isinstance(m, nn.Linear) and args.optimizer == "muon"]
     scales = [model.alpha, model.delta] if model.alpha is not None else []
     taken = {id(p) for p in [*hidden, *scales]}
     groups = [{"params": [p for p in model.parameters() if id(p) not in taken and p.requires_grad]}]
@@ -972,8 +972,6 @@ def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     path = checkpoint.file_of(path)
     kinds = {"format": int, "step": int, "config": dict, "args": dict}
     saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, **kinds)
-    if saved["format"] != FORMAT:
-        raise UserError(f"{path}: of format {saved['format']}, this script reads {FORMAT}")
     # two fields of older files are constants now: with another value Config does not know them
     retired = {"tie_break": TIE_BREAK, "features": "window"}
     config = {name: x for name, x in saved["config"].items() if name not in retired or x != retired[name]}
@@ -1043,15 +1041,15 @@ def make_model(args: flags.Flags, saved: dict | None) -> Lyapunov:
 def train(args: flags.Flags) -> dict:
     """One run: train, choose the best checkpoint on validation, evaluate it, draw, and return the summary."""
     devices.refuse_ranks(SCRIPT)
-    args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, mined=dict, best=float)
-    r = run.Run(args, SCRIPT, __file__, saved)  # its clock starts; its folder is made when all fits
+    kinds = {"format": int, "model": dict, "optimizers": list, "mined": dict, "best": float}
+    args, saved = run.restore(args, SCRIPT, **kinds)
     device = devices.get_device(args.device)
     model = make_model(args, saved).to(device)
     exam = make_exam(args.eval_csv, args.lookahead)
     if args.steps == 0:  # the closed form
-        with r:
+        with run.Run(args, SCRIPT, __file__, None) as r:
             print(f"no training | lookahead {args.lookahead} | {r.folder}", flush=True)
-            r.save("best.pt", format=FORMAT, config=asdict(model.config), model={})
+            r.save("best.pt", config=asdict(model.config), model={})
             return finish(r, args, exam, {})
     pools = make_pools(args, exam)
     optimizers = make_optimizers(model, args)
@@ -1061,27 +1059,27 @@ def train(args: flags.Flags) -> dict:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             pools.mined = take(saved["mined"], slice(None))
-    with r:
+    with run.Run(args, SCRIPT, __file__, saved) as r:  # its folder is made now that all fits
         print(devices.describe(device), f"{count_parameters(model)} parameters", f"lookahead {args.lookahead}",
               f"{args.split} split", f"{pools.first[-1]} + {args.pool} chains",
               *(f"{name} {n}" for name, n in pools.counts.items()), r.folder, sep=" | ", flush=True)
-        loss = norm = None
+        loss = norm = torch.tensor(math.nan)  # an empty cell until a step is taken
         for step in range(r.start, args.steps + 1):
             tested = r.due(step, args.test_every)
             due, last = tested or r.due(step), r.last(step)
             if due or last:
-                if loss is not None and not torch.isfinite(loss + norm):
+                if step > r.start and not torch.isfinite(loss + norm):
                     raise UserError(f"the loss is not finite at step {step}; the last good checkpoint is "
                                     f"{r.folder / 'last.pt'} (try a lower --lr)")
-                state = {"format": FORMAT, "config": asdict(model.config),
+                state = {"config": asdict(model.config),
                          "model": {name: x.cpu() for name, x in model.state_dict().items()}}
             if due:  # at step 0 base window is the closed form; a net alone passes about half
                 figures = evaluate(model.value, exam) if tested else {}
-                row = {"step": step, "loss": loss and loss.item(), **validate(model, exam),
+                row = {"step": step, "loss": loss.item(), **validate(model, exam),
                        **{name: figures.get(name) for name in LOGGED},
                        "seeds": pools.active_seeds(step, args) if args.curriculum else None,
                        "mined": len(pools.mined["k"]) if pools.mined else None,
-                       "lr": args.lr * lr_factor(step, args), "grad": norm and norm.item()}
+                       "lr": args.lr * lr_factor(step, args), "grad": norm.item()}
                 r.record(row)
                 r.show({name: x for name, x in row.items() if name not in UNSHOWN})
                 if row["val"] > best:
@@ -1129,8 +1127,8 @@ def finish(r: run.Run, args: flags.Flags, exam: Exam, counts: dict) -> dict:
         for name, value in baselines(m).items():
             _, ok, counted = walk_steps(value, exam.walks["random"])
             by_lookahead[m][name] = float(1 - ok[counted].mean())
-    report = {"curves": curves, "by_lookahead": by_lookahead, "baselines": others}
-    files.write_json(r.folder / "report.json", report)
+    report = r.folder / "report.json"
+    files.write_json(report, {"curves": curves, "by_lookahead": by_lookahead, "baselines": others})
     summary = r.summary(preset=args.preset, lower_bound=lower_bound(args.lookahead), **figures)
     draw_pictures(r.folder, [r.folder])
     print("\n" + format_evaluation(figures, others))

@@ -19,9 +19,8 @@ from common import metrics
 from common.evaluation import count_parameters
 from common.files import read_json
 
-FAST = settings(deadline=None, derandomize=True, max_examples=60)
-SMALL = ["--steps", "60", "--batch-size", "16", "--lengths", "uniform", "--warmup", "0.1", "--compile", "off",
-         "--device", "cpu", "--eval-every", "20"]
+SMALL = ["--steps", "60", "--batch-size", "16", "--lengths", "uniform", "--warmup", "0.1", "--device", "cpu",
+         "--eval-every", "20"]
 SEED_LOG = ["--pos-rank", "3", "--qkv-rank", "3", "--attn-out-rank", "2", "--ffn-rank", "3", "--use-rmsnorm",
             "--tie-qkv", "shareA_tieKV", "--train-steps", "54000", "--device", "cpu", "--seed", "43",
             "--run-name", "repro_456_s43"]
@@ -29,17 +28,12 @@ RANK3 = ["--preset", "ref", "--pos-rank", "3", "--qkv-rank", "3", "--attn-out-ra
 VARIANTS = {
     **{name: ["--preset", name] for name in A.PRESETS},
     "layernorm, rank 3": RANK3,
-    "rmsnorm, rank 3": [*RANK3, "--use-rmsnorm"],
-    "rmsnorm, full rank": ["--preset", "ref", "--use-rmsnorm"],
     "some ranks": ["--preset", "ref", "--pos-rank", "2", "--ffn-rank", "1", "--d-model", "9", "--d-ff", "5"],
-    "tied": ["--tie", "kv+oq"],
     "all tied": ["--tie", "all", "--d-model", "6"],
-    "arc": ["--embedding", "arc"],
 }
 each_variant = pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 both_families = pytest.mark.parametrize("preset", ["rope196", "ref456"])
 TINY = ["--preset", "rope62", "--seeds", "0-1"]
-both_optimizers = pytest.mark.parametrize("optimizer", ["soap", "adamw"])
 operand = st.one_of(st.integers(0, A.LIMIT - 1), st.integers(0, 10).flatmap(lambda k: st.sampled_from(
     [max(10**k - 1, 0), min(10**k, A.LIMIT - 1), A.LIMIT - 10**k, 5 * 10**k % A.LIMIT])))
 draw_pictures = A.draw_pictures
@@ -56,9 +50,10 @@ def small_sets():
 
 
 @pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
+def dtype(request):
+    """The default dtype of torch in a test: float64, or what it is parametrized with."""
+    torch.set_default_dtype(getattr(request, "param", torch.float64))
+    yield torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
 
 
@@ -93,7 +88,7 @@ def numbers(d):
 
 # ---- problem
 
-@FAST
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(operand, operand)
 def test_digits_sums_and_carries_are_those_of_whole_numbers(a, b):
     for x, d in ((a, digits(a)[0]), (b, digits(b)[0]), (a + b, A.digit_sum(digits(a), digits(b))[0])):
@@ -102,18 +97,13 @@ def test_digits_sums_and_carries_are_those_of_whole_numbers(a, b):
     assert A.carries(digits(a), digits(b))[0].tolist() == want
 
 
-def test_the_learned_family_reads_and_writes_as_published():
+def test_the_families_read_and_write_as_published_and_with_digit_k_at_1_13_and_23_plus_k():
     tokens, target = A.encode("learned", digits(50), digits(70))
     assert "".join("0123456789+="[t] for t in tokens[0]) == "0000000050+0000000070=" + "02100000000"
     assert target[0].tolist() == [0, 2, 1, *[0] * 8, 13]
-    assert (A.LearnedAdder.PROMPT, A.LearnedAdder.OUTPUTS) == (22, 12)
-
-
-def test_the_rotary_family_has_digit_k_at_1_13_and_23_plus_k():
     tokens, target = A.encode("rotary", digits(1234567890), digits(9876543219))
     assert "".join(map(str, tokens[0])) == "0" + "0987654321" + "00" + "9123456789" + "0" + "9011111111"
     assert "".join(map(str, target[0])) == "90111111111"
-    assert (A.RotaryAdder.PROMPT, A.RotaryAdder.OUTPUTS) == (24, 11)
 
 
 # ---- data
@@ -179,10 +169,6 @@ def model_of(flags, std=0.4):
     noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
     vector_to_parameters(start + std * noise, module.parameters())
     return module.requires_grad_(False)
-
-
-def some_tokens(module, n):
-    return A.batch_last(A.encode(module.config.family, *A.uniform_pairs([1], n))[0])
 
 
 @pytest.mark.parametrize("flags, count", [
@@ -280,9 +266,9 @@ def rotary_by_description(w, idx):
 
 
 @each_variant
-def test_the_module_is_the_causal_model_described_and_fewer_outputs_are_the_last_ones(float64, flags):
+def test_the_module_is_the_causal_model_described_and_fewer_outputs_are_the_last_ones(dtype, flags):
     module = model_of(flags)
-    tokens = some_tokens(module, 5)
+    tokens = A.batch_last(A.encode(module.config.family, *A.uniform_pairs([1], 5))[0])
     describe = rotary_by_description if module.config.family == "rotary" else learned_by_description
     want, want_attention = describe(dict(module.state_dict()), tokens.T)
     T = len(tokens)
@@ -312,21 +298,21 @@ def stacked(flags, n=50):
 
 
 def test_a_random_start_knows_nothing_of_the_problem():
-    assert stacked(["--preset", "ref"])["blocks.0.attn.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.1)
-    w = stacked(["--init", "random"])
+    w, full_rank = stacked(["--init", "random"]), stacked(["--preset", "ref"])
+    assert full_rank["blocks.0.attn.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.1)
     assert w["emb"].std().item() == pytest.approx(0.5, rel=0.1) and w["emb"].mean(0).abs().max() < 0.35
     for name in ("wq", "wk", "wv", "wo", "gate", "up", "down"):              # uniform
         bound = (1 if name in ("wq", "wk") else 0.5) / w[name].shape[1] ** 0.5
         assert w[name].abs().max().item() == pytest.approx(bound, rel=0.02), name
         assert w[name].std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
-    assert w["norm1.weight"].unique() == 1 and w["q_norm.weight"].unique() == w["k_norm.weight"].unique() == 0.5
+    assert (w["norm1.weight"] == 1).all() and (w["q_norm.weight"] == 0.5).all()
 
 
 def test_arc_and_phase_are_laid_out_in_the_first_coordinates():
     w, angle = stacked([]), -1.2 + 0.29 * torch.arange(10)
     q, k = (torch.complex(w[name][:, 0, 0], w[name][:, 0, 2]) for name in ("wq", "wk"))
     apart = (q * k.conj()).mean()
-    assert apart.abs().item() == pytest.approx(1, abs=0.1) and q.mean().abs() < 0.5  # the phase itself is random
+    assert apart.abs().item() == pytest.approx(1, abs=0.1) and q.mean().abs() < 0.5  # q's phase is random
     assert apart.angle().item() == pytest.approx(math.pi / 3, abs=0.1)       # two positions of a turn of 12
     arc = torch.stack([2.5 * angle.cos(), 2.5 * angle.sin(), 0 * angle, 0 * angle], 1)
     assert torch.allclose(w["emb"].mean(0), arc, atol=0.07)
@@ -338,31 +324,28 @@ def test_arc_and_phase_are_laid_out_in_the_first_coordinates():
 # ---- loss
 
 @each_variant
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=["64", "32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], indirect=True, ids=str)
 @pytest.mark.parametrize("bonus", [0.0, 0.3])
-def test_loss_and_gradient_of_each_seed_are_those_of_the_plain_module(flags, dtype, tolerance, bonus):
-    torch.set_default_dtype(dtype)
-    try:
-        args, module = parse(*flags, "--seeds", "0-2"), model_of(flags).requires_grad_()
-        start = parameters_to_vector(module.parameters()).detach()
-        noise = torch.randn(3, len(start), generator=torch.Generator().manual_seed(2))
-        weights = (start + 0.3 * noise).requires_grad_()
-        tokens, target = (x[0] for x in A.batches(0, args))
-        goal, loss = A.batch_loss(weights, tokens, target, torch.tensor(bonus), module=module)
-        grad, = torch.autograd.grad(goal.sum(), weights)
-        for i in range(3):
-            vector_to_parameters(weights[i].detach(), module.parameters())
-            logits, attention = module(tokens[i], module.OUTPUTS)
-            own_loss = F.cross_entropy(logits.movedim(2, 0), target[i].T)
-            entropy = -(attention * (attention + 1e-9).log()).sum(1).mean()  # of each position, over columns
-            own = own_loss - bonus * entropy
-            own_grad = torch.cat([g.flatten() for g in torch.autograd.grad(own, list(module.parameters()))])
-            assert loss[i].item() == pytest.approx(own_loss.item(), rel=tolerance)
-            assert goal[i].item() == pytest.approx(own.item(), rel=tolerance)
-            assert (grad[i] - own_grad).norm() < tolerance * own_grad.norm()
-        assert all(x.flatten(1).any(1).all() for x in A.by_name(grad, module).values())  # into every parameter
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_loss_and_gradient_of_each_seed_are_those_of_the_plain_module(dtype, flags, bonus):
+    args, module = parse(*flags, "--seeds", "0-2"), model_of(flags).requires_grad_()
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+    start = parameters_to_vector(module.parameters()).detach()
+    noise = torch.randn(3, len(start), generator=torch.Generator().manual_seed(2))
+    weights = (start + 0.3 * noise).requires_grad_()
+    tokens, target = (x[0] for x in A.batches(0, args))
+    goal, loss = A.batch_loss(weights, tokens, target, torch.tensor(bonus), module=module)
+    grad, = torch.autograd.grad(goal.sum(), weights)
+    for i in range(3):
+        vector_to_parameters(weights[i].detach(), module.parameters())
+        logits, attention = module(tokens[i], module.OUTPUTS)
+        own_loss = F.cross_entropy(logits.movedim(2, 0), target[i].T)
+        entropy = -(attention * (attention + 1e-9).log()).sum(1).mean()      # of each position, over columns
+        own = own_loss - bonus * entropy
+        own_grad = torch.cat([g.flatten() for g in torch.autograd.grad(own, list(module.parameters()))])
+        assert loss[i].item() == pytest.approx(own_loss.item(), rel=tolerance)
+        assert goal[i].item() == pytest.approx(own.item(), rel=tolerance)
+        assert (grad[i] - own_grad).norm() < tolerance * own_grad.norm()
+    assert all(x.flatten(1).any(1).all() for x in A.by_name(grad, module).values())  # into every parameter
 
 
 @both_families
@@ -399,7 +382,7 @@ def updates(args, n, factors=(1,)):
 @both_families
 @pytest.mark.parametrize("optimizer, beta2, until", [("adamw", 0.999, 0.1), ("soap", 0.99, 0)])
 def test_the_optimizer_is_adamw_of_torch_on_the_module_with_soap_in_its_basis(
-        float64, monkeypatch, preset, optimizer, beta2, until):
+        dtype, monkeypatch, preset, optimizer, beta2, until):
     monkeypatch.setattr(A, "new_basis", lambda state: None)                  # it stays the identity
     args = parse("--preset", preset, "--seeds", "4", "--optimizer", optimizer, "--weight-decay", "0.1",
                  "--fade-until", str(until), "--lr", "0.03")
@@ -440,7 +423,7 @@ def soap_state(seeds, n=0, *flags):
     return state, args, module
 
 
-def test_the_basis_of_soap_is_orthogonal_diagonalizes_and_takes_the_mean_square_along(float64):
+def test_the_basis_of_soap_is_orthogonal_diagonalizes_and_takes_the_mean_square_along(dtype):
     state, args, module = soap_state("0-1", 100)
     want = torch.zeros_like(state.covariance)
     for grad in gradients(100, 2, 62):
@@ -469,15 +452,14 @@ def test_a_new_basis_comes_at_steps_1_3_and_8_and_at_every_hundredth_of_the_run(
     assert seen == want
 
 
-def test_an_update_of_soap_is_the_same_alone_and_in_company(float64):
+def test_an_update_of_soap_is_the_same_alone_and_in_company(dtype):
     state, args, module = soap_state("3,5,8", 150)
     alone = A.Population(**{f.name: getattr(state, f.name)[1:2].clone() for f in fields(state)})
-    start, grad = alone.weights.clone(), gradients(1, 3, 62)[0]
+    grad = gradients(1, 3, 62)[0]
     A.update(state, grad.clone(), torch.ones(3), 0, args, module)
     A.update(alone, grad[1:2].clone(), torch.ones(1), 0, args, module)
     assert torch.allclose(alone.weights[0], state.weights[1], rtol=1e-9, atol=1e-9)
     assert torch.allclose(alone.square[0], state.square[1], rtol=1e-9, atol=1e-15)
-    assert (alone.weights - start).abs().mean() > 1e-4
 
 
 @both_families
@@ -485,7 +467,6 @@ def test_ten_steps_of_adamw_are_the_same_alone_and_in_company(preset):
     flags = ["--preset", preset, "--optimizer", "adamw", "--entropy-bonus", "0.1"]
     alone, company = (updates(parse(*flags, "--seeds", seeds), 10) for seeds in ("5", "3,5,8"))
     assert torch.allclose(alone.weights[0], company.weights[1], rtol=0, atol=1e-5)
-    assert (company.weights[0] - company.weights[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("preset, name", [("ref456", "pos_emb.A"), ("ref", "pos_emb.weight")])
@@ -495,18 +476,17 @@ def test_smoothing_pulls_the_positions_straight_and_nothing_else_and_fades(prese
     module = A.make_module(A.config_of(args))
     state = A.new_population(module.config, args)
     before = A.by_name(state.weights[0].clone(), module)
-    table = before[name]
+    table, bend = before[name], torch.eye(33).diff(n=2, dim=0)               # (33, r), (31, 33)
     for step in range(10):
         A.update(state, torch.zeros_like(state.weights), torch.ones(1), step, args, module)
-        table = table.clone().requires_grad_()
-        rough, = torch.autograd.grad(table.diff(n=2, dim=0).square().sum() / 2, table)
-        table = table.detach() - A.learning_rate(step, args) * 0.5 * max(0, 1 - step / 6) * rough
+        rough = bend.T @ bend @ table                                        # gradient of |bend table|^2 / 2
+        table = table - A.learning_rate(step, args) * 0.5 * max(0, 1 - step / 6) * rough
     after = A.by_name(state.weights[0], module)
     assert all(torch.equal(before[x], after[x]) == (x != name) for x in before)
     assert torch.allclose(after[name], table, rtol=1e-4, atol=1e-8)
 
 
-@both_optimizers
+@pytest.mark.parametrize("optimizer", ["soap", "adamw"])
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_seed_without_a_finite_loss_or_gradient_stops_and_the_other_goes_on(optimizer, bad):
     args = parse("--preset", "rope62", "--seeds", "0-1", "--optimizer", optimizer)
@@ -555,35 +535,30 @@ def test_the_rate_rises_in_a_line_to_lr_and_falls_to_its_end(steps, warm, flag, 
 def test_a_flag_wins_over_the_preset_and_seed_names_one_seed():
     args = A.parse_args(["--preset", "ref456", "--lr", "0.5", "--steps", "2000", "--seed", "43"])
     assert (args.lr, args.steps, args.d_model, args.seeds) == (0.5, 2000, 7, [43])
-    assert A.parse_args([]).seeds == list(range(8))
-    assert A.parse_args(["--seeds", "42-44,51"]).seeds == [42, 43, 44, 51]
+    assert [A.parse_args(x).seeds for x in ([], ["--seeds", "2-4,9"])] == [list(range(8)), [2, 3, 4, 9]]
 
 
 # ---- evaluation
 
-@both_families
-def test_a_constant_model_scores_chance(preset):
-    module = A.make_module(A.config_of(parse("--preset", preset)))
-    n = count_parameters(module)
-    right, by_digit = A.exact_match(torch.zeros(1, n), A.uniform_pairs([1], 5000), module)
+def test_a_constant_model_scores_chance():
+    module = A.make_module(A.config_of(parse()))
+    right, by_digit = A.exact_match(torch.zeros(1, 196), A.uniform_pairs([1], 5000), module)
     assert right.tolist() == [0] and by_digit.shape == (1, 11)
     assert all(0.08 < x / 5000 < 0.12 for x in by_digit[0, :10].tolist())    # 5 sigma around a tenth
-    assert 0.46 < by_digit[0, 10] / 5000 < 0.54
 
 
 @pytest.mark.parametrize("preset, value", [("rope196", math.nan), ("ref456", math.nan), ("ref456", 1e30)])
 @pytest.mark.parametrize("mode", ["tf", "ar"])
 def test_a_model_without_numbers_for_logits_scores_0(preset, mode, value):
     module = model_of(["--preset", preset])
-    row = value * parameters_to_vector(module.parameters())
-    vector_to_parameters(row, module.parameters())
+    vector_to_parameters(value * parameters_to_vector(module.parameters()), module.parameters())
     got, _ = A.answers(module, A.uniform_pairs([1], 50), mode)
     assert (got == -1).all()
 
 
 # ---- runs
 
-def test_a_run_leaves_its_files_and_learns(tmp_path, monkeypatch, capsys):
+def test_a_run_learns_and_leaves_its_files_and_the_figures_of_its_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(A, "draw_pictures", draw_pictures)
     out = small(tmp_path / "run", *TINY, "--steps", "80")
     made = {f.name for f in (tmp_path / "run").iterdir()}
@@ -594,31 +569,25 @@ def test_a_run_leaves_its_files_and_learns(tmp_path, monkeypatch, capsys):
     columns = ["step", "seed", "loss", "exact", *(f"digit{k}" for k in range(11)), "lr", "grad", "sec"]
     assert list(rows[2]) == columns and "loss" not in rows[0]                # it is of no step yet
     assert all(r["loss"] < 2.1 for r in rows[8:])                            # ln 10 = 2.30 is chance
-    assert all(r["exact"] <= min(r[f"digit{k}"] for k in range(11)) for r in rows)
     assert out == {**read_json(tmp_path / "run" / "summary.json"), "grok_interval": out["grok_interval"]}
-    assert out.keys() >= {"script", "name", "seed", "n_params", "seconds", "cpu_seconds", "command"}
     assert (out["n_params"], out["n_seeds"], out["test_size"]) == (62, 2, 100)
     assert (out["n_grokked"], out["grok_rate"], out["seeds"]["0"]["first_step"]) == (0, 0, None)
-    drawn_again = [tmp_path / "run" / f"{name}.png" for name in ("exact", "attention")]
-    for picture in drawn_again:
-        picture.unlink()
-    A.main(["--plot", str(tmp_path / "run")])
-    assert all(picture.stat().st_size > 5000 for picture in drawn_again)
-    assert all(len(line) <= 160 for line in capsys.readouterr().out.splitlines() if line.startswith("step"))
-
-
-def test_the_figures_and_best_models_of_a_run_are_those_of_its_weights(plain):
-    pop, module, rows = population(plain), A.make_module(A.config_of(parse(*TINY))), metrics.read(plain)
-    for i in (0, 1):
-        seed, row = read_json(plain / "summary.json")["seeds"][str(i)], rows[i - 2]
+    module, pop = A.make_module(A.config_of(parse(*TINY))), population(tmp_path / "run")
+    for i, (row, seed) in enumerate(zip(rows[8:], out["seeds"].values(), strict=True)):
         vector_to_parameters(pop["weights"][i], module.parameters())
         same = np.equal(*A.answers(module, A.uniform_pairs([A.VALIDATION], 50)))
         assert [row["exact"], row["digit3"]] == pytest.approx([same.all(1).mean(), same[:, 3].mean()])
         same = np.equal(*A.answers(module, A.uniform_pairs([A.TEST], 100)))
         assert (seed["errors"], seed["exact"]) == (100 - same.all(1).sum(), same.all(1).mean())
         assert seed["digits"] == pytest.approx(same.mean(0).tolist())
-        best, saved = A.load_model(plain / f"best_s{i}.pt")
+        best, saved = A.load_model(tmp_path / "run" / f"best_s{i}.pt")
         assert torch.equal(parameters_to_vector(best.parameters()), pop["best"][i]) and saved["seed"] == i
+    drawn_again = [tmp_path / "run" / f"{name}.png" for name in ("exact", "attention")]
+    for picture in drawn_again:
+        picture.unlink()
+    A.main(["--plot", str(tmp_path / "run")])
+    assert all(picture.stat().st_size > 5000 for picture in drawn_again)
+    assert all(len(line) <= 160 for line in capsys.readouterr().out.splitlines() if line.startswith("step"))
 
 
 @pytest.mark.parametrize("until", [0.5, 0.0])
@@ -634,8 +603,8 @@ def test_each_step_has_its_batch_and_bonus_and_a_row_has_the_mean_loss(tmp_path,
     small(tmp_path / "run", *flags)
     chunks = [A.batches(chunk, parse(*flags)) for chunk in (0, 1)]
     for step, (tokens, target, bonus, _) in enumerate(seen):
-        assert torch.equal(tokens, chunks[step // 50][0][step % 50]), step
-        assert torch.equal(target, chunks[step // 50][1][step % 50]), step
+        want = (x[step % 50] for x in chunks[step // 50])
+        assert all(torch.equal(x, y) for x, y in zip((tokens, target), want, strict=True)), step
         assert bonus == pytest.approx(0.2 * max(0, 1 - step / 30) if until else 0.2), step
     losses = torch.stack([loss for *_, loss in seen])
     want = torch.cat([losses[:40].mean(0), losses[40:].mean(0)])
@@ -653,7 +622,6 @@ def test_a_seed_counts_from_99_percent_on(tmp_path, monkeypatch):
     seeds = (out := small(tmp_path / "run", "--preset", "rope62", "--seeds", "4-5"))["seeds"]
     assert [s["first_step"] for s in seeds.values()] == [20, 20]
     assert [s["best_step"] for s in seeds.values()] == [20, 40]              # the later one of a tie
-    assert [s["best_val"] for s in seeds.values()] == [1, 1]
     assert [s["errors"] for s in seeds.values()] == [2, 1]
     assert (out["n_grokked"], out["n_perfect"], out["grok_rate"]) == (1, 0, 0.5)
     for seed, step in ((4, 20), (5, 40)):
@@ -706,23 +674,15 @@ def test_failed_seeds_do_not_count_as_grokked_and_a_run_of_them_still_ends(tmp_p
     assert (tmp_path / "run" / "exact.png").is_file()
 
 
-@pytest.mark.parametrize("moment", ["wrapping", "first call"])
-def test_without_a_compiler_the_step_runs_eager_and_says_so(plain, tmp_path, monkeypatch, capsys, moment):
+@pytest.mark.parametrize("moment, flag", [("wrapping", "on"), ("first call", "auto")])
+def test_without_a_compiler_a_long_run_is_eager(plain, tmp_path, monkeypatch, capsys, moment, flag):
     def broken(*args, **kwargs):
         raise RuntimeError("no C++ compiler found\nand a long trace")
     monkeypatch.setattr(torch, "compile", broken if moment == "wrapping" else lambda f, **k: broken)
-    out = small(tmp_path / "on", *TINY, "--compile", "on")
+    monkeypatch.setattr(A, "COMPILE_FROM", 60 * 16 * 2)                      # sums from which auto compiles
+    out = small(tmp_path / "run", *TINY, "--compile", flag)
     text = capsys.readouterr().out
     assert "torch.compile failed (no C++ compiler found)" in out["step_runs"]
     assert "the step runs eager" in text and "trace" not in text
-    assert_same_run(plain, tmp_path / "on")
-
-
-def test_compile_auto_is_for_long_runs_alone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(A, "compiled", lambda loss, *x: asked.append(1) or (loss, "compiled"))
-    for steps, n in ((3, 0), (10**7, 1)):
-        args = parse(*TINY, "--compile", "auto", "--steps", str(steps))
-        module = A.make_module(A.config_of(args))
-        A.make_loss(module, A.new_population(module.config, args).weights, args)
-        assert len(asked) == n
+    assert_same_run(plain, tmp_path / "run")
+    assert read_json(plain / "summary.json")["step_runs"] == "eager"         # a short run does not try

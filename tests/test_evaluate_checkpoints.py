@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from test_addition import FAST, digits, numbers, operand
+from test_addition import numbers
 from test_addition_use import LOGS, learned, published, rotary, sums_of, tamper  # noqa: F401, fixtures
 
 import addition_train as A
@@ -19,16 +18,11 @@ FEW = ["--n", "100", "--split-seeds", "41,100", "--device", "cpu"]
 
 # ---- tables of an addition model
 
-@FAST
-@given(operand, operand)
-def test_longest_chain_is_the_longest_run_of_carries(a, b):
-    carry = A.carries(digits(a), digits(b))
-    assert E.longest_chain(carry).tolist() == [max(map(len, "".join(map(str, carry[0])).split("0")))]
-
-
 @pytest.mark.parametrize("length", range(11))
 def test_chained_pairs_have_exactly_that_chain_and_are_distributed_as_by_rejection(length):
     direct = E.chained_pairs([6, length], 30_000, length)
+    rows = ["".join(map(str, row)) for row in A.carries(*direct)[:3000]]
+    assert {max(map(len, row.split("0"))) for row in rows} == {length}
     assert (E.longest_chain(A.carries(*direct)) == length).all()
     assert all(x.shape == (30_000, 10) and x.min() == 0 and x.max() == 9 for x in direct)
     a, b = A.uniform_pairs([5, length], 200_000)
@@ -73,12 +67,9 @@ def test_figures_are_those_of_the_script_and_tables_the_counts_of_their_pairs(ro
     ar, _ = E.evaluate(str(rotary), E.parse_args([*FEW, "--n", "150", "--mode", "ar", "x"]))
     for key in ("exact", "splits", "failures", "by_digits", "by_chain", "by_lengths", "edge_cases"):
         assert ar[key] == out[key], key                                      # greedy decoding
-    lines = text.splitlines()
     for title, cells in (("longest carry chain, 0..10", out["by_chain"].values()),
-                         ("both below 10^1..10^10", out["by_digits"].values()),
                          ("a of 10 digits, b of 1..10", out["by_lengths"][9])):
-        line, = (x for x in lines if title in x)
-        shown = line.split(title)[1].split("(n")[0].split()
+        shown = text.split(title)[1].split("(n")[0].split()
         assert [float(x) for x in shown] == pytest.approx([100 * k / n for k, n in cells], abs=0.006)
 
 
@@ -88,14 +79,12 @@ def test_pairs_of_training_validation_test_splits_and_tables_are_different_ones(
     assert (args.n, args.mode) == (10_000, "tf")
     tables = [A.uniform_pairs([E.TABLES, 0, 10], 2000), E.chained_pairs([E.TABLES, 3, 3], 2000, 3),
               E.pairs_of_lengths([E.TABLES, 2, 10, 10], 2000, 10, 10)]
-    others = [A.uniform_pairs([stream], 2000) for stream in (A.VALIDATION, A.TEST)]
-    others.append(A.split_pairs(41, 2000))
-    full = A.parse_args(["--lengths", "full"])
-    for seed, chunk in ((s, c) for s in range(8) for c in (0, 1)):
-        x = A.sample_pairs(seed, chunk, full).reshape(-1, 2, 10)
+    others = [A.uniform_pairs([A.VALIDATION], 2000), A.uniform_pairs([A.TEST], 2000), A.split_pairs(41, 2000)]
+    for seed in range(8):
+        x = A.sample_pairs(seed, 0, A.parse_args(["--lengths", "full"])).reshape(-1, 2, 10)
         others.append((x[:, 0], x[:, 1]))
     sets = [{row.tobytes() for row in np.concatenate(pair, 1)} for pair in tables + others]
-    assert sum(map(len, sets)) == len(set().union(*sets)) == 6 * 2000 + 16 * A.CHUNK * 128
+    assert sum(map(len, sets)) == len(set().union(*sets)) == 6 * 2000 + 8 * A.CHUNK * 128
 
 
 # ---- any checkpoint
@@ -108,8 +97,8 @@ def test_a_collatz_checkpoint_goes_to_its_own_script(tmp_path, monkeypatch, caps
         return {"script": "collatz.py", "pass_rate": 0.5, "margin": math.nan}
     monkeypatch.setattr(collatz, "evaluate_checkpoint", evaluate_checkpoint)
     monkeypatch.setattr(collatz, "format_evaluation", lambda out: f"half: {out['pass_rate']}")
-    E.main([COLLATZ, f"{COLLATZ}/best.pt", "--device", "cpu", "--output", str(tmp_path / "out.json")])
-    assert asked == [(COLLATZ, "cpu"), (f"{COLLATZ}/best.pt", "cpu")]
+    E.main([COLLATZ, "--device", "cpu", "--output", str(tmp_path / "out.json")])
+    assert asked == [(COLLATZ, "cpu")]
     assert "half: 0.5" in capsys.readouterr().out
     out = json.loads((tmp_path / "out.json").read_text())["checkpoints"]
     assert out[COLLATZ] == {"script": "collatz.py", "pass_rate": 0.5, "margin": None}
