@@ -41,7 +41,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("train_modal.py: error: modal is not installed: pip install -e '.[modal]' && modal setup")
 
-from common.run import UserError, commit, write_json
+from common.files import UserError, write_json
+from common.run import commit
 
 REMOTE = "/root"                        # where Modal puts this file, so the rest goes there too
 HERE = Path(__file__).resolve().parent  # there: /root
