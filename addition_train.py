@@ -291,7 +291,8 @@ def split_pairs(seed: int, n: int) -> Pairs:
 class Config:
     """What is needed to rebuild a model. Raises UserError naming what cannot be.
 
-    The names of the learned family are those of published checkpoints.
+    The names of the learned family are those of published checkpoints. This class and the models also stand in an
+    exported file: what they refer to has to be there (SUBMISSION, export_submission).
     """
     family: str
     d_model: int
@@ -346,9 +347,9 @@ def linear(x: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def one_hot(tokens: torch.Tensor, V: int) -> torch.Tensor:
+def one_hot(tokens: torch.Tensor, V: int, dtype: torch.dtype) -> torch.Tensor:
     """Tokens (T, B) -> (T, V, B); a token that is none of the V gives zeros."""
-    return (tokens[:, None] == torch.arange(V, device=tokens.device)[:, None]).to(torch.get_default_dtype())
+    return (tokens[:, None] == torch.arange(V, device=tokens.device)[:, None]).to(dtype)
 
 
 def look_up(table: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
@@ -445,7 +446,8 @@ class RotaryAdder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, Q: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (T, B) -> logits (V, Q, B) of the last Q positions, and their attention (Q, T, B)."""
-        w, hot = self.matrices(), one_hot(tokens, self.V)                   # hot (T, V, B)
+        w = self.matrices()
+        hot = one_hot(tokens, self.V, w["emb"].dtype)                       # (T, V, B)
         last = hot[-Q:]
         angle = rotary_angles(len(tokens)).to(hot)                          # (H / 2, T, 1)
         x = w["emb"].T[:, None]                                             # (D, 1, V): each token
@@ -520,7 +522,8 @@ class LearnedAdder(nn.Module):
 
         With h A as keys and values, the rest of Q and K folds into one matrix, that of V into the output map.
         """
-        block, emb, hot = self.blocks[0], self.token_emb.weight, one_hot(tokens, self.V)
+        block, emb = self.blocks[0], self.token_emb.weight
+        hot = one_hot(tokens, self.V, emb.dtype)                            # (T, V, B)
         last = hot[-Q:]                                                     # (Q, V, B)
         pos = self.pos_emb.A @ self.pos_emb.B if self.config.pos_rank else self.pos_emb.weight
         if self.config.tie_qkv == "none":

@@ -109,7 +109,7 @@ def test_published_checkpoints_load(learned, published, tmp_path):
     assert A.load_model(tmp_path / "512.pt")[0].config == config
 
 
-# ---- load, --add, --checkpoint
+# ---- load, --add, --checkpoint, --init-from
 
 @pytest.mark.parametrize("family", ["rotary", "learned"])
 def test_load_adds_as_the_module_does_in_one_pass(request, family):
@@ -170,8 +170,6 @@ def test_checkpoint_alone_is_evaluated_on_the_original_pairs(rotary, capsys, mon
     for a, b, c, d in out["failures"]:
         assert c == a + b and d != c and d == A.load(rotary)(a, b)
 
-
-# ---- --init-from
 
 def test_a_few_steps_mend_a_blurred_model(rotary, tmp_path):
     before = sums_of(A.load_model(rotary)[0], A.uniform_pairs([A.TEST], 100)).mean()
