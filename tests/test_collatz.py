@@ -211,6 +211,7 @@ def test_v_is_positive_and_the_fall_in_the_loss_has_the_sign_of_its_margin(flags
             clear = (np.abs(fall) > 0.02) & (np.abs(margin) > 0.02) & (p.lg[:, s + 10] > 0.5)
             assert clear.sum() > 50 and (np.sign(fall) == np.sign(margin))[clear].all()
             assert np.allclose(fall, soft, atol=1e-2)  # a soft maximum tends to the maximum
+            assert (fall[p.lg[:, s + 10] > 0.5] != 0).all()  # no term stands on both sides
 
 
 @pytest.mark.parametrize("flags", ["", "--model log --sees 1", "--model log", "--preset original --target-type adaptive"])
@@ -495,13 +496,13 @@ def test_the_closed_form_and_a_lookahead_of_one_run(rows_csv, tmp_path):
 
 
 def test_plot_draws_the_pictures_again_and_refuses_what_is_no_run(trained, tmp_path, capsys):
-    for name in ("report.json", "summary.json", "metrics.csv"):
+    for name in ("report.json", "summary.json", "args.json", "metrics.csv"):
         shutil.copy(trained / name, tmp_path / name)
     rows = (tmp_path / "metrics.csv").read_text()
     (tmp_path / "metrics.csv").write_text(rows.replace("\n0,,", "\n0,nan,"))  # as an older run has it
     collatz.main(["--plot", str(tmp_path), str(trained)])
     assert {p.name for p in tmp_path.glob("*.png")} == {p.name for p in trained.glob("*.png")}
-    for name, text in (("report.json", "{}"), ("summary.json", "{}"), ("summary.json", "[1"), ("metrics.csv", "a\nb\n"),
+    for name, text in (("report.json", "{}"), ("summary.json", "{}"), ("args.json", "{}"), ("summary.json", "[1"), ("metrics.csv", "a\nb\n"),
                        ("report.json", '{"curves": {"27": 3, "626331": 4}}')):
         good = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text)
