@@ -95,7 +95,7 @@ def lengths(text: str) -> str:
     known = text in ("uniform", "full") or re.fullmatch(r"(([1-9]|10):[0-9]{1,9},?)+(?<!,)", text)
     steps = [step for _, step in curriculum(text)] if known else [1, 0]
     if steps != sorted(steps):
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}: expected uniform, full, or pairs like 3:2000,6:7000")
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: expected uniform, full, or like 3:2000,6:7000")
     return text
 
 
@@ -107,8 +107,8 @@ def curriculum(text: str) -> list[tuple[int, int]]:
 def add_evaluation_arguments(p: argparse.ArgumentParser) -> None:
     """Add the flags of evaluate_checkpoints.py that only addition models have."""
     g = p.add_argument_group("addition")
-    g.add_argument("--n", type=integer(1, 1 << 22), default=10_000, help="pairs for each split seed; tables have "
-                   "n / 10 an entry, that of operand lengths n / 50")
+    g.add_argument("--n", type=integer(1, 1 << 22), default=10_000, help="pairs for each split seed; "
+                   "tables have n / 10 an entry, that of operand lengths n / 50")
     g.add_argument("--split-seeds", type=seed_list, default=list(SPLIT_SEEDS), metavar="A-B,C",
                    help="seeds of the test pairs (default: the original's ten)")
     g.add_argument("--mode", choices=["tf", "ar"], default="tf",
@@ -121,54 +121,54 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "(default: rope196, or ref where a flag of its low-rank maps is given)")
 
     g = p.add_argument_group("data")
-    g.add_argument("--seeds", type=seed_list, metavar="A-B,C", help="one model each (default: --seed, or 0-7)")
+    g.add_argument("--seeds", type=seed_list, metavar="A-B,C", help="a model each (default: --seed, or 0-7)")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="sums per step and seed")
-    g.add_argument("--lengths", type=lengths, default="uniform", help="both operands are below 10^n. uniform: n in "
-                   "1..10; full: n = 10; 3:2000,6:7000: n in 1..3 before step 2000, 1..6 before 7000, then 1..10")
-    g.add_argument("--random-zeros", type=real(0, 10), default=0.0, help="share of sums whose operands' digits are "
-                   "set to 0 at random, each operand at a rate of its own; falls in a line to 0 at the end")
+    g.add_argument("--lengths", type=lengths, default="uniform", help="operands are below 10^n. uniform: n in 1..10; "
+                   "full: n = 10; 3:2000,6:7000: n in 1..3 before step 2000, 1..6 before 7000, then 1..10")
+    g.add_argument("--random-zeros", type=real(0, 10), default=0.0, help="share of sums whose operands' digits "
+                   "are set to 0 at random, each operand at a rate of its own; falls in a line to 0 at the end")
 
     g = p.add_argument_group("model")
     g.add_argument("--family", choices=["rotary", "learned"], default="rotary", help="kind of positions")
     g.add_argument("--d-model", type=integer(2, 1024), default=4, help="width of the residual stream")
     g.add_argument("--d-ff", type=integer(1, 4096), default=6, help="hidden width of the feed-forward layer")
-    g.add_argument("--init", choices=["arc+phase", "random"], default="arc+phase", help="arc+phase, for rotary: "
-                   "digits on an arc, queries and keys in phase; random, for learned: the original's")
-    g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: what shares weights")
-    g.add_argument("--embedding", choices=["table", "arc"], default="table", help="rotary: arc has 3 parameters")
+    g.add_argument("--init", choices=["arc+phase", "random"], default="arc+phase", help="arc+phase (rotary): "
+                   "digits on an arc, queries and keys in phase; random: plain, or as published (learned)")
+    g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: what is shared")
+    g.add_argument("--embedding", choices=["table", "arc"], default="table", help="rotary: arc has 3 weights")
     g.add_argument("--pos-rank", type=integer(0), default=0, help="learned: rank of the positions; 0: full")
     g.add_argument("--qkv-rank", type=integer(0), default=0, help="learned: rank of Q, K and V; 0: full")
     g.add_argument("--attn-out-rank", type=integer(0), default=0, help="learned: of the output map; 0: full")
-    g.add_argument("--ffn-rank", type=integer(0), default=0, help="learned: of both feed-forward maps; 0: full")
+    g.add_argument("--ffn-rank", type=integer(0), default=0, help="learned: of the feed-forward maps; 0: full")
     g.add_argument("--use-rmsnorm", action="store_true", help="learned: RMSNorm in place of LayerNorm")
     g.add_argument("--tie-qkv", choices=["none", "shareA_tieKV"], default="none",
                    help="learned: shareA_tieKV is Q = h A B_q, K = V = h A B_kv")
 
     g = p.add_argument_group("optimization")
-    g.add_argument("--steps", "--train-steps", type=integer(1), default=2000, help="of the optimizer, each seed")
-    g.add_argument("--optimizer", choices=["soap", "adamw"], default="soap", help="soap: Adam in the eigenbasis of "
-                   "the covariance of a seed's gradient, beta2 0.99; adamw: beta2 0.999")
+    g.add_argument("--steps", "--train-steps", type=integer(1), default=2000, help="optimizer steps")
+    g.add_argument("--optimizer", choices=["soap", "adamw"], default="soap", help="soap: Adam in the eigenbasis "
+                   "of the covariance of a seed's gradient, beta2 0.99; adamw: beta2 0.999")
     g.add_argument("--lr", type=real(0, 10, above=True), default=0.05, help="peak learning rate")
     g.add_argument("--schedule", choices=["linear", "cosine"], default="linear",
                    help="of lr behind the warm-up: linear to 0, or cosine to a tenth")
     g.add_argument("--warmup", "--warmup-steps", type=real(0), default=0.1,
                    help="steps in which lr rises from 0; below 1: a share of the run")
-    g.add_argument("--weight-decay", type=real(0, 1), default=0.05, help="decoupled, of all parameters; fades")
-    g.add_argument("--entropy-bonus", type=real(0), default=0.03, help="reward in nats of loss for each nat of "
-                   "entropy of the attention, which keeps it soft; fades")
-    g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the second "
-                   "differences of the positions (or of their factor A); fades; 0: off")
-    g.add_argument("--fade-until", type=real(0, 1), default=0.3, help="share of the run at whose end what fades has "
-                   "fallen to 0 in a line; 0: nothing fades")
-    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile of the step, "
-                   "eager where it fails; auto: in runs of 2.5 million sums or more")
+    g.add_argument("--weight-decay", type=real(0, 1), default=0.05, help="decoupled, of all weights; fades")
+    g.add_argument("--entropy-bonus", type=real(0), default=0.03, help="reward in nats of loss for each nat "
+                   "of entropy of the attention, which keeps it soft; fades")
+    g.add_argument("--smooth-positions", type=real(0), default=0.0, help="learned: decoupled decay of the "
+                   "second differences of the positions (or of their factor A); fades; 0: off")
+    g.add_argument("--fade-until", type=real(0, 1), default=0.3, help="share of the run at whose end what fades "
+                   "has fallen to 0 in a line; 0: nothing fades")
+    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile of the "
+                   "step, eager where it fails; auto: in runs of 2.5 million sums or more")
 
     g = p.add_argument_group("evaluation, or instead of training")
     g.add_argument("--eval-every", "--eval-interval", type=integer(1), default=100,
                    help="steps between validations and saves")
-    g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate a trained model, or a run's best")
+    g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate a model, or a run's best one")
     g.add_argument("--add", metavar="A+B", help="let --checkpoint answer one sum, digit by digit")
-    g.add_argument("--export-submission", type=path, metavar="FILE.py", help="write --checkpoint for AdderBoard")
+    g.add_argument("--export-submission", type=path, metavar="FILE.py", help="--checkpoint for AdderBoard")
     g.add_argument("--plot", type=path, metavar="RUN", help="draw the pictures of this run again")
     flags.add_run_arguments(p)
 
@@ -291,8 +291,8 @@ def split_pairs(seed: int, n: int) -> Pairs:
 class Config:
     """What is needed to rebuild a model. Raises UserError naming what cannot be.
 
-    The names of the learned family are those of published checkpoints. This class and the models also stand in an
-    exported file: what they refer to has to be there (SUBMISSION, export_submission).
+    The names of the learned family are those of published checkpoints. This class and the models also stand in
+    an exported file: what they refer to has to be there (SUBMISSION, export_submission).
     """
     family: str
     d_model: int
@@ -307,8 +307,8 @@ class Config:
     tie_qkv: str = "none"
 
     def __post_init__(self):
-        choices = {"family": ("rotary", "learned"), "tie": ("none", "kv+oq", "all"), "embedding": ("table", "arc"),
-                   "tie_qkv": ("none", "shareA_tieKV")}
+        choices = {"family": ("rotary", "learned"), "tie": ("none", "kv+oq", "all"),
+                   "embedding": ("table", "arc"), "tie_qkv": ("none", "shareA_tieKV")}
         only = {"learned": ("pos_rank", "qkv_rank", "attn_out_rank", "ffn_rank", "use_rmsnorm", "tie_qkv"),
                 "rotary": ("tie", "embedding")}
         foreign = only["learned" if self.family == "rotary" else "rotary"]
@@ -532,7 +532,7 @@ class LearnedAdder(nn.Module):
         else:
             a, bq, bk = [block.attn.qkv_A], block.attn.qkv_Bq, block.attn.qkv_Bkv
             bv = bk
-        x = emb.T[:, None] + pos[:len(tokens)].T[:, :, None]                # (D, T, V): each token, each position
+        x = emb.T[:, None] + pos[:len(tokens)].T[:, :, None]            # (D, T, V): each token, each position
         h = linear(block.ln1(x), *a)                                        # (R, T, V)
         q = linear(h[:, -Q:], bq @ bk.T * self.config.d_model**-0.5)        # (R, Q, V)
         kv = look_up(h, hot)                                                # (R, T, B)
@@ -673,7 +673,7 @@ def new_population(config: Config, args: argparse.Namespace) -> Population:
     weights = torch.stack([init_weights(config, args.init, seed) for seed in args.seeds])
     S, P = weights.shape
     if args.optimizer == "soap" and P > 2000:
-        raise UserError(f"--optimizer: soap has a basis of all {P} parameters; it is for models of up to 2000")
+        raise UserError(f"--optimizer: soap has a basis of all {P} parameters; it takes up to 2000")
     n, count = P if args.optimizer == "soap" else 0, torch.zeros(S, dtype=torch.long)
     return Population(
         weights=weights, mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
@@ -701,7 +701,7 @@ def new_basis(state: Population) -> None:
     it."""
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
     scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)   # eigh would stop all seeds for one
-    scaled.diagonal(dim1=1, dim2=2).add_(1e-7)  # at rank one, with parameters that get no gradient, eigh may fail
+    scaled.diagonal(dim1=1, dim2=2).add_(1e-7)  # eigh may fail at rank one, if some weights get no gradient
     on = "cpu" if scaled.is_mps else scaled.device                       # older MPS has no eigh
     new = torch.linalg.eigh(scaled.to(on))[1].to(scaled.device)
     between = new.transpose(1, 2) @ state.basis                              # (S, P, P), old basis -> new
@@ -812,8 +812,8 @@ def train(args: flags.Flags) -> dict:
     device = devices.get_device(args.device)
     args.device = str(device)
     if len(args.seeds) * args.batch_size > MOST_SUMS:
-        raise UserError(f"--batch-size: {args.batch_size} sums for each of {len(args.seeds)} seeds are more than the "
-                        f"{MOST_SUMS} that a step can have")
+        raise UserError(f"--batch-size: {args.batch_size} sums for each of {len(args.seeds)} seeds are more than "
+                        f"the {MOST_SUMS} that a step can have")
     config = config_of(args)
     module, state = make_module(config).to(device), new_population(config, args)
     loss_sum = torch.zeros(len(args.seeds))
@@ -869,8 +869,8 @@ def log(r: run.Run, step: int, args: argparse.Namespace, loss: torch.Tensor, exa
     lr = learning_rate(step, args)
     for i, seed in enumerate(args.seeds):
         by_digit = {f"digit{k}": float(digits[i, k]) for k in range(ANSWER)}
-        r.record({"step": step, "seed": seed, "loss": float(loss[i]), "exact": float(exact[i]), **by_digit, "lr": lr,
-                  "grad": float(norm[i])})
+        r.record({"step": step, "seed": seed, "loss": float(loss[i]), "exact": float(exact[i]), **by_digit,
+                  "lr": lr, "grad": float(norm[i])})
     r.show({"step": step, "loss": float(loss[loss.isfinite()].mean()), "exact": float(exact.mean()),
             "grokked": int((exact >= GROKKED).sum()), "lr": lr, "grad": float(norm[norm.isfinite()].mean())})
 
@@ -885,7 +885,7 @@ def save_best(r: run.Run, state: Population, module: nn.Module, args: argparse.N
 
 
 def restore_population(state: Population, saved: dict, path: str) -> None:
-    """Put the population of a last.pt into a new one. Raises UserError when a tensor is missing or misshapen."""
+    """Put the population of a last.pt into a new one. Raises UserError: a tensor is missing or misshapen."""
     for f in fields(Population):
         got, own = saved["population"].get(f.name), getattr(state, f.name)
         if not isinstance(got, torch.Tensor) or (got.shape, got.dtype) != (own.shape, own.dtype):
@@ -940,7 +940,7 @@ def draw_pictures(folder: str | os.PathLike) -> list[Path]:
         left.plot(steps, [100 * x for x in exact], marker=".", ms=4, lw=1.2, color=f"C{i % 10}", alpha=0.8,
                   label=f"seed {seed}" if len(seeds) <= 16 else None)
     left.set(xlabel="step", ylabel="exact match on validation, %", ylim=(-3, 103),
-             title=f"{summary['n_params']} parameters: {summary['n_grokked']} of {len(seeds)} seeds reach 99 %")
+             title=f"{summary['n_params']} parameters: {summary['n_grokked']} of {len(seeds)} seeds grok")
     if len(seeds) <= 16:
         left.legend(frameon=False, fontsize=8, ncols=2)
     digits = [[100 * x for x in summary["seeds"][seed]["digits"]] for seed in seeds]
@@ -955,7 +955,9 @@ def draw_pictures(folder: str | os.PathLike) -> list[Path]:
 
     best = max(seeds, key=lambda seed: summary["seeds"][seed]["best_val"])
     file = folder / f"best_s{best}.pt"
-    return [*made, draw_attention(load_model(file)[0], folder / "attention.png", best)] if file.is_file() else made
+    if file.is_file():
+        made.append(draw_attention(load_model(file)[0], folder / "attention.png", best))
+    return made
 
 
 def draw_attention(model: nn.Module, out: Path, seed: str, a: int = 1234567890, b: int = 9876543210) -> Path:
@@ -993,8 +995,8 @@ def file_of(path: str | os.PathLike) -> Path:
 
 def stored_config(values: dict, path: str | os.PathLike, published: bool) -> Config:
     """The Config in a checkpoint. Raises UserError naming a field that no model here has."""
-    fixed = {"head_dim": HEAD, "period": PERIOD, "n_layer": 1, "n_head": 1, "max_seq_len": 33, "vocab_size": 14,
-             "dropout": 0}
+    fixed = {"head_dim": HEAD, "period": PERIOD, "n_layer": 1, "n_head": 1, "max_seq_len": 33,
+             "vocab_size": 14, "dropout": 0}
     own = {f.name: values[f.name] for f in fields(Config) if f.name in values}
     for name, value in values.items():
         number = type(value) in (int, float)
@@ -1042,7 +1044,8 @@ def pair_of(a: object, b: object) -> Pairs:
     """Digits (1, 10) of two operands. Raises UserError when one is not a whole number in 0..10^10 - 1."""
     for x in (a, b):
         if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or not 0 <= x < LIMIT:
-            shown = f"a number of {x.bit_length()} bits" if type(x) is int and abs(x) > 10**40 else repr(x)[:40]
+            huge = type(x) is int and abs(x) > 10**40
+            shown = f"a number of {x.bit_length()} bits" if huge else repr(x)[:40]
             raise UserError(f"{shown} is not a whole number in 0..{LIMIT - 1}")
     return digits_of(np.array([a]), DIGITS), digits_of(np.array([b]), DIGITS)
 
@@ -1129,14 +1132,13 @@ def export_submission(model: nn.Module, saved: dict, out: str) -> None:
     if c.family == "rotary":
         parts = [*common_parts, rotary_angles, rotate, arc, turn_columns, RotaryAdder]
         prompt = "[int(x) for x in '0' + a[::-1] + '00' + b[::-1] + '0']"
-        tricks = [f"rotary positions of period {PERIOD}", f"tie {c.tie}", f"embedding {c.embedding}"]
     else:
         parts = [*common_parts, LowRank, make_map, factors, LearnedAdder]
         prompt = f"[*map(int, a), {PLUS}, *map(int, b), {EQUALS}]"
-        tricks = [f"ranks {c.pos_rank} {c.qkv_rank} {c.attn_out_rank} {c.ffn_rank}", f"tie {c.tie_qkv}"]
-    tricks += [f"{what} {args[name]}" for name, what in (
-        ("init", "start"), ("optimizer", "optimizer"), ("entropy_bonus", "entropy bonus"),
-        ("random_zeros", "random zeros"), ("smooth_positions", "smooth positions")) if args.get(name)]
+    told = ("init", "optimizer", "entropy_bonus", "random_zeros", "smooth_positions")
+    tricks = [f"rotary positions of period {PERIOD}"] * (c.family == "rotary") + [
+        f"{name.replace('_', ' ')} {value}" for name, value in {**asdict(c), **{name: args.get(name) for name in told}}.items()
+        if value not in (None, "none", False) and value != 0 and name not in ("family", "d_model", "d_ff")]
     text = SUBMISSION.format(
         n=n, script=SCRIPT, head=HEAD, period=PERIOD, config=c, cls=type(model).__name__, prompt=prompt,
         tricks=tricks, sources="\n\n".join(inspect.getsource(part) for part in (*parts, likeliest, greedy)),
@@ -1174,7 +1176,7 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
     cpu, right = time.process_time() - cpu, sum(k for k, _ in splits.values())
     return {"script": SCRIPT, "file": str(file_of(path)), "n_params": count_parameters(model),
             "config": asdict(model.config), "step": saved["step"], "seed": saved.get("seed"), "mode": mode,
-            "exact": [right, total], "exact_rate": right / total, "exact_interval": list(wilson(right, total)),
+            "exact": [right, total], "exact_rate": right / total, "exact_interval": [*wilson(right, total)],
             "splits": splits,
             "token_accuracy": int(positions.sum()) / (total * ANSWER),
             "positions": [[int(k), total] for k in positions], "failures": failures,

@@ -1,12 +1,13 @@
 """Evaluate checkpoints of any experiment by the code that its training uses.
 
     python evaluate_checkpoints.py logs/kept/addition_train/rope196     # 100,000 sums and tables, 2 s
-    python evaluate_checkpoints.py logs/kept/collatz/window10-s0 --output out.json  # a run folder, all figures as JSON
+    python evaluate_checkpoints.py logs/kept/collatz/window10-s0 --output out.json      # all figures as JSON
 
 The checkpoint's field `script` says which script's `evaluate_checkpoint(path, args)` is called and whose
-`format_evaluation` makes text of the figures; a checkpoint of another project goes to the script that `recognises` it.
-Reads plain data, runs no pickle. A checkpoint that cannot be evaluated does not stop the others; the exit code is
-then 1. The tables of an addition model stand here, as they stood in the evaluation script that this one descends from.
+`format_evaluation` makes text of the figures; a checkpoint of another project goes to the script that
+`recognises` it. Reads plain data, runs no pickle. A checkpoint that cannot be evaluated does not stop the
+others; the exit code is then 1. The tables of an addition model stand here, as they did in the evaluation
+script that this one descends from.
 """
 from __future__ import annotations
 
@@ -30,15 +31,16 @@ from common.flags import integer, path
 SCRIPTS = ("addition_train", "collatz")  # whose checkpoints can be evaluated
 TABLES = 4              # stream of the pairs of the tables; training, validation and test have others
 EDGE_CASES = ((0, 0), (0, 1), (1, 0), (9, 1), (5, 5), (LIMIT - 1, 0), (LIMIT - 1, 1), (1, LIMIT - 1),
-              (LIMIT - 1, LIMIT - 1), (LIMIT // 2, LIMIT // 2), (1234567890, 9876543210), (1111111111, 8888888889),
-              (9090909090, 909090910), (4999999999, 5000000001), (9999999990, 10), (123456789, 987654321))
+              (LIMIT - 1, LIMIT - 1), (LIMIT // 2, LIMIT // 2), (1234567890, 9876543210), (9999999990, 10),
+              (1111111111, 8888888889), (9090909090, 909090910), (4999999999, 5000000001), (123456789, 987654321))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = flags.Parser(usage="%(prog)s CKPT [CKPT ...] [flags]", description=__doc__)
     p.add_argument("checkpoints", nargs="+", type=path, metavar="CKPT", help="checkpoint, or run folder")
-    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto: CUDA, MPS, else CPU")
-    p.add_argument("--threads", type=integer(0, 1024), default=1, help="CPU threads of torch; 0: torch's choice")
+    p.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps",
+                   help="auto: the fastest here")
+    p.add_argument("--threads", type=integer(0, 1024), default=1, help="of torch; 0: its own choice")
     p.add_argument("--output", type=path, metavar="FILE.json", help="write all figures there")
     for script in map(importlib.import_module, SCRIPTS):
         if hasattr(script, "add_evaluation_arguments"):
@@ -60,8 +62,9 @@ def longest_chain(carry: np.ndarray) -> np.ndarray:
 def chained_pairs(stream: Sequence[int], n: int, length: int) -> Pairs:
     """Digits of n pairs, uniform among all pairs of ten-digit operands whose longest carry chain is `length`.
 
-    A column carries for 45 of its 100 digit pairs without a carry into it and for 55 with one, so the weight of each
-    of the 2^10 carry patterns is known: draw a pattern, then each column's digits among those that give it.
+    A column carries for 45 of its 100 digit pairs without a carry into it and for 55 with one, so the weight
+    of each of the 2^10 carry patterns is known: draw a pattern, then each column's digits among those that
+    give it.
     """
     rng = np.random.default_rng(stream)
     patterns = (np.arange(1 << DIGITS)[:, None] >> np.arange(DIGITS) & 1).astype(np.int8)
@@ -93,8 +96,9 @@ def pairs_of_lengths(stream: Sequence[int], n: int, a_length: int, b_length: int
 def addition_tables(path: str, args: argparse.Namespace) -> dict:
     """Exact match of an addition model where uniform pairs say little, as [right, of] counts.
 
-    by_digits[k]: both operands uniform below 10^k (the short ones are seen in training). by_chain[k]: uniform among the
-    pairs whose longest run of columns that carry is k. by_lengths[i][j]: a has i + 1 digits, b has j + 1. edge_cases.
+    by_digits[k]: both operands uniform below 10^k (the short ones are seen in training). by_chain[k]: uniform
+    among the pairs whose longest run of columns that carry is k. by_lengths[i][j]: a has i + 1 digits, b has
+    j + 1. edge_cases.
     """
     model, _ = addition_train.load_model(path)
     model.to(devices.get_device(args.device))
@@ -106,7 +110,8 @@ def addition_tables(path: str, args: argparse.Namespace) -> dict:
     edges = tuple(digits_of(np.array(x, np.int64), DIGITS) for x in zip(*EDGE_CASES, strict=True))
     return {"by_digits": {str(k): count(uniform_pairs([TABLES, 0, k], few, k)) for k in lengths},
             "by_chain": {str(k): count(chained_pairs([TABLES, 3, k], few, k)) for k in range(DIGITS + 1)},
-            "by_lengths": [[count(pairs_of_lengths([TABLES, 2, i, j], fewer, i, j)) for j in lengths] for i in lengths],
+            "by_lengths": [[count(pairs_of_lengths([TABLES, 2, i, j], fewer, i, j)) for j in lengths]
+                           for i in lengths],
             "edge_cases": count(edges)}
 
 
@@ -129,7 +134,8 @@ def script_of(file: str) -> ModuleType:
     saved = checkpoint.read(checkpoint.file_of(file))
     modules = [importlib.import_module(name) for name in SCRIPTS]
     for module in modules:
-        if saved.get("script") == module.SCRIPT or (hasattr(module, "recognises") and module.recognises(saved)):
+        recognises = getattr(module, "recognises", lambda saved: False)
+        if saved.get("script") == module.SCRIPT or recognises(saved):
             return module
     wrote = repr(saved["script"])[:60] if "script" in saved else "another project (it has no field 'script')"
     raise UserError(f"{file}: written by {wrote}, not by one of {', '.join(m.SCRIPT for m in modules)}")
@@ -160,13 +166,14 @@ def main(argv: list[str] | None = None) -> dict:
                 print(f"{results[file].get('file', file)}\n{text}", flush=True)
             except BrokenPipeError:
                 raise
-            except Exception as e:  # a file may be broken in ways that no check foresees, and must not stop the others
+            except Exception as e:  # a file may be broken as no check foresees, and must not stop the others
                 failed += 1
                 reason = str(e) if isinstance(e, (UserError, OSError)) else f"{file}: {type(e).__name__}: {e}"
                 results[file] = {"error": " ".join(reason.split())}
-                print(f"evaluate_checkpoints.py: error: {results[file]['error']}", file=sys.stderr, flush=True)
+                print("evaluate_checkpoints.py: error:", results[file]["error"], file=sys.stderr, flush=True)
         if args.output:
-            files.write_json(args.output, {"command": run.command(), "commit": run.commit(), "checkpoints": results})
+            report = {"command": run.command(), "commit": run.commit(), "checkpoints": results}
+            files.write_json(args.output, report)
     if failed:
         sys.exit(1)
     return results
