@@ -1136,9 +1136,9 @@ def export_submission(model: nn.Module, saved: dict, out: str) -> None:
         parts = [*common_parts, LowRank, make_map, factors, LearnedAdder]
         prompt = f"[*map(int, a), {PLUS}, *map(int, b), {EQUALS}]"
     told = ("init", "optimizer", "entropy_bonus", "random_zeros", "smooth_positions")
-    tricks = [f"rotary positions of period {PERIOD}"] * (c.family == "rotary") + [
-        f"{name.replace('_', ' ')} {value}" for name, value in {**asdict(c), **{name: args.get(name) for name in told}}.items()
-        if value not in (None, "none", False) and value != 0 and name not in ("family", "d_model", "d_ff")]
+    settings = {**asdict(c), **{name: args.get(name) for name in told}}
+    tricks = [f"rotary positions of period {PERIOD}"] * (c.family == "rotary")
+    tricks += [f"{name.replace('_', ' ')} {x}" for name, x in settings.items() if x and x != "none"]
     text = SUBMISSION.format(
         n=n, script=SCRIPT, head=HEAD, period=PERIOD, config=c, cls=type(model).__name__, prompt=prompt,
         tricks=tricks, sources="\n\n".join(inspect.getsource(part) for part in (*parts, likeliest, greedy)),
