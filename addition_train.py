@@ -134,7 +134,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--d-ff", type=integer(1, 4096), default=6, help="hidden width of the feed-forward layer")
     g.add_argument("--init", choices=["arc+phase", "random"], default="arc+phase", help="arc+phase (rotary): "
                    "digits on an arc, queries and keys in phase; random: plain, or as published (learned)")
-    g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: what is shared")
+    g.add_argument("--tie", choices=["none", "kv+oq", "all"], default="none", help="rotary: kv+oq: K = V, O = Q^T; "
+                   "all: everything from Q, gate and up, and one norm")
     g.add_argument("--embedding", choices=["table", "arc"], default="table", help="rotary: arc has 3 weights")
     g.add_argument("--pos-rank", type=integer(0), default=0, help="learned: rank of the positions; 0: full")
     g.add_argument("--qkv-rank", type=integer(0), default=0, help="learned: rank of Q, K and V; 0: full")
@@ -180,6 +181,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
         args.seeds = [args.seed] if "seed" in args.given else list(range(8))
     elif "seed" in args.given and args.seeds != [args.seed]:
         p.error("argument --seed: not together with --seeds")
+    if "seed" in args.given:
+        args.given.append("seeds")  # a resumed run keeps both
     args.seed = args.seeds[0]
     try:
         config_of(args)
@@ -592,7 +595,7 @@ def init_rotary(w: dict[str, torch.Tensor], config: Config, designed: bool) -> N
             p.normal_(std=0.1) if designed else p.uniform_(-1, 1).mul_(p.shape[0]**-0.5)
         elif name in ("wk_angle", "down_angle"):
             p.fill_(step_back) if designed and name == "wk_angle" else p.normal_()
-        elif "norm" not in name:
+        elif p.dim() == 2:
             p.uniform_(-0.5, 0.5).mul_(p.shape[0]**-0.5)
         elif name in ("q_norm.weight", "k_norm.weight"):
             p.fill_(0.5)
@@ -1210,7 +1213,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         mode = next((name for name in modes if vars(args)[name] is not None), None)
         if mode is None:
             return train(args)
-        flags.only(args, mode, "checkpoint")
+        flags.only(args, mode, "checkpoint", *["device"] * (mode == "checkpoint"))
         if args.checkpoint is None:
             raise UserError(f"--{mode.replace('_', '-')}: of which model? give its --checkpoint")
         if mode == "checkpoint":

@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from common import checkpoint, devices, plots, run
+from common import checkpoint, devices, metrics, plots, run
 from common.evaluation import count_parameters, eval_mode, format_rate
 from common.files import UserError
 
-SCRIPT = "collatz.py"
+SCRIPT = Path(__file__).name
 LOG2_3 = math.log2(3)
 RESIDUE_DIGITS = 12                # n mod 3^12 is the most that a V may know of the past of n
 RESIDUE = 3**RESIDUE_DIGITS
@@ -157,8 +157,9 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     flags.use(args, PRESETS[args.preset])
     if args.eval_csv:
         args.eval_csv = os.path.abspath(args.eval_csv)  # a resumed run may start elsewhere
-    modes = {"score": ("checkpoint",) if args.checkpoint else ("model", "lookahead"), "analyze_seeds": (),
-             "make_eval": (), "plot": (), "checkpoint": ("exhaustive", "eval_csv")}
+    of_what = ("checkpoint",) if args.checkpoint else ("model", "lookahead")
+    modes = {"score": (*of_what, "device"), "analyze_seeds": (), "make_eval": (), "plot": (),
+             "checkpoint": ("exhaustive", "eval_csv", "device")}
     try:
         for mode, others in modes.items():
             if getattr(args, mode):
@@ -166,7 +167,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                 break
         if args.model == "closed" and not args.score:
             flags.only(args, "model closed", "model", "lookahead", "exhaustive", "eval_csv", "seed", "name",
-                       "out_dir")
+                       "out_dir", "device")
             args.steps = 0
         make_config(args)
     except UserError as e:
@@ -607,7 +608,8 @@ def make_config(args: flags.Flags) -> Config:
     room = min(1, args.lookahead - sees) if in_window else 0
     hold = room if args.hold is None else args.hold
     anchor = args.target_type != "none" or args.model == "none"  # the original's net always has it
-    return Config(args.lookahead, args.model, args.layers, sees, args.digits, hold, anchor=anchor)
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    return Config(**{**given, "base": args.model, "sees": sees, "hold": hold, "anchor": anchor})
 
 
 def original_features(lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
@@ -731,7 +733,8 @@ class Lyapunov(nn.Module):
         return c.window - c.hold + rising
 
     def combine(self, w: torch.Tensor, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
-        """V from the terms W (B, P+J) and what they were made of. -> (B, P)"""
+        """V from the terms W (B, P+J) and what they were made of. -> (B, P)
+        With base window the loss compares terms (gaps), not V: there a change here changes evaluation alone."""
         c, ends = self.config, self.ends(k)
         nodes = ends.shape[1]
         j = torch.arange(c.window + 1, device=w.device)
@@ -749,7 +752,8 @@ class Lyapunov(nn.Module):
         return torch.logaddexp2(x, torch.zeros_like(x))
 
     def forward(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
-        """V(n), V(T(n)), ... at the first P nodes of each chain, all positive. -> (B, P), dtype of lg"""
+        """V(n), V(T(n)), ... at the first P nodes of each chain, all positive. -> (B, P), dtype of lg
+        What training sees of it is said at combine."""
         return self.combine(self.terms(lg, k, res), lg, k, res)
 
     def value(self, p: Paths) -> np.ndarray:
@@ -846,6 +850,16 @@ def make_optimizers(model: Lyapunov, args: flags.Flags) -> list[torch.optim.Opti
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load its state from a checkpoint. Raises ValueError or KeyError where that is not of this optimizer."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        float(group["peak"])
+    for p, tensors in optimizer.state.items():
+        if not all(x.shape in ((), p.shape) for x in tensors.values()):
+            raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} has another shape")
 
 
 def lr_factor(step: int, args: flags.Flags) -> float:
@@ -1057,8 +1071,9 @@ def train(args: flags.Flags) -> dict:
     if saved:
         with files.refuse_damaged(args.resume):
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            pools.mined = take(saved["mined"], slice(None))
+                load_optimizer(optimizer, state)
+            if saved["mined"]:  # joined with nothing, so that what does not fit the pool is found here
+                pools.mined = join(take(pools.hard, slice(0)), saved["mined"])
     with run.Run(args, SCRIPT, __file__, saved) as r:  # its folder is made now that all fits
         print(devices.describe(device), f"{count_parameters(model)} parameters", f"lookahead {args.lookahead}",
               f"{args.split} split", f"{pools.first[-1]} + {args.pool} chains",
@@ -1142,36 +1157,36 @@ def finish(r: run.Run, args: flags.Flags, exam: Exam, counts: dict) -> dict:
 def draw_pictures(folder: Path, runs: Sequence[Path]) -> list[Path]:
     """Draw the pictures of the run in `folder` from its files; in that of lookaheads stand all `runs`."""
     report, summary, args = (files.read_json(folder / f"{x}.json") for x in ("report", "summary", "args"))
-    with files.refuse_damaged(folder):
-        fig, axes = plots.new_figure(1, 2)
-        for ax, seed in zip(axes, ("27", "626331"), strict=True):
-            c = report["curves"][seed]
-            bad = [i + 1 for i, ok in enumerate(c["ok"]) if not ok]
-            ax.plot(c["log2_n"], color="0.6", lw=1, label="log2 n")
-            ax.plot(c["v"], color="tab:blue", lw=1.5, label="V(n)")
-            label = f"V rises ({len(bad)} of {len(c['ok'])} steps)"
-            ax.plot(bad, [c["v"][i] for i in bad], "o", color="tab:red", ms=5, label=label)
-            ax.set(title=f"trajectory of {seed}", xlabel="odd step", ylabel="bits")
-            ax.legend(frameon=False)
-        if args["model"] in ("window", "closed"):
-            fig.suptitle(f"{summary['name']}: V is the highest term in the next {summary['lookahead']} steps. Flat: "
-                         f"it is ahead, V falls\nby {TIE_BREAK} a step. Plunge: the last high one is passed.")
-        made = [plots.save_figure(fig, folder / "trajectories.png")]
-        fig, ax = plots.new_figure()
-        none = 1e-6  # what has no violation stands at the bottom; one among the 62,426 steps is 1.6e-5
-        styles = {"linear mean": "C7^-", "closed form": "C0s-", "bound": "k--", "bound with residues": "k:"}
-        for name, style in styles.items():
-            points = [(int(m), max(row[name], none)) for m, row in report["by_lookahead"].items()]
-            ax.plot(*zip(*points, strict=True), style, ms=4, label=name)
-        for s in (files.read_json(other / "summary.json") for other in runs):
-            rate = max(1 - s["on_trajectory_pass_rate"], none)
-            ax.plot(s["lookahead"], rate, "*", ms=12, label=s["name"], clip_on=False)
-        ax.set(yscale="log", ylim=(none, 1), xlabel="lookahead L", ylabel="violations per trajectory step")
-        ax.set_yticks([none, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["none", "0.01%", "0.1%", "1%", "10%", "100%"])
-        ax.minorticks_off()
-        fig.legend(loc="outside right upper", frameon=False)
-        made.append(plots.save_figure(fig, folder / "lookahead.png"))
-    for key in ("loss", "val_on_trajectory_pass_rate") if (folder / "metrics.csv").is_file() else ():
+    fig, axes = plots.new_figure(1, 2)
+    for ax, seed in zip(axes, ("27", "626331"), strict=True):
+        c = report["curves"][seed]
+        bad = [i + 1 for i, ok in enumerate(c["ok"]) if not ok]
+        ax.plot(c["log2_n"], color="0.6", lw=1, label="log2 n")
+        ax.plot(c["v"], color="tab:blue", lw=1.5, label="V(n)")
+        label = f"V rises ({len(bad)} of {len(c['ok'])} steps)"
+        ax.plot(bad, [c["v"][i] for i in bad], "o", color="tab:red", ms=5, label=label)
+        ax.set(title=f"trajectory of {seed}", xlabel="odd step", ylabel="bits")
+        ax.legend(frameon=False)
+    if args["model"] in ("window", "closed"):
+        fig.suptitle(f"{plots.as_label(summary['name'])}: V is the highest term in the next {summary['lookahead']} steps. Flat: "
+                     f"it is ahead, V falls\nby {TIE_BREAK} a step. Plunge: the last high one is passed.")
+    made = [plots.save_figure(fig, folder / "trajectories.png")]
+    fig, ax = plots.new_figure()
+    none = 1e-6  # what has no violation stands at the bottom; one among the 62,426 steps is 1.6e-5
+    styles = {"linear mean": "C7^-", "closed form": "C0s-", "bound": "k--", "bound with residues": "k:"}
+    for name, style in styles.items():
+        points = [(int(m), max(row[name], none)) for m, row in report["by_lookahead"].items()]
+        ax.plot(*zip(*points, strict=True), style, ms=4, label=name)
+    for s in (files.read_json(other / "summary.json") for other in runs):
+        rate = max(1 - s["on_trajectory_pass_rate"], none)
+        ax.plot(s["lookahead"], rate, "*", ms=12, label=plots.as_label(s["name"]), clip_on=False)
+    ax.set(yscale="log", ylim=(none, 1), xlabel="lookahead L", ylabel="violations per trajectory step")
+    ax.set_yticks([none, 1e-4, 1e-3, 1e-2, 1e-1, 1], ["none", "0.01%", "0.1%", "1%", "10%", "100%"])
+    ax.minorticks_off()
+    fig.legend(loc="outside right upper", frameon=False)
+    made.append(plots.save_figure(fig, folder / "lookahead.png"))
+    rows = metrics.read(folder) if (folder / "metrics.csv").is_file() else []
+    for key in (x for x in ("loss", "val_on_trajectory_pass_rate") if metrics.points(rows, "step", x)[0]):
         made.append(plots.curves([folder], key, "step", folder / f"{key}.png", log=key == "loss"))
     return made
 
@@ -1227,7 +1242,8 @@ def main(argv: list[str] | None = None) -> dict | None:
                 print("{:>12} {:>10} {:>20} {:>20} {:>12.6g}".format(*a.values()))
         elif args.plot:
             for folder in args.plot:
-                print(*draw_pictures(Path(folder), list(map(Path, args.plot))), sep="\n")
+                with files.refuse_damaged(folder):
+                    print(*draw_pictures(Path(folder), list(map(Path, args.plot))), sep="\n")
         elif args.score:
             if not args.checkpoint and args.model != "closed":
                 raise UserError("--score: needs --checkpoint RUN, or --model closed")

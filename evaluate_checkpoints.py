@@ -16,19 +16,20 @@ from common import files, flags  # before torch: a Ctrl-C while that loads is on
 # isort: split
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-import addition_train
 from addition_train import DIGITS, LIMIT, Pairs, digits_of, uniform_pairs
 from common import checkpoint, devices, run
 from common.files import UserError
 from common.flags import integer, path
 
-SCRIPTS = ("addition_train", "collatz")  # whose checkpoints can be evaluated
+SCRIPTS = ("addition_train", "collatz")  # whose flags are here; their copies are found by name
 TABLES = 4              # stream of the pairs of the tables; training, validation and test have others
 EDGE_CASES = ((0, 0), (0, 1), (1, 0), (9, 1), (5, 5), (LIMIT - 1, 0), (LIMIT - 1, 1), (1, LIMIT - 1),
               (LIMIT - 1, LIMIT - 1), (LIMIT // 2, LIMIT // 2), (1234567890, 9876543210), (9999999990, 10),
@@ -93,19 +94,19 @@ def pairs_of_lengths(stream: Sequence[int], n: int, a_length: int, b_length: int
     return pairs
 
 
-def addition_tables(path: str, args: argparse.Namespace) -> dict:
+def addition_tables(module: ModuleType, path: str, args: argparse.Namespace) -> dict:
     """Exact match of an addition model where uniform pairs say little, as [right, of] counts.
 
     by_digits[k]: both operands uniform below 10^k (the short ones are seen in training). by_chain[k]: uniform
     among the pairs whose longest run of columns that carry is k. by_lengths[i][j]: a has i + 1 digits, b has
     j + 1. edge_cases.
     """
-    model, _ = addition_train.load_model(path)
+    model, _ = module.load_model(path)
     model.to(devices.get_device(args.device))
     few, fewer, lengths = max(args.n // 10, 1), max(args.n // 50, 1), range(1, DIGITS + 1)
 
     def count(pairs: Pairs) -> list[int]:
-        got, target = addition_train.answers(model, pairs, args.mode)
+        got, target = module.answers(model, pairs, args.mode)
         return [int((got == target).all(1).sum()), len(got)]
     edges = tuple(digits_of(np.array(x, np.int64), DIGITS) for x in zip(*EDGE_CASES, strict=True))
     return {"by_digits": {str(k): count(uniform_pairs([TABLES, 0, k], few, k)) for k in lengths},
@@ -130,15 +131,21 @@ def format_tables(out: dict) -> str:
 # ---- Any checkpoint
 
 def script_of(file: str) -> ModuleType:
-    """The script that evaluates a checkpoint. Raises UserError when it is none of SCRIPTS."""
+    """The script that evaluates a checkpoint: one of SCRIPTS, or another one in this folder that wrote it.
+
+    Raises UserError when there is none.
+    """
     saved = checkpoint.read(checkpoint.file_of(file))
-    modules = [importlib.import_module(name) for name in SCRIPTS]
-    for module in modules:
-        recognises = getattr(module, "recognises", lambda saved: False)
-        if saved.get("script") == module.SCRIPT or recognises(saved):
+    for module in map(importlib.import_module, SCRIPTS):
+        if getattr(module, "recognises", lambda saved: False)(saved):
             return module
-    wrote = repr(saved["script"])[:60] if "script" in saved else "another project (it has no field 'script')"
-    raise UserError(f"{file}: written by {wrote}, not by one of {', '.join(m.SCRIPT for m in modules)}")
+    name = str(saved.get("script", "nothing: it has no field 'script'"))
+    found = re.fullmatch(r"([A-Za-z]\w*)\.py", name, re.ASCII)  # a name, never a path
+    if found and (Path(__file__).parent / name).is_file():
+        module = importlib.import_module(found[1])
+        if hasattr(module, "evaluate_checkpoint"):
+            return module
+    raise UserError(f"{file}: written by {name[:60]!r}, which is no script of this folder with an evaluation")
 
 
 def evaluate(file: str, args: argparse.Namespace) -> tuple[dict, str]:
@@ -146,8 +153,8 @@ def evaluate(file: str, args: argparse.Namespace) -> tuple[dict, str]:
     module = script_of(file)
     out = module.evaluate_checkpoint(file, args)
     text = module.format_evaluation(out)
-    if module is addition_train:
-        out.update(addition_tables(file, args))
+    if hasattr(module, "digit_sum"):  # addition_train.py, or a copy of it
+        out.update(addition_tables(module, file, args))
         text += "\n" + format_tables(out)
     return out, text
 

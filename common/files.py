@@ -19,18 +19,19 @@ class UserError(ValueError):
 @contextmanager
 def one_line_errors(script: str) -> Iterator[None]:
     """Turn bad input, a full disk or memory and Ctrl-C into one line and an exit code; other errors are bugs."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed from the start
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path need not be text in the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        if sys.stdout is not None:  # closed from the start
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as e:
-        sys.exit(f"{script}: error: {e}")
+        unnamed = isinstance(e, OSError) and e.filename is None  # all files are named
+        sys.exit(f"{script}: error: {'standard output: ' * unnamed}{e}")
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(e)):
             raise  # torch has no type of its own for a full memory
@@ -71,7 +72,7 @@ def check_output(path: str | os.PathLike) -> None:
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write data beside `path`, flush it to disk, then rename: killed at any moment, `path` is whole, old or new."""
     if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe, like /dev/stdout, is not replaced
-        with open(path, "wb") as f:
+        with named(path), open(path, "wb") as f:
             f.write(data)
         return
     path = Path(os.path.realpath(path))  # of a link, the file that it names

@@ -12,20 +12,20 @@ from typing import NoReturn
 
 from common.files import UserError
 
-FREE_ON_RESUME = ("name", "out_dir", "resume", "init_from", "device", "threads", "max_minutes", "tracker")
+FREE_ON_RESUME = ("name", "out_dir", "resume", "device", "max_minutes", "tracker")
 
 
 # ---- argparse types
 
-def integer(lo: int, hi: int | None = None) -> Callable[[str], int]:
+def integer(lo: int, hi: int = 10**9) -> Callable[[str], int]:
     """An argparse type: a whole number in [lo, hi]."""
     def parse(text: str) -> int:
         try:
             value = int(re.fullmatch(r" *[-+]?[0-9]+ *", text)[0])  # int() alone takes 1_000 and digits like ١
         except (TypeError, ValueError):
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
-        if value < lo or (hi is not None and value > hi):
-            raise argparse.ArgumentTypeError(f"{value} is not {f'in {lo}..{hi}' if hi is not None else f'>= {lo}'}")
+        if not lo <= value <= hi:
+            raise argparse.ArgumentTypeError(f"{text.strip()[:40]} is not in {lo}..{hi}")
         return value
     return parse
 
@@ -115,7 +115,7 @@ def use(args: Flags, values: dict) -> None:
 
 def only(args: Flags, *used: str) -> None:
     """Raise UserError when a flag was given that the mode chosen by the first of `used` does not look at."""
-    idle = [name for name in args.given if name not in (*used, "device", "threads")]
+    idle = [name for name in args.given if name not in (*used, "threads")]
     if idle:
         first, other = (name.replace("_", "-") for name in (used[0], idle[0]))
         raise UserError(f"--{other}: not together with --{first}, which does not look at it")

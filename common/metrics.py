@@ -52,7 +52,7 @@ def keep_until(path: Path, step: int) -> None:
     """Drop the rows behind a step, from which the run goes on. Raises UserError when the file is no metrics file."""
     if not path.is_file():
         print(f"{path} is gone: the record begins again behind step {step}", flush=True)
-        return
+        path.touch()
     try:
         header, *lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")] or [""]
         kept = [x for x in lines if float(x.split(",")[header.strip().split(",").index("step")]) <= step]

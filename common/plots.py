@@ -37,6 +37,11 @@ def save_figure(fig, out: Path) -> Path:
     return out
 
 
+def as_label(name: str) -> str:
+    """A name as matplotlib can show it: text without formulas, not hidden from the legend."""
+    return os.fsencode(name).decode(errors="replace").lstrip("_").replace("$", r"\$")
+
+
 def curves(runs: list[Path], key: str, x: str, out: Path, log: bool = False) -> Path:
     """Plot column `key` against column `x` of each run's metrics.csv into `out`. Raises UserError: no such numbers."""
     fig, ax = new_figure()
@@ -46,8 +51,8 @@ def curves(runs: list[Path], key: str, x: str, out: Path, log: bool = False) -> 
         if not curve[0]:
             known = ", ".join(dict.fromkeys(name for row in rows for name in row)) or "no rows"
             raise UserError(f"{run}: no column {key!r} over {x!r} in its metrics (it has: {known})")
-        name = os.fsencode((run if run.is_dir() else run.parent).resolve().name).decode(errors="replace")
-        ax.plot(*curve, label=name.lstrip("_").replace("$", r"\$"), marker=".", lw=1.2)  # text, no formula
+        name = (run if run.is_dir() else run.parent).resolve().name
+        ax.plot(*curve, label=as_label(name), marker=".", lw=1.2)
     ax.set(xlabel=x, ylabel=key, yscale="log" if log else "linear")
     ax.legend(frameon=False)
     return save_figure(fig, out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     with one_line_errors("common.repeat"):
         if not Path(args.script).is_file():
             raise UserError(f"{args.script}: no such script")
-        base = args.out_dir or f"logs/{Path(args.script).stem}/{args.name or time.strftime('%Y%m%d-%H%M%S')}"
+        name = args.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        base = args.out_dir or f"logs/{Path(args.script).stem}/{name}"
         for seed in range(args.seed, args.seed + args.n):
             folder = f"{base}-s{seed}"
             print(f"# seed {seed}: {folder}", flush=True)

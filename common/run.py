@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from common import checkpoint, metrics
+from common.devices import set_threads
 from common.files import UserError, append, named, write_json
 from common.flags import Flags, restored
 
@@ -31,6 +32,7 @@ def restore(args: Flags, script: str, **kinds: type) -> tuple[Flags, dict | None
     saved = checkpoint.check(checkpoint.read(path), path, script, step=int, args=dict, seconds=float,
                              cpu_seconds=float, **kinds)
     args = restored(args, saved["args"], path)
+    set_threads(args.threads)  # another number of them rounds otherwise
     if not 0 <= saved["step"] <= args.steps:
         raise UserError(f"{path}: damaged, it is at step {saved['step']} of {args.steps}")
     return args, saved

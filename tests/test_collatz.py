@@ -495,6 +495,14 @@ def test_the_closed_form_and_a_lookahead_of_one_run(rows_csv, tmp_path):
     assert out["lookahead"] == 1 and out["violations_total"] > 100
 
 
+def test_a_folder_of_any_name_and_a_run_without_a_step_get_their_pictures(rows_csv, tmp_path):
+    folder = tmp_path / "_a$x^$\udcff"                                       # no text, no formula
+    out = small(rows_csv, folder, "--max-minutes", "0.0000001")
+    assert out["steps"] == 0 and out["stopped_early"]
+    assert (folder / "trajectories.png").is_file() and (folder / "lookahead.png").is_file()
+    assert not (folder / "loss.png").exists()
+
+
 def test_plot_draws_the_pictures_again_and_refuses_what_is_no_run(trained, tmp_path, capsys):
     for name in ("report.json", "summary.json", "args.json", "metrics.csv"):
         shutil.copy(trained / name, tmp_path / name)

@@ -227,7 +227,7 @@ def test_a_second_signal_and_one_after_the_loop_act_at_once(step, signals, code,
 @pytest.mark.parametrize("argv, step", [
     (["--out-dir", RUN], 0), (["--name", "n"], 0), (["--resume", RUN], 8),
     (["--resume", f"{RUN}/last.pt", "--name", "n", "--out-dir", f"logs/../{RUN}", "--device", "cpu",
-      "--threads", "2", "--max-minutes", "9", "--tracker", "none", "--lr", "0.5"], 8)])
+      "--max-minutes", "9", "--tracker", "none", "--lr", "0.5"], 8)])
 def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(argv, step, fake):
     expected = unbroken(fake)
     there = FORK.Event()

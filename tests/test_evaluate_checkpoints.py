@@ -1,6 +1,8 @@
 """evaluate_checkpoints.py: tables of addition models, other experiments, bad checkpoints among good ones."""
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from test_addition_use import LOGS, learned, published, rotary, sums_of, tamper 
 import addition_train as A
 import collatz
 import evaluate_checkpoints as E
+from common.files import UserError
 
+ROOT = Path(__file__).parents[1]
 COLLATZ = str(LOGS / "collatz" / "window10-s0")
 FEW = ["--n", "100", "--split-seeds", "41,100", "--device", "cpu"]
 
@@ -134,3 +138,17 @@ def test_bad_flags_end_in_one_line_before_any_work(tmp_path, capsys, monkeypatch
     message = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip()
     assert e.value.code not in (0, None) and "error: " in message and named in message and "\n" not in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["addition_train", "collatz"])
+def test_a_copy_of_a_script_is_named_by_its_file_and_evaluated_by_its_own_code(tmp_path, monkeypatch, name):
+    copy = shutil.copy(ROOT / f"{name}.py", tmp_path / f"copied_{name}.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(E, "__file__", str(tmp_path / "evaluate_checkpoints.py"))
+    torch.save({"script": f"copied_{name}.py"}, tmp_path / "a.pt")
+    module = E.script_of(str(tmp_path / "a.pt"))
+    assert module.__file__ == str(copy) and module.SCRIPT == f"copied_{name}.py"
+    for other in ("gone.py", "../collatz.py", "evaluate_checkpoints.py", 5):
+        torch.save({"script": other}, tmp_path / "b.pt")
+        with pytest.raises(UserError, match="no script of this folder"):
+            E.script_of(str(tmp_path / "b.pt"))
