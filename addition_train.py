@@ -1,6 +1,6 @@
 """Which transformers of a few hundred parameters learn to add two ten-digit numbers, and on which seeds?
 
-    python addition_train.py                                 # 8 seeds of 196 parameters, about 40 s: all grok
+    python addition_train.py                                 # 8 seeds of 196 parameters, about 45 s: all grok
     python addition_train.py --preset rope122 --seeds 0-15   # smaller, 16 seeds side by side
     python addition_train.py --preset ref456 --seeds 42-49   # the published model, which failed in the notes
     python addition_train.py --add 1234567890+9876543210 --checkpoint logs/kept/addition_train/rope196

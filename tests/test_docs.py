@@ -53,6 +53,13 @@ def test_the_readme_has_its_two_commands():
     assert sum(x.startswith("python3 -m venv") and "pytest" in x for x in lines) == 1
 
 
+def test_the_worked_diff_takes_away_lines_that_are_there():
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1].splitlines()
+    gone = [line[1:] for line in diff if line.startswith("-")]
+    lines = (ROOT / "addition_train.py").read_text().splitlines()
+    assert len(gone) >= 3 and set(gone) <= set(lines)
+
+
 def test_a_wrong_command_would_be_noticed():
     with pytest.raises(SystemExit):
         parse(shlex.split("python collatz.py --no-such-flag"))
