@@ -268,8 +268,7 @@ def sample_pairs(seed: int, chunk: int, args: argparse.Namespace) -> np.ndarray:
 
 
 def batches(chunk: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batches of CHUNK steps: tokens (CHUNK, S, T, B), targets (CHUNK, S, Q, B). Each seed has its own
-    stream."""
+    """The batches of CHUNK steps: tokens (CHUNK, S, T, B), targets (CHUNK, S, Q, B), a stream for each seed."""
     x = np.stack([sample_pairs(seed, chunk, args) for seed in args.seeds], 1)
     tokens, target = encode(args.family, x[..., 0, :], x[..., 1, :])
     return batch_last(tokens).to(args.device), batch_last(target).to(args.device)
@@ -327,8 +326,7 @@ class Config:
 
 
 class Norm(nn.Module):
-    """RMSNorm over the features of (D, T, B), Zhang and Sennrich, arXiv:1910.07467; LayerNorm if it has a
-    bias."""
+    """RMSNorm (Zhang and Sennrich, arXiv:1910.07467) of the features of (D, T, B); with bias LayerNorm."""
 
     def __init__(self, width: int, eps: float, bias: bool = False):
         super().__init__()
@@ -366,8 +364,7 @@ def look_up(table: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (H, Q, B) of the last Q positions, k and v (H, T, B) of all -> (H, Q, B), and the weights (Q, T,
-    B)."""
+    """q (H, Q, B) of the last Q positions, k and v (H, T, B) of all -> (H, Q, B), and weights (Q, T, B)."""
     Q, T = q.shape[1], k.shape[1]
     score = torch.full((Q, T), -1e30, device=q.device, dtype=q.dtype).triu(1 + T - Q)[:, :, None]
     for q_i, k_i in zip(q, k, strict=True):  # H is 3 to 7: a sum term by term needs no tensor of (H, Q, T, B)
@@ -454,7 +451,7 @@ class RotaryAdder(nn.Module):
         last = hot[-Q:]
         angle = rotary_angles(len(tokens)).to(hot)                          # (H / 2, T, 1)
         x = w["emb"].T[:, None]                                             # (D, 1, V): each token
-        h = self.norm1(x)
+        h = self.norm1(x)                                                   # the last axis is V up to look_up
         q = rotate(self.q_norm(linear(h, w["wq"])), angle[:, -Q:])          # (H, Q, V)
         k = rotate(self.k_norm(linear(h, w["wk"])), angle)                  # (H, T, V)
         v = linear(h, w["wv"])                                              # (H, 1, V)
@@ -486,8 +483,7 @@ def factors(m: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 class LearnedAdder(nn.Module):
-    """The model of the 456-parameter project: learned positions, low-rank maps, the output tied with the
-    embedding.
+    """The model of the 456-parameter project: learned positions, low-rank maps, output tied with embedding.
 
     Tensor names, shapes and the order of random draws are the original's, so that its checkpoints load and
     torch.manual_seed(43) gives its weights of seed 43.
@@ -671,8 +667,7 @@ class Population:
 
 
 def new_population(config: Config, args: argparse.Namespace) -> Population:
-    """The seeds of a run with their initial weights. Raises UserError for a model that is too large for
-    SOAP."""
+    """The seeds of a run with their initial weights. Raises UserError: a model that is too large for SOAP."""
     weights = torch.stack([init_weights(config, args.init, seed) for seed in args.seeds])
     S, P = weights.shape
     if args.optimizer == "soap" and P > 2000:
@@ -694,14 +689,12 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def faded(step: int, args: argparse.Namespace) -> float:
-    """A factor that falls linearly from 1 at step 0 to 0 at --fade-until, and stays there; 1 for ever if that
-    is 0."""
+    """A factor that falls in a line from 1 at step 0 to 0 at --fade-until; always 1 if that is 0."""
     return max(0.0, 1 - step / (args.fade_until * args.steps)) if args.fade_until else 1.0
 
 
 def new_basis(state: Population) -> None:
-    """Take the eigenvectors of the gradient covariance as the new basis, and carry the mean square over to
-    it."""
+    """Take the eigenvectors of the gradient covariance as the basis, and carry the mean square over to it."""
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
     scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)   # eigh would stop all seeds for one
     scaled.diagonal(dim1=1, dim2=2).add_(1e-7)  # eigh may fail at rank one, if some weights get no gradient
@@ -796,8 +789,7 @@ def exact_match(weights: torch.Tensor, pairs: Pairs, module: nn.Module) -> tuple
 # ---- Training
 
 def validate(state: Population, pairs: Pairs, module: nn.Module, step: int) -> tuple[torch.Tensor, ...]:
-    """Exact match (S,) and digit accuracy (S, 11) on the validation pairs; keeps the best weights, the first
-    99 %."""
+    """Exact match (S,) and digit accuracy (S, 11) on validation pairs; keeps best weights and first 99 %."""
     right, digits = exact_match(state.weights, pairs, module)
     right, n = right.to(state.best_val), len(pairs[0])
     better = (right >= state.best_val) & torch.isfinite(state.weights).all(1)
@@ -1035,8 +1027,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
 
 
 def initial_weights(path: str, config: Config) -> torch.Tensor:
-    """The weights (P,) of a trained model, from which every seed starts. Raises UserError: of another
-    config."""
+    """The weights (P,) of a trained model, for every seed to start from. Raises UserError: another config."""
     module, _ = load_model(path)
     if module.config != config:
         raise UserError(f"{path}: a model of another config ({module.config}, here {config})")
@@ -1125,8 +1116,7 @@ def add(model, a, b):
 
 
 def export_submission(model: nn.Module, saved: dict, out: str) -> None:
-    """Write the model as one file with build_model() and add(model, a, b): its classes' source, weights as
-    numbers.
+    """Write the model as one file with build_model() and add(model, a, b): source, and weights as numbers.
 
     The metadata names what AdderBoard tells apart: priors in the positions, the start and the training.
     """
