@@ -157,17 +157,16 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     flags.use(args, PRESETS[args.preset])
     if args.eval_csv:
         args.eval_csv = os.path.abspath(args.eval_csv)  # a resumed run may start elsewhere
-    of_what = ("checkpoint",) if args.checkpoint else ("model", "lookahead")
-    modes = {"score": (*of_what, "device"), "analyze_seeds": (), "make_eval": (), "plot": (),
-             "checkpoint": ("exhaustive", "eval_csv", "device")}
+    modes = {"score": ("checkpoint", "device") if args.checkpoint else ("model", "lookahead", "device"),
+             "analyze_seeds": (), "make_eval": (), "plot": (), "checkpoint": ("exhaustive", "eval_csv", "device")}
     try:
         for mode, others in modes.items():
             if getattr(args, mode):
                 flags.only(args, mode, *others)
                 break
         if args.model == "closed" and not args.score:
-            flags.only(args, "model closed", "model", "lookahead", "exhaustive", "eval_csv", "seed", "name",
-                       "out_dir", "device")
+            used = ("model", "lookahead", "exhaustive", "eval_csv", "seed", "name", "out_dir", "device")
+            flags.only(args, "model closed", *used)
             args.steps = 0
         make_config(args)
     except UserError as e:
@@ -752,8 +751,7 @@ class Lyapunov(nn.Module):
         return torch.logaddexp2(x, torch.zeros_like(x))
 
     def forward(self, lg: torch.Tensor, k: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
-        """V(n), V(T(n)), ... at the first P nodes of each chain, all positive. -> (B, P), dtype of lg
-        What training sees of it is said at combine."""
+        """V(n), V(T(n)), ... at the first P nodes of each chain, all positive. -> (B, P), dtype of lg"""
         return self.combine(self.terms(lg, k, res), lg, k, res)
 
     def value(self, p: Paths) -> np.ndarray:
@@ -850,16 +848,6 @@ def make_optimizers(model: Lyapunov, args: flags.Flags) -> list[torch.optim.Opti
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load its state from a checkpoint. Raises ValueError or KeyError where that is not of this optimizer."""
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        float(group["peak"])
-    for p, tensors in optimizer.state.items():
-        if not all(x.shape in ((), p.shape) for x in tensors.values()):
-            raise ValueError(f"the optimizer's state of a parameter {tuple(p.shape)} has another shape")
 
 
 def lr_factor(step: int, args: flags.Flags) -> float:
@@ -984,8 +972,7 @@ def format_evaluation(figures: dict, others: dict[str, dict] | None = None) -> s
 def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     """The model of a checkpoint, on the CPU, and the checkpoint. Raises UserError if it cannot be rebuilt."""
     path = checkpoint.file_of(path)
-    kinds = {"format": int, "step": int, "config": dict, "args": dict}
-    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, **kinds)
+    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, step=int, config=dict, args=dict)
     # two fields of older files are constants now: with another value Config does not know them
     retired = {"tie_break": TIE_BREAK, "features": "window"}
     config = {name: x for name, x in saved["config"].items() if name not in retired or x != retired[name]}
@@ -1043,10 +1030,10 @@ def make_model(args: flags.Flags, saved: dict | None) -> Lyapunov:
         checkpoint.load_weights(model, saved["model"], args.resume)
     elif args.init_from:
         source, its = load_model(args.init_from)
-        sets = {"split": args.split, "eval_csv": args.eval_csv}
         if source.config != model.config:
             raise UserError(f"{args.init_from}: another model, {source.config}")
-        if args.split == "honest" and sets_of(its, args.init_from) != sets:
+        sets = sets_of(its, args.init_from)
+        if args.split == "honest" and (sets["split"], sets["eval_csv"]) != ("honest", args.eval_csv):
             raise UserError(f"{args.init_from}: was trained on other sets, perhaps on what is evaluated here")
         model.load_state_dict(source.state_dict())
     return model
@@ -1055,14 +1042,12 @@ def make_model(args: flags.Flags, saved: dict | None) -> Lyapunov:
 def train(args: flags.Flags) -> dict:
     """One run: train, choose the best checkpoint on validation, evaluate it, draw, and return the summary."""
     devices.refuse_ranks(SCRIPT)
-    kinds = {"format": int, "model": dict, "optimizers": list, "mined": dict, "best": float}
-    args, saved = run.restore(args, SCRIPT, **kinds)
+    args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, mined=dict, best=float)
     device = devices.get_device(args.device)
     model = make_model(args, saved).to(device)
     exam = make_exam(args.eval_csv, args.lookahead)
     if args.steps == 0:  # the closed form
         with run.Run(args, SCRIPT, __file__, None) as r:
-            print(f"no training | lookahead {args.lookahead} | {r.folder}", flush=True)
             r.save("best.pt", config=asdict(model.config), model={})
             return finish(r, args, exam, {})
     pools = make_pools(args, exam)
@@ -1071,8 +1056,12 @@ def train(args: flags.Flags) -> dict:
     if saved:
         with files.refuse_damaged(args.resume):
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                load_optimizer(optimizer, state)
-            if saved["mined"]:  # joined with nothing, so that what does not fit the pool is found here
+                optimizer.load_state_dict(state)
+                shapes = [(x.shape, p.shape) for p, own in optimizer.state.items() for x in own.values()]
+                peak = sum(group["peak"] for group in optimizer.param_groups)
+                if not (peak > 0 and all(a in ((), b) for a, b in shapes)):
+                    raise ValueError("the state of another optimizer")
+            if saved["mined"]:  # joined with nothing: what does not fit the pool is found here
                 pools.mined = join(take(pools.hard, slice(0)), saved["mined"])
     with run.Run(args, SCRIPT, __file__, saved) as r:  # its folder is made now that all fits
         print(devices.describe(device), f"{count_parameters(model)} parameters", f"lookahead {args.lookahead}",
@@ -1142,8 +1131,7 @@ def finish(r: run.Run, args: flags.Flags, exam: Exam, counts: dict) -> dict:
         for name, value in baselines(m).items():
             _, ok, counted = walk_steps(value, exam.walks["random"])
             by_lookahead[m][name] = float(1 - ok[counted].mean())
-    report = r.folder / "report.json"
-    files.write_json(report, {"curves": curves, "by_lookahead": by_lookahead, "baselines": others})
+    files.write_json(r.folder / "report.json", {"curves": curves, "by_lookahead": by_lookahead, "baselines": others})
     summary = r.summary(preset=args.preset, lower_bound=lower_bound(args.lookahead), **figures)
     draw_pictures(r.folder, [r.folder])
     print("\n" + format_evaluation(figures, others))
@@ -1225,8 +1213,7 @@ def score(model: Lyapunov, numbers: list[int]) -> None:
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["n", "t1", "v", "v_t1", "margin"])
     v = model.value(paths(to_limbs(numbers), model.config.lookahead + 1))
-    for n, (here, there) in zip(numbers, v.tolist(), strict=True):
-        out.writerow([n, syracuse(n)[0], here, there, here - there])
+    out.writerows([n, syracuse(n)[0], a, b, a - b] for n, (a, b) in zip(numbers, v.tolist(), strict=True))
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -1247,9 +1234,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         elif args.score:
             if not args.checkpoint and args.model != "closed":
                 raise UserError("--score: needs --checkpoint RUN, or --model closed")
-            numbers = read_numbers(args.score)
             model = load_model(args.checkpoint)[0] if args.checkpoint else Lyapunov(make_config(args))
-            score(model.to(devices.get_device(args.device)), numbers)
+            score(model.to(devices.get_device(args.device)), read_numbers(args.score))
         elif args.checkpoint:
             figures = evaluate_checkpoint(args.checkpoint, args)
             print(format_evaluation(figures))
