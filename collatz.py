@@ -1058,8 +1058,7 @@ def train(args: flags.Flags) -> dict:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
                 shapes = [(x.shape, p.shape) for p, own in optimizer.state.items() for x in own.values()]
-                peak = sum(group["peak"] for group in optimizer.param_groups)
-                if not (peak > 0 and all(a in ((), b) for a, b in shapes)):
+                if not (sum(g["peak"] for g in optimizer.param_groups) and all(a in ((), b) for a, b in shapes)):
                     raise ValueError("the state of another optimizer")
             if saved["mined"]:  # joined with nothing: what does not fit the pool is found here
                 pools.mined = join(take(pools.hard, slice(0)), saved["mined"])
