@@ -18,7 +18,6 @@ from common import files, flags  # before torch: a Ctrl-C while that loads is on
 
 # isort: split
 import argparse
-import inspect
 import math
 import os
 import re
@@ -33,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
-from torch.nn.utils import vector_to_parameters
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import checkpoint, devices, metrics, plots, run
 from common.evaluation import count_parameters, eval_mode, format_rate, wilson
@@ -44,7 +43,6 @@ SCRIPT = Path(__file__).name
 DIGITS, ANSWER = 10, 11                  # digits of an operand, of a sum
 LIMIT = 10**DIGITS                       # operands are below
 PLUS, EQUALS, EOS = 10, 11, 13           # tokens of the learned family; 0..9 are the digits, 12 is never used
-HEAD, PERIOD = 4, 12                     # rotary: width of the head; positions a turn of the first frequency
 CHUNK = 50                               # steps whose batches are sampled at once
 MOST_SUMS = 1 << 20                      # sums a step over all seeds, about 20 kB each
 COMPILE_FROM = 2_500_000                 # sums in a run from which compiling the step, half a minute, pays
@@ -121,7 +119,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "(default: rope196, or ref where a flag of its low-rank maps is given)")
 
     g = p.add_argument_group("data")
-    g.add_argument("--seeds", type=seed_list, metavar="A-B,C", help="a model each (default: --seed, or 0-7)")
+    g.add_argument("--seeds", "--seed", type=seed_list, default=[*range(8)], metavar="A-B,C",
+                   help="a model each (default: 0-7)")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="sums per step and seed")
     g.add_argument("--lengths", type=lengths, default="uniform", help="operands are below 10^n. uniform: n in 1..10; "
                    "full: n = 10; 3:2000,6:7000: n in 1..3 before step 2000, 1..6 before 7000, then 1..10")
@@ -171,18 +170,12 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--add", metavar="A+B", help="let --checkpoint answer one sum, digit by digit")
     g.add_argument("--export-submission", type=path, metavar="FILE.py", help="--checkpoint for AdderBoard")
     g.add_argument("--plot", type=path, metavar="RUN", help="draw the pictures of this run again")
-    flags.add_run_arguments(p)
+    flags.add_run_arguments(p, seed=False)
 
     args = flags.parse(p, argv)
     if args.preset is None:
         args.preset = "ref" if set(LOW_RANK) & set(args.given) else "rope196"
     flags.use(args, PRESETS[args.preset])
-    if args.seeds is None:
-        args.seeds = [args.seed] if "seed" in args.given else list(range(8))
-    elif "seed" in args.given and args.seeds != [args.seed]:
-        p.error("argument --seed: not together with --seeds")
-    if "seed" in args.given:
-        args.given.append("seeds")  # a resumed run keeps both
     args.seed = args.seeds[0]
     try:
         config_of(args)
@@ -198,19 +191,9 @@ def digits_of(x: np.ndarray, n: int) -> np.ndarray:
     return (x[..., None] // 10 ** np.arange(n, dtype=np.int64) % 10).astype(np.int8)
 
 
-def carries(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether column i of a + b carries into column i + 1: digits (..., 10) twice -> (..., 10) of 0 and 1."""
-    out = np.zeros_like(a)
-    for i in range(DIGITS):
-        out[..., i] = a[..., i] + b[..., i] + (out[..., i - 1] if i else 0) > 9
-    return out
-
-
 def digit_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Digits of the sum: (..., 10) twice -> (..., 11), least significant first."""
-    c = carries(a, b)
-    low = a + b + np.concatenate([np.zeros_like(c[..., :1]), c[..., :-1]], -1) - 10 * c
-    return np.concatenate([low, c[..., -1:]], -1)
+    return digits_of((a.astype(np.int64) + b) @ 10 ** np.arange(DIGITS, dtype=np.int64), ANSWER)
 
 
 def encode(family: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -288,13 +271,16 @@ def split_pairs(seed: int, n: int) -> Pairs:
 
 # ---- Model. T positions of the input, the last Q of them predict; V tokens, width D, head width H, B sums.
 # Features come first and the batch last, (D, T, B): with widths of 3 to 14, that is what makes a step fast.
+# This section also stands in an exported file, behind the imports of SUBMISSION.
+
+HEAD, PERIOD = 4, 12                     # rotary: width of the head; positions a turn of the first frequency
+
 
 @dataclass(frozen=True)
 class Config:
     """What is needed to rebuild a model. Raises UserError naming what cannot be.
 
-    The names of the learned family are those of published checkpoints. This class and the models also stand in
-    an exported file: what they refer to has to be there (SUBMISSION, export_submission).
+    The names of the learned family are those of published checkpoints.
     """
     family: str
     d_model: int
@@ -354,11 +340,9 @@ def one_hot(tokens: torch.Tensor, V: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def look_up(table: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
-    """What each position's token has in a table of all tokens: (D, T or 1, V), one-hot (T, V, B) -> (D, T,
-    B).
+    """What each token has in a table of all tokens: (D, T or 1, V), one-hot (T, V, B) -> (D, T, B).
 
-    Nothing before the attention depends on the other positions, so that it is computed for V tokens and not
-    for B sums.
+    Before the attention nothing depends on other positions: it is computed for V tokens, not for B sums.
     """
     return torch.einsum("dtv,tvb->dtb", table, hot)
 
@@ -371,11 +355,6 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple
         score = torch.addcmul(score, q_i[:, None], k_i)
     weight = score.softmax(1)
     return torch.stack([(weight * v_i).sum(1) for v_i in v]), weight
-
-
-def rotary_angles(T: int) -> torch.Tensor:
-    """Angle of both pairs of the head at each position (2, T, 1): 2 pi / PERIOD and 3^-1/2 a position."""
-    return torch.tensor([2 * math.pi / PERIOD, 3**-0.5])[:, None, None] * torch.arange(T)[:, None]
 
 
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
@@ -449,7 +428,8 @@ class RotaryAdder(nn.Module):
         w = self.matrices()
         hot = one_hot(tokens, self.V, w["emb"].dtype)                       # (T, V, B)
         last = hot[-Q:]
-        angle = rotary_angles(len(tokens)).to(hot)                          # (H / 2, T, 1)
+        position = torch.arange(len(tokens), device=hot.device)[:, None]
+        angle = hot.new_tensor([2 * math.pi / PERIOD, 3**-0.5])[:, None, None] * position   # (H / 2, T, 1)
         x = w["emb"].T[:, None]                                             # (D, 1, V): each token
         h = self.norm1(x)                                                   # the last axis is V up to look_up
         q = rotate(self.q_norm(linear(h, w["wq"])), angle[:, -Q:])          # (H, Q, V)
@@ -542,8 +522,23 @@ class LearnedAdder(nn.Module):
         return linear(self.ln_f(x), emb.T), attention                       # (V, Q, B), (Q, T, B)
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The token with the highest logit, -1 where one is NaN: (V, Q, B) -> (Q, B)."""
+    top = logits.max(0)
+    return torch.where(top.values.isnan(), -1, top.indices)
+
+
+def greedy(model: nn.Module, tokens: torch.Tensor, n: int) -> torch.Tensor:
+    """Extend tokens (T, B) by the n likeliest next tokens, one at a time, each fed back: (n, B)."""
+    for _ in range(n):
+        tokens = torch.cat([tokens, likeliest(model(tokens, 1)[0])])
+    return tokens[-n:]
+
+
 FAMILIES = {"rotary": RotaryAdder, "learned": LearnedAdder}
 
+
+# ---- Initial weights
 
 def config_of(args: argparse.Namespace) -> Config:
     """The model that the flags ask for. Raises UserError."""
@@ -554,14 +549,8 @@ def config_of(args: argparse.Namespace) -> Config:
     return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
 
-def make_module(config: Config) -> nn.Module:
-    """A module whose weights are to be set; the global random stream stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        return FAMILIES[config.family](config)
-
-
-def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
-    """Initial weights of a seed as one row (P,).
+def make_module(config: Config, init: str = "random", seed: int = 0) -> nn.Module:
+    """A model with the initial weights of a seed; the global random stream stays as it was.
 
     random, learned: the original's. random, rotary: embedding N(0, 1/D), other matrices uniform, wq and wk
     within +- 1/(inputs)^1/2, the rest half of that; gains 1, but those of query and key 0.5, so that the
@@ -574,12 +563,17 @@ def init_weights(config: Config, how: str, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         module = FAMILIES[config.family](config)
         if config.family == "rotary":
-            init_rotary({name: p.data for name, p in module.named_parameters()}, config, how == "arc+phase")
-        return torch.cat([p.detach().flatten() for p in module.parameters()])
+            init_rotary({name: p.data for name, p in module.named_parameters()}, config, init == "arc+phase")
+    return module
+
+
+def flat(module: nn.Module) -> torch.Tensor:
+    """The parameters of a module as one row (P,)."""
+    return parameters_to_vector(module.parameters()).detach()
 
 
 def init_rotary(w: dict[str, torch.Tensor], config: Config, designed: bool) -> None:
-    """Draw the weights of a RotaryAdder in place, as init_weights says; designed: arc+phase."""
+    """Draw the weights of a RotaryAdder in place, as make_module says; designed: arc+phase."""
     line, step_back = torch.tensor([2.5, -1.2, 0.29]), -4 * math.pi / PERIOD
     for name, p in w.items():
         if name == "emb" and config.embedding == "arc":
@@ -627,17 +621,6 @@ def batch_loss(weights: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor
     return vmap(one_seed)(weights, tokens, target)
 
 
-def compiled(loss: Callable, weights: torch.Tensor, *batch: torch.Tensor) -> tuple[Callable, str]:
-    """The compiled loss, tried out on a batch, and how it runs: the plain loss where compilation fails."""
-    try:
-        fast = torch.compile(loss, dynamic=False, fullgraph=True)
-        torch.autograd.grad(fast(weights, *batch)[0].sum(), weights)
-        return fast, "compiled"
-    except Exception as e:  # a missing or broken C++ compiler shows itself in many types of exception
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        return loss, f"eager, 2 to 4 times slower: torch.compile failed ({reason:.90})"
-
-
 def make_loss(module: nn.Module, weights: torch.Tensor, args: argparse.Namespace) -> tuple[Callable, str]:
     """The loss of a step as a function of weights, tokens, target and bonus, and how it runs."""
     loss = partial(batch_loss, module=module)
@@ -646,37 +629,38 @@ def make_loss(module: nn.Module, weights: torch.Tensor, args: argparse.Namespace
         return loss, "eager"
     print("compiling the step (half a minute the first time, then cached)", flush=True)
     tokens, target = batches(0, args)
-    return compiled(loss, weights.clone().requires_grad_(), tokens[0], target[0], weights.new_zeros(()))
+    weights = weights.clone().requires_grad_()
+    try:
+        fast = torch.compile(loss, dynamic=False, fullgraph=True)
+        torch.autograd.grad(fast(weights, tokens[0], target[0], weights.new_zeros(()))[0].sum(), weights)
+        return fast, "compiled"
+    except Exception as e:  # a missing or broken C++ compiler shows itself in many types of exception
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        return loss, f"eager, 2 to 4 times slower: torch.compile failed ({reason:.90})"
 
 
 # ---- Optimizer: all seeds at once
 
-@dataclass
-class Population:
-    """Weights and training state of S seeds; what last.pt holds."""
-    weights: torch.Tensor      # (S, P)
-    mean: torch.Tensor         # (S, P) running mean of the gradient
-    square: torch.Tensor       # (S, P) running mean of its square, in the basis
-    covariance: torch.Tensor   # (S, P, P) running mean of g g^T; (S, 0, 0) with adamw
-    basis: torch.Tensor        # (S, P, P) its eigenvectors, in columns
-    alive: torch.Tensor        # (S,) false once a loss or a gradient was not finite
-    first: torch.Tensor        # (S,) first step with 99 % on validation, -1 before
-    best: torch.Tensor         # (S, P) weights of the best validation, the later one of a tie
-    best_val: torch.Tensor     # (S,) correct validation pairs then, -1 before
-    best_step: torch.Tensor    # (S,)
+class Population(nn.Module):
+    """Weights and training state of S seeds, as buffers. Raises UserError: too many weights for SOAP."""
 
-
-def new_population(config: Config, args: argparse.Namespace) -> Population:
-    """The seeds of a run with their initial weights. Raises UserError: a model that is too large for SOAP."""
-    weights = torch.stack([init_weights(config, args.init, seed) for seed in args.seeds])
-    S, P = weights.shape
-    if args.optimizer == "soap" and P > 2000:
-        raise UserError(f"--optimizer: soap has a basis of all {P} parameters; it takes up to 2000")
-    n, count = P if args.optimizer == "soap" else 0, torch.zeros(S, dtype=torch.long)
-    return Population(
-        weights=weights, mean=torch.zeros(S, P), square=torch.zeros(S, P), covariance=torch.zeros(S, n, n),
-        basis=torch.eye(n).repeat(S, 1, 1), alive=torch.ones(S, dtype=torch.bool), first=count - 1,
-        best=weights.clone(), best_val=count - 1, best_step=count.clone())
+    def __init__(self, config: Config, args: argparse.Namespace):
+        super().__init__()
+        weights = torch.stack([flat(make_module(config, args.init, seed)) for seed in args.seeds])
+        S, P = weights.shape
+        if args.optimizer == "soap" and P > 2000:
+            raise UserError(f"--optimizer: soap has a basis of all {P} parameters; it takes up to 2000")
+        n, count = P if args.optimizer == "soap" else 0, torch.zeros(S, dtype=torch.long)
+        self.register_buffer("weights", weights)
+        self.register_buffer("mean", torch.zeros(S, P))               # running mean of the gradient
+        self.register_buffer("square", torch.zeros(S, P))             # and of its square, in the basis
+        self.register_buffer("covariance", torch.zeros(S, n, n))      # running mean of g g^T
+        self.register_buffer("basis", torch.eye(n).repeat(S, 1, 1))   # its eigenvectors, in columns
+        self.register_buffer("alive", count == 0)                     # not, once a loss was not finite
+        self.register_buffer("loss_sum", torch.zeros(S))              # since the last row
+        self.register_buffer("first", count - 1)                      # first step with 99 % on validation
+        self.register_buffer("best_val", count - 1)                   # most right validation pairs so far
+        self.register_buffer("best_step", count)                      # the step then, the later one of a tie
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -698,8 +682,7 @@ def new_basis(state: Population) -> None:
     scale = state.covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-30
     scaled = torch.nan_to_num(state.covariance / scale, 0.0, 0.0, 0.0)   # eigh would stop all seeds for one
     scaled.diagonal(dim1=1, dim2=2).add_(1e-7)  # eigh may fail at rank one, if some weights get no gradient
-    on = "cpu" if scaled.is_mps else scaled.device                       # older MPS has no eigh
-    new = torch.linalg.eigh(scaled.to(on))[1].to(scaled.device)
+    new = torch.linalg.eigh(scaled.cpu() if scaled.is_mps else scaled)[1].to(scaled)  # older MPS has no eigh
     between = new.transpose(1, 2) @ state.basis                              # (S, P, P), old basis -> new
     state.square = (between.square() * state.square[:, None]).sum(2)         # as if a covariance's diagonal
     state.basis = new
@@ -743,19 +726,6 @@ def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
 
 # ---- Evaluation
 
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The token with the highest logit, -1 where one is NaN: (V, Q, B) -> (Q, B)."""
-    top = logits.max(0)
-    return torch.where(top.values.isnan(), -1, top.indices)
-
-
-def greedy(model: nn.Module, tokens: torch.Tensor, n: int) -> torch.Tensor:
-    """Extend tokens (T, B) by the n likeliest next tokens, one at a time, each fed back: (n, B)."""
-    for _ in range(n):
-        tokens = torch.cat([tokens, likeliest(model(tokens, 1)[0])])
-    return tokens[-n:]
-
-
 def answers(model: nn.Module, pairs: Pairs, mode: str = "tf") -> tuple[np.ndarray, np.ndarray]:
     """Predicted and right tokens of sums, (N, 11) each.
 
@@ -788,41 +758,34 @@ def exact_match(weights: torch.Tensor, pairs: Pairs, module: nn.Module) -> tuple
 
 # ---- Training
 
-def validate(state: Population, pairs: Pairs, module: nn.Module, step: int) -> tuple[torch.Tensor, ...]:
-    """Exact match (S,) and digit accuracy (S, 11) on validation pairs; keeps best weights and first 99 %."""
-    right, digits = exact_match(state.weights, pairs, module)
-    right, n = right.to(state.best_val), len(pairs[0])
+def validate(state: Population, module: nn.Module, step: int) -> tuple[torch.Tensor, ...]:
+    """Exact match (S,) and digit accuracy (S, 11) on validation pairs; notes the best and the first 99 %."""
+    right, digits = exact_match(state.weights, uniform_pairs([VALIDATION], VAL_SIZE), module)
+    right = right.to(state.best_val)
     better = (right >= state.best_val) & torch.isfinite(state.weights).all(1)
-    state.best[better] = state.weights[better]
     state.best_val[better] = right[better]
     state.best_step[better] = step
-    state.first[(state.first < 0) & (right >= GROKKED * n)] = step
-    return right.double() / n, digits.to(right.device).double() / n
+    state.first[(state.first < 0) & (right >= GROKKED * VAL_SIZE)] = step
+    return right.double() / VAL_SIZE, digits.to(right.device).double() / VAL_SIZE
 
 
 def train(args: flags.Flags) -> dict:
     """Train all seeds, and return the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
-    args, saved = run.restore(args, SCRIPT, population=dict, loss_sum=torch.Tensor)
+    args, saved = run.restore(args, SCRIPT, population=dict)
     device = devices.get_device(args.device)
-    args.device = str(device)
+    args.device, args.seed = str(device), args.seeds[0]
     if len(args.seeds) * args.batch_size > MOST_SUMS:
         raise UserError(f"--batch-size: {args.batch_size} sums for each of {len(args.seeds)} seeds are more than "
                         f"the {MOST_SUMS} that a step can have")
     config = config_of(args)
-    module, state = make_module(config).to(device), new_population(config, args)
-    loss_sum = torch.zeros(len(args.seeds))
+    module, state = make_module(config).to(device), Population(config, args).to(device)
     if args.init_from:
         state.weights[:] = initial_weights(args.init_from, config)
     if saved:
-        restore_population(state, saved, args.resume)
-        loss_sum = saved["loss_sum"]
-        if loss_sum.shape != (len(args.seeds),):
-            raise UserError(f"{args.resume}: damaged, its loss_sum is {tuple(loss_sum.shape)}")
-    for f in fields(state):
-        setattr(state, f.name, getattr(state, f.name).to(device))
-    loss_sum, norm = loss_sum.to(device), torch.zeros(len(args.seeds), device=device)
-    pairs = uniform_pairs([VALIDATION], VAL_SIZE)
+        with files.refuse_damaged(args.resume):
+            state.load_state_dict(saved["population"])
+    norm = torch.zeros(len(args.seeds), device=device)
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(f"{args.preset}: {len(args.seeds)} seeds on {devices.describe(device)}, "
@@ -835,14 +798,13 @@ def train(args: flags.Flags) -> dict:
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
             if due:
-                exact, digits = validate(state, pairs, module, step)
-                n = (step - 1) % args.eval_every + 1 if step else 0          # steps since the last row
-                log(r, step, args, loss_sum / n if n else loss_sum * math.nan, exact, digits, norm)
-                loss_sum = torch.zeros_like(loss_sum)
+                exact, digits = validate(state, module, step)
+                n = (step - 1) % args.eval_every + 1 if step else math.nan   # steps since the last row
+                log(r, step, args, state.loss_sum / n, exact, digits, norm)
+                state.loss_sum.zero_()
                 save_best(r, state, module, args)
             if due or last:
-                r.save("last.pt", config=asdict(config), loss_sum=loss_sum.cpu(), ema=None,
-                       population={f.name: getattr(state, f.name).cpu() for f in fields(state)})
+                r.save("last.pt", config=asdict(config), population=state.state_dict(), ema=None)
             if last:
                 break
             if step % CHUNK == 0 or step == r.start:
@@ -853,7 +815,7 @@ def train(args: flags.Flags) -> dict:
             grad, = torch.autograd.grad(goal.sum(), weights)
             with torch.no_grad():
                 norm = update(state, grad, loss, step, args, module)
-                loss_sum += loss.detach()
+                state.loss_sum += loss.detach()
         r.leave_if_stopped()
         return finish(r, state, module, args, how)
 
@@ -873,19 +835,10 @@ def log(r: run.Run, step: int, args: argparse.Namespace, loss: torch.Tensor, exa
 def save_best(r: run.Run, state: Population, module: nn.Module, args: argparse.Namespace) -> None:
     """Write best_sSEED.pt of each seed whose validation was the best of its run just now."""
     for i in torch.nonzero(state.best_step == r.step).flatten().tolist():
-        vector_to_parameters(state.best[i], module.parameters())
+        vector_to_parameters(state.weights[i], module.parameters())
         weights = {name: x.detach().cpu().clone() for name, x in module.state_dict().items()}
         r.save(f"best_s{args.seeds[i]}.pt", model=weights, config=asdict(module.config), seed=args.seeds[i],
                val_exact=int(state.best_val[i]) / VAL_SIZE)
-
-
-def restore_population(state: Population, saved: dict, path: str) -> None:
-    """Put the population of a last.pt into a new one. Raises UserError: a tensor is missing or misshapen."""
-    for f in fields(Population):
-        got, own = saved["population"].get(f.name), getattr(state, f.name)
-        if not isinstance(got, torch.Tensor) or (got.shape, got.dtype) != (own.shape, own.dtype):
-            raise UserError(f"{path}: damaged, {f.name} of its seeds is missing or not {tuple(own.shape)}")
-        setattr(state, f.name, got)
 
 
 def finish(r: run.Run, state: Population, module: nn.Module, args: argparse.Namespace, how: str) -> dict:
@@ -980,25 +933,21 @@ def recognises(saved: dict) -> bool:
 
 def file_of(path: str | os.PathLike) -> Path:
     """The model that `path` means: itself, or of a run folder the best_sSEED.pt with the best validation."""
-    def validation(file: Path) -> float:
-        value = checkpoint.read(file).get("val_exact")
-        return value if type(value) is float else -1.0
     if not Path(path).is_dir():
         return Path(path)
-    return max(sorted(Path(path).glob("best_s*.pt")), key=validation, default=Path(path) / "best_s0.pt")
+    with files.refuse_damaged(path):
+        return max(sorted(Path(path).glob("best_s*.pt")), default=Path(path) / "best_s0.pt",
+                   key=lambda file: float(checkpoint.read(file)["val_exact"]))
 
 
-def stored_config(values: dict, path: str | os.PathLike, published: bool) -> Config:
-    """The Config in a checkpoint. Raises UserError naming a field that no model here has."""
-    fixed = {"head_dim": HEAD, "period": PERIOD, "n_layer": 1, "n_head": 1, "max_seq_len": 33,
-             "vocab_size": 14, "dropout": 0}
+def stored_config(values: dict, path: str | os.PathLike) -> Config:
+    """The Config in a checkpoint. Raises UserError naming a field that no model here has, unless it is off."""
+    fixed = {"head_dim": HEAD, "period": PERIOD, "n_layer": 1, "n_head": 1, "max_seq_len": 33, "vocab_size": 14}
     own = {f.name: values[f.name] for f in fields(Config) if f.name in values}
-    for name, value in values.items():
-        number = type(value) in (int, float)
-        unused = published and (value is None or value is False or (number and value == 0))
-        if name not in own and not unused and not (number and value == fixed.get(name)):
-            raise UserError(f"{path}: its {name} is {value!r:.40}, which no model here has")
     try:
+        for name in values.keys() - own.keys():
+            if str(values[name]).removesuffix(".0") not in ("None", "False", "0", str(fixed.get(name))):
+                raise UserError(f"its {name} is {values[name]!r:.40}, which no model here has")
         return Config(**own)
     except (TypeError, UserError) as e:
         raise UserError(f"{path}: {e}") from None
@@ -1007,8 +956,7 @@ def stored_config(values: dict, path: str | os.PathLike, published: bool) -> Con
 def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     """The trained module at `path`, of a run folder its best, and the checkpoint. A published file will do.
 
-    Raises UserError: missing, damaged, foreign, an impossible config, tensors missing, misshapen or not
-    finite.
+    Raises UserError: missing, damaged, foreign, an impossible config, weights that do not fit it.
     """
     path = file_of(path)
     saved = checkpoint.read(path)
@@ -1018,7 +966,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
                  "step": saved.get("step", -1), "config": {"family": "learned", **saved["model_config"]}}
     kinds = {"seed": int, "args": dict} if "seed" in saved else {}          # not in a published file
     checkpoint.check(saved, path, SCRIPT, config=dict, model=dict, step=int, **kinds)
-    module = make_module(stored_config(saved["config"], path, published))
+    module = make_module(stored_config(saved["config"], path))
     checkpoint.load_weights(module, saved["model"], path)
     if module.config.family == "learned" and not torch.equal(*(
             saved["model"][name] for name in ("lm_head.weight", "token_emb.weight"))):
@@ -1031,16 +979,14 @@ def initial_weights(path: str, config: Config) -> torch.Tensor:
     module, _ = load_model(path)
     if module.config != config:
         raise UserError(f"{path}: a model of another config ({module.config}, here {config})")
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
+    return flat(module)
 
 
 def pair_of(a: object, b: object) -> Pairs:
     """Digits (1, 10) of two operands. Raises UserError when one is not a whole number in 0..10^10 - 1."""
     for x in (a, b):
         if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or not 0 <= x < LIMIT:
-            huge = type(x) is int and abs(x) > 10**40
-            shown = f"a number of {x.bit_length()} bits" if huge else repr(x)[:40]
-            raise UserError(f"{shown} is not a whole number in 0..{LIMIT - 1}")
+            raise UserError(f"an operand is not a whole number in 0..{LIMIT - 1}")
     return digits_of(np.array([a]), DIGITS), digits_of(np.array([b]), DIGITS)
 
 
@@ -1057,20 +1003,14 @@ def load(path: str | os.PathLike) -> Callable[[int, int], int | None]:
 
 
 def show_sum(model: nn.Module, text: str) -> dict:
-    """Answer a sum like 12+34, and print the digits as the model gives them, with their probability."""
+    """Let a model answer a sum like 12+34, and print the answer."""
     found = re.fullmatch(r"\s*([0-9]{1,40})\s*\+\s*([0-9]{1,40})\s*", text)
     if not found:
         raise UserError(f"--add {text[:60]!r}: expected two whole numbers like 1234567890+9876543210")
     a, b = int(found[1]), int(found[2])
-    pair = pair_of(a, b)
-    given = answers(model, pair, "ar")[0]                                    # (1, 11)
-    prompt = encode(model.config.family, *pair)[0][:, :model.PROMPT]
-    with eval_mode(model):
-        logits, _ = model(batch_last(np.concatenate([prompt, given[:, :-1]], 1)), ANSWER)
-    p = logits.softmax(0)[:, :, 0]                                           # (V, 11)
-    for k, digit in enumerate(given[0].tolist()):
-        print(f"digit {k:2d}: {digit:2d}  probability {p[digit, k]:.4f}")
-    answer = number(given[0])
+    digits = answers(model, pair_of(a, b), "ar")[0][0]
+    answer = number(digits)
+    print(f"digits, lowest first: {' '.join(map(str, digits))}")
     print(f"{a} + {b} = {'no number' if answer is None else answer}, "
           + ("right" if answer == a + b else f"wrong: it is {a + b}"))
     return {"a": a, "b": b, "answer": answer, "right": answer == a + b}
@@ -1088,21 +1028,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 UserError = ValueError
-HEAD, PERIOD = {head}, {period}
 
 
-{sources}
+{models}
 
 CONFIG = {config}
 WEIGHTS = {weights}
 
 
 def build_model():
-    model = {cls}(CONFIG)
+    model = FAMILIES[CONFIG.family](CONFIG)
     model.load_state_dict({{name: torch.tensor(values) for name, values in WEIGHTS.items()}})
     metadata = {{"name": {name!r}, "author": "stalled-experiments",
                 "params": sum(p.numel() for p in model.parameters()),
-                "architecture": f"{cls}, one layer, one head, {{CONFIG}}", "tricks": {tricks}}}
+                "architecture": f"one layer, one head, {{CONFIG}}", "tricks": {tricks}}}
     return model.eval(), metadata
 
 
@@ -1116,25 +1055,19 @@ def add(model, a, b):
 
 
 def export_submission(model: nn.Module, saved: dict, out: str) -> None:
-    """Write the model as one file with build_model() and add(model, a, b): source, and weights as numbers.
+    """Write the model as one file with build_model() and add(model, a, b): section Model, and weights as numbers.
 
     The metadata names what AdderBoard tells apart: priors in the positions, the start and the training.
     """
     c, n, args = model.config, count_parameters(model), saved.get("args", {})
-    common_parts = [Config, Norm, linear, one_hot, look_up, causal_attention]
+    prompt, tricks = f"[*map(int, a), {PLUS}, *map(int, b), {EQUALS}]", []
     if c.family == "rotary":
-        parts = [*common_parts, rotary_angles, rotate, arc, turn_columns, RotaryAdder]
-        prompt = "[int(x) for x in '0' + a[::-1] + '00' + b[::-1] + '0']"
-    else:
-        parts = [*common_parts, LowRank, make_map, factors, LearnedAdder]
-        prompt = f"[*map(int, a), {PLUS}, *map(int, b), {EQUALS}]"
+        prompt, tricks = "[int(x) for x in '0' + a[::-1] + '00' + b[::-1] + '0']", [f"rotary period {PERIOD}"]
     told = ("init", "optimizer", "entropy_bonus", "random_zeros", "smooth_positions")
-    settings = {**asdict(c), **{name: args.get(name) for name in told}}
-    tricks = [f"rotary positions of period {PERIOD}"] * (c.family == "rotary")
-    tricks += [f"{name.replace('_', ' ')} {x}" for name, x in settings.items() if x and x != "none"]
+    tricks += [f"{name.replace('_', ' ')} {args[name]}" for name in told if args.get(name)]
+    models = re.search(r"(?s)\n(# ---- Model.*?)# ---- ", Path(__file__).read_text())[1]
     text = SUBMISSION.format(
-        n=n, script=SCRIPT, head=HEAD, period=PERIOD, config=c, cls=type(model).__name__, prompt=prompt,
-        tricks=tricks, sources="\n\n".join(inspect.getsource(part) for part in (*parts, likeliest, greedy)),
+        n=n, script=SCRIPT, models=models.strip(), config=c, prompt=prompt, tricks=tricks,
         weights={k: v.tolist() for k, v in model.state_dict().items()},
         name=f"{args.get('preset') or c.family}, {n} parameters, seed {saved.get('seed')}")
     files.write_atomic(out, text.encode())
@@ -1145,16 +1078,15 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
     """Exact match of a checkpoint on the original's test pairs, as [right, of] counts. Raises UserError.
 
     A sum is right if all 11 digits are (EOS is not asked, as in the original; a token that is no digit is
-    wrong). With mode tf, token accuracy and positions are teacher-forced. Intervals are Wilson's, 95 %. args
-    may have: n (10,000) pairs for each of split_seeds, mode (tf: one teacher-forced pass; ar: greedy),
-    device. failures: the first ten as a, b, a + b, greedy answer. positions: each digit of the sum, lowest
-    first.
+    wrong). Intervals are Wilson's, 95 %. args may have: n (10,000) pairs for each of split_seeds, mode (tf:
+    one teacher-forced pass; ar: greedy), device. failures: the first ten as a, b, a + b, greedy answer.
+    positions: each digit of the sum, lowest first; with mode tf they are teacher-forced.
     """
     model, saved = load_model(path)
     model.to(devices.get_device(getattr(args, "device", "cpu")))
     n, mode = getattr(args, "n", 10_000), getattr(args, "mode", "tf")
     seeds = getattr(args, "split_seeds", SPLIT_SEEDS)
-    wall, cpu, total = time.monotonic(), time.process_time(), n * len(seeds)
+    cpu, total = time.process_time(), n * len(seeds)
     splits, failures, positions = {}, [], np.zeros(ANSWER, np.int64)
     for seed in seeds:
         pairs = split_pairs(seed, n)
@@ -1163,18 +1095,15 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
         splits[str(seed)] = [n - len(wrong), n]
         positions += (got == target).sum(0)
         for i in wrong[:10 - len(failures)]:
-            one = tuple(x[i:i + 1] for x in pairs)
-            a, b = number(one[0][0]), number(one[1][0])
-            failures.append([a, b, a + b, number(answers(model, one, "ar")[0][0])])
+            a, b = (number(x[i]) for x in pairs)
+            failures.append([a, b, a + b, number(answers(model, pair_of(a, b), "ar")[0][0])])
     cpu, right = time.process_time() - cpu, sum(k for k, _ in splits.values())
     return {"script": SCRIPT, "file": str(file_of(path)), "n_params": count_parameters(model),
             "config": asdict(model.config), "step": saved["step"], "seed": saved.get("seed"), "mode": mode,
             "exact": [right, total], "exact_rate": right / total, "exact_interval": [*wilson(right, total)],
-            "splits": splits,
-            "token_accuracy": int(positions.sum()) / (total * ANSWER),
+            "splits": splits, "token_accuracy": int(positions.sum()) / (total * ANSWER),
             "positions": [[int(k), total] for k in positions], "failures": failures,
-            "seconds": time.monotonic() - wall, "cpu_seconds": cpu,
-            "additions_per_cpu_second": total / max(cpu, 1e-9)}
+            "cpu_seconds": cpu, "additions_per_cpu_second": total / max(cpu, 1e-9)}
 
 
 def format_evaluation(out: dict) -> str:

@@ -81,10 +81,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that mean the same in every script."""
+def add_run_arguments(parser: argparse.ArgumentParser, seed: bool = True) -> None:
+    """Add the flags that mean the same in every script; seed=False: but for --seed, which it has in its own way."""
     g = parser.add_argument_group("run")
-    g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="seeds everything: init, data, order")
+    if seed:
+        g.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="seeds everything: init, data, order")
     g.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N|mps", help="auto: CUDA, MPS, else CPU")
     g.add_argument("--threads", type=integer(0, 1024), default=1, help="CPU threads of torch; 0: torch's choice")
     g.add_argument("--name", "--run-name", type=folder_name, help="run name; default: time and seed")

@@ -70,15 +70,15 @@ def addition(preset: str, n_seeds: int):
     """Arguments, a module, fresh seeds and one chunk of batches of a preset."""
     args = addition_train.parse_args(["--preset", preset, "--seeds", f"0-{n_seeds - 1}", "--device", "cpu"])
     module = addition_train.make_module(addition_train.config_of(args))
-    return args, module, addition_train.new_population(module.config, args), *addition_train.batches(0, args)
+    return args, module, addition_train.Population(module.config, args), *addition_train.batches(0, args)
 
 
 @pytest.mark.parametrize("preset, n_seeds", [("ref456", 1), ("ref456", 4), ("grok456", 8), ("rope196", 8)])
 def test_training_steps_of_addition_against_a_plain_loop_of_one_seed(preset, n_seeds):
     args, module, state, tokens, target = addition(preset, n_seeds)
     eager, bonus = partial(addition_train.batch_loss, module=module), torch.tensor(args.entropy_bonus)
-    weights = state.weights.clone().requires_grad_()
-    fast, how = addition_train.compiled(eager, weights, tokens[0], target[0], bonus)
+    weights, args.compile = state.weights.clone().requires_grad_(), "on"
+    fast, how = addition_train.make_loss(module, weights.detach(), args)
     for a, b in zip(*(f(weights, tokens[1], target[1], bonus) for f in (eager, fast)), strict=True):
         assert torch.allclose(a, b, rtol=1e-4)
     optimizer = torch.optim.AdamW(module.parameters(), lr=args.lr)
