@@ -1,0 +1,601 @@
+"""Run a program that a model wrote: python -m common.sandbox FILE.py --call solve --case '(3,)'
+
+Threat model. The program is hostile: it wants to read or change files, reach the network, start, stop or slow
+other processes, outlive its limits, break the caller with what it returns, or make itself or another program
+pass. It runs in a child of a small clean server (a fresh `python -I -S`, never the caller), and the caller alone
+knows the expected values. What stops what:
+
+  fork      patches of modules and builtins die with the child; its reply is read when it is dead, and is data
+  server    CPU time (the verdict), wall time (ends waiting; time spent waiting for a busy CPU is not counted)
+  rlimits   memory beyond the server's own, file sizes, descriptors, processes, core dumps
+  own uid   (root only) other users' files; signals to others, and their priorities and limits
+  landlock  all files, TCP, abstract sockets, signals, as far as the kernel's version goes
+  seccomp   every system call but those that computing needs: no files, sockets, processes, signals, IPC
+
+Not stopped: side channels of time and cache, faults of the kernel, and a program that chooses what it reports,
+which is no more than `return 42` can do. Where the kernel lacks a layer, a warning says so and `protections`
+leaves it out. mode="subprocess", for macOS and Windows, is weaker: a fresh interpreter for each program with a
+limit of wall time and (not on Windows) of CPU time and memory; files, network and processes are open to it.
+
+Sources: seccomp(2), landlock(7), syscall tables of Linux 6.18 (x86_64; arm64 is written from them, untested).
+"""
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import importlib
+import json
+import math
+import mmap
+import os
+import platform
+import select
+import signal
+import struct
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Literal, NoReturn
+
+ALL = ("rlimits", "own uid", "landlock", "seccomp")
+DEPTH = 100               # containers within containers that cross
+PATIENCE = 5              # times Limits.wall after which a program that waits for a busy CPU is ended, too
+IMPORTED = """math re json itertools functools collections string operator heapq bisect decimal fractions random
+    statistics datetime dataclasses typing enum abc copy unicodedata textwrap ast cmath numbers array struct time
+    calendar contextlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_32"""
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself does not work; no verdict."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one program, all its cases together."""
+    cpu: float = 1.0      # seconds of CPU time
+    wall: float = 3.0     # seconds
+    memory_mb: int = 256
+    reply: int = 256_000  # bytes that its values may take
+
+
+@dataclass(frozen=True)
+class Result:
+    status: Literal["ok", "error", "cpu", "wall", "memory", "reply", "died"]
+    values: tuple = ()    # one a case, up to the first that failed; exact builtin types
+    error: str = ""       # one printable line, at most 200 characters
+    seconds: float = 0.0  # CPU time of the program
+
+
+# ---- Values: exact builtin types as JSON, which is read without running anything
+
+LEAVES = {type(None): lambda x: "null", bool: lambda x: "true" if x else "false", int: lambda x: f'"i{x:x}"',
+          float: lambda x: f'"f{x.hex()}"', complex: lambda x: f'"c{x.real.hex()} {x.imag.hex()}"',
+          str: lambda x: json.dumps("s" + x), bytes: lambda x: f'"b{x.hex()}"'}
+READ = {"i": lambda x: int(x, 16), "f": float.fromhex, "c": lambda x: complex(*map(float.fromhex, x.split(" "))),
+        "s": str, "b": bytes.fromhex}
+CONTAINERS = {kind.__name__: kind for kind in (list, tuple, dict, set, frozenset)}
+
+
+class TooLong(Exception):
+    """A value takes more room than a reply has."""
+
+
+def pack(value: object, room: float = math.inf, canonical: bool = False) -> str:
+    """A value as JSON text; canonical: without the order of dicts and sets, and the sign of zero.
+
+    Raises TypeError for any type but None, bool, int, float, complex, str, bytes and list, tuple, dict, set,
+    frozenset of them (a subclass is another type), ValueError when nested deeper than DEPTH, TooLong.
+    """
+    def text(x: object, depth: int) -> str:
+        nonlocal room
+        kind = type(x)
+        if kind in LEAVES:
+            out = LEAVES[kind](x + 0.0 if canonical and kind in (float, complex) else x)
+            room -= len(out)
+        else:
+            if CONTAINERS.get(kind.__name__) is not kind:
+                raise TypeError(f"a value of type {kind.__name__} does not cross")
+            if depth == 0:
+                raise ValueError(f"nested deeper than {DEPTH}")
+            if kind is dict:
+                items = [f"{text(k, depth - 1)},{text(v, depth - 1)}" for k, v in x.items()]
+            else:
+                items = [text(item, depth - 1) for item in x]
+            if canonical and kind not in (list, tuple):
+                items.sort()
+            out = "[" + ",".join([f'"{kind.__name__}"', *items]) + "]"
+            room -= len(items) + 8
+        if room < 0:
+            raise TooLong
+        return out
+    return text(value, DEPTH)
+
+
+def unpack(text: str | bytes) -> object:
+    """The value of a JSON text of pack. Raises ValueError for any other text, however it was made."""
+    def build(node: object, depth: int) -> object:
+        if node is None or type(node) is bool:
+            return node
+        if type(node) is str:
+            return READ[node[:1]](node[1:])
+        if depth == 0:
+            raise ValueError
+        kind, items = CONTAINERS[node[0]], [build(item, depth - 1) for item in node[1:]]
+        if kind in (list, tuple):
+            return kind(items)
+        keys = items[::2] if kind is dict else items
+        if len(keys) - len({hash(key) for key in keys}) > 100:  # equal hashes would make a dict quadratic
+            raise ValueError
+        return dict(zip(keys, items[1::2], strict=True)) if kind is dict else kind(items)
+    try:
+        return build(json.loads(text), DEPTH)
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+        raise ValueError("malformed") from None
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two values are equal and of the same types in depth; NaN is the same as NaN, True is not 1.
+
+    A value that cannot cross is the same as nothing.
+    """
+    try:
+        return pack(a, canonical=True) == pack(b, canonical=True)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+# ---- Layers: a function for each prepares it in the server; returns its name and what puts it on a child, for good
+
+Layer = tuple[str, Callable[[], object]]
+LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+# What computing, sleeping and ending call; numbers on x86_64 and arm64.
+CALLS = {"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
+         "madvise": (28, 233), "futex": (202, 98), "getrandom": (318, 278), "rt_sigreturn": (15, 139),
+         "rt_sigprocmask": (14, 135), "sched_yield": (24, 124), "nanosleep": (35, 101), "getpid": (39, 172),
+         "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+         "gettimeofday": (96, 169), "getrusage": (98, 165), "times": (100, 153), "restart_syscall": (219, 128),
+         "exit": (60, 93), "exit_group": (231, 94)}
+STREAMS = {"read": ((0, 63), (0,)), "write": ((1, 64), (1, 2))}  # allowed on these descriptors, all /dev/null
+MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}         # AUDIT_ARCH_*
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
+LANDLOCK_CREATE, LANDLOCK_RESTRICT = 444, 446
+
+
+def checked(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def rlimits(limits: Limits, file_size: int = 0) -> Layer:
+    import resource
+    values = {"CPU": math.ceil(limits.cpu) + 1, "FSIZE": file_size, "NOFILE": 0, "NPROC": 0, "CORE": 0, "MEMLOCK": 0}
+    with suppress(FileNotFoundError), open("/proc/self/statm") as f:  # not on macOS
+        values["AS"] = int(f.read().split()[0]) * mmap.PAGESIZE + (limits.memory_mb << 20)
+    pairs = [(getattr(resource, f"RLIMIT_{name}"), (value, value)) for name, value in values.items()]
+    return "rlimits", lambda: [resource.setrlimit(*pair) for pair in pairs]
+
+
+def own_uid(limits: Limits) -> Layer:
+    """Root becomes a user far above those that exist; not nobody, whom many programs share."""
+    if os.geteuid() != 0:
+        raise PermissionError
+    with open("/proc/self/uid_map") as f:
+        first, _, count = max((list(map(int, line.split())) for line in f), key=lambda row: row[2])
+    uid = first + count - 2000 - os.getpid() % 30_000
+
+    def put_on() -> None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    return "own uid", put_on
+
+
+def tie(limits: Limits) -> Layer:
+    """Always on: die with the server (a change of user undoes that, so it comes after), and gain no right by exec."""
+    server = os.getpid()
+
+    def put_on() -> None:
+        checked(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        if os.getppid() != server:
+            os._exit(1)
+    return "tie", put_on
+
+
+def landlock(limits: Limits) -> Layer:
+    """Rules that allow nothing. Some kernels claim a newer version than they have: the newest that works counts."""
+    claimed = checked(LIBC.syscall(LANDLOCK_CREATE, None, 0, 1))
+    for version in range(min(claimed, 7), 0, -1):  # the rights of 7 are those of 6
+        n_files = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
+        rights = struct.pack("QQQ", (1 << n_files) - 1, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+        size = 8 if version < 4 else 16 if version < 6 else 24
+        rules = LIBC.syscall(LANDLOCK_CREATE, rights[:size], size, 0)
+        if rules >= 0:
+            return f"landlock {version}", partial(lambda rules: checked(LIBC.syscall(LANDLOCK_RESTRICT, rules, 0)), rules)
+    raise OSError(errno.EINVAL, "no version of Landlock that the kernel claims works")
+
+
+def seccomp(limits: Limits) -> Layer:
+    """What is not allowed fails with EPERM, or ENOSYS if it is younger than Linux 5.1: glibc falls back at that alone.
+
+    A call of another architecture (i386, x32) ends the process.
+    """
+    column, arch = list(MACHINES).index(platform.machine()), MACHINES[platform.machine()]
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06                # BPF_LD|W|ABS, JMP|JEQ|K, JMP|JGE|K, RET|K
+    allow, kill, fail = 0x7FFF0000, 0x80000000, 0x00050000              # SECCOMP_RET_*
+    steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, kill),  # 4: arch in struct seccomp_data
+             (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]
+    for numbers in CALLS.values():
+        steps += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]
+    for numbers, descriptors in STREAMS.values():
+        steps += [(equal, 0, 2 + 2 * len(descriptors), numbers[column]), (load, 0, 0, 16)]  # the first argument
+        for descriptor in descriptors:
+            steps += [(equal, 0, 1, descriptor), (give, 0, 0, allow)]
+        steps += [(give, 0, 0, fail | errno.EPERM)]
+    steps += [(at_least, 0, 1, 424), (give, 0, 0, fail | errno.ENOSYS), (give, 0, 0, fail | errno.EPERM)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HP", len(steps), ctypes.addressof(code))
+    return "seccomp", lambda code=code: checked(LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
+
+
+def prepared(limits: Limits, names: Sequence[str]) -> list[Layer]:
+    """Those of these layers that this kernel has, each tried in a child, and the tie to this process."""
+    binding, layers = tie(limits), []
+    for prepare in (rlimits, own_uid, landlock, seccomp):
+        if prepare is landlock:
+            layers.append(binding)
+        with suppress(OSError, ValueError):  # the kernel has no such thing, or does not know this machine
+            if prepare.__name__.replace("_", " ") not in names:
+                continue
+            name, put_on = prepare(limits)
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    binding[1]()
+                    put_on()
+                    code = 0 if prepare in (rlimits, own_uid) else 2
+                    code == 0 or os.listdir("/")
+                except PermissionError:
+                    code = 0 if code == 2 else 1
+                finally:
+                    os._exit(code)
+            if os.waitpid(pid, 0)[1] == 0:
+                layers.append((name, put_on))
+    return layers
+
+
+# ---- The child: runs the program, and writes a line for each value and one for the end
+
+def run_program(job: bytes, write: Callable[[bytes], object], reply: int) -> None:
+    """Call the job's function for each of its cases; write(line) takes at most `reply` bytes, and the end."""
+    status, error = "ok", ""
+    try:
+        code, name, cases = json.loads(job)
+        module = sys.modules["solution"] = types.ModuleType("solution")
+        exec(compile(code, "<solution>", "exec"), module.__dict__)
+        if name not in module.__dict__:
+            raise NameError(f"no {name} is defined")
+        for case in cases:
+            line = b"=" + pack(module.__dict__[name](*unpack(case)), reply).encode() + b"\n"
+            reply -= len(line)
+            if reply < 0:
+                raise TooLong
+            write(line)
+    except MemoryError:
+        status = "memory"
+    except TooLong:
+        status = "reply"
+    except BaseException as e:  # SystemExit and KeyboardInterrupt among them
+        status, error = "error", type(e).__name__
+        with suppress(BaseException):
+            error = f"{error}: {e}"[:200]
+    write(b"!" + pack((status, error, time.process_time())).encode() + b"\n")
+
+
+def take_null() -> None:
+    """Make /dev/null of the standard streams."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+
+
+def run_once(limits: Limits, names: Sequence[str]) -> NoReturn:
+    """mode="subprocess": this process is the child, its job and its reply are standard input and output."""
+    job, reply = sys.stdin.buffer.read(), os.dup(1)
+    take_null()
+    if "rlimits" in names and os.name == "posix":
+        rlimits(limits, file_size=limits.reply + 10_000)[1]()
+    run_program(job, partial(os.write, reply), limits.reply)
+    os._exit(0)
+
+
+# ---- The server: one child a job
+
+def serve(limits: Limits, names: Sequence[str]) -> NoReturn:
+    """Read jobs from a socket, standard input, a line each, answer what became of them, and end with the caller."""
+    layers = prepared(limits, names)
+    reply = mmap.mmap(-1, limits.reply + 10_000)  # shared with the child: its length, then lines
+    nothing = bytes(len(reply))
+    gc.freeze()
+    os.write(0, json.dumps([name for name, _ in layers if name != "tie"]).encode() + b"\n")
+    for job in open(0, "rb", closefd=False):
+        pid = os.fork()
+        if pid == 0:
+            run_child(job, limits, layers, reply)
+        ended_by = wait_for(pid, limits)
+        os.kill(pid, signal.SIGKILL)
+        _, status, usage = os.wait4(pid, 0)
+        lines = reply[8:8 + int.from_bytes(reply[:8], "little")].decode("latin-1")
+        reply[:] = nothing  # so that the next child does not find it
+        verdict = [ended_by, usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status), lines]
+        os.write(0, json.dumps(verdict).encode() + b"\n")
+    os._exit(0)
+
+
+def run_child(job: bytes, limits: Limits, layers: list[Layer], reply: mmap.mmap) -> NoReturn:
+    used = 8
+
+    def write(line: bytes) -> None:
+        nonlocal used
+        reply[used:used + len(line)] = line
+        used += len(line)
+        reply[:8] = (used - 8).to_bytes(8, "little")
+    try:
+        os.setsid()
+        take_null()
+        for name, put_on in layers:
+            if name == "seccomp":
+                os.closerange(3, 1024)
+            put_on()
+        run_program(job, write, limits.reply)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def wait_for(pid: int, limits: Limits) -> str:
+    """Wait until the child ends, or has reached a limit: "cpu" or "wall"."""
+    poll, pidfd, start = select.poll(), os.pidfd_open(pid), time.monotonic()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(0, 0)  # tells only that the caller has gone
+    wait, ended_by = min(limits.cpu, limits.wall), ""
+    while not ended_by:
+        ready = poll.poll(1000 * wait + 1)
+        if any(descriptor == 0 for descriptor, _ in ready):
+            os._exit(0)
+        if ready:
+            break
+        used, seconds = time.clock_gettime(~pid << 3 | 2), time.monotonic() - start  # CPUCLOCK_SCHED of the child
+        waited = seconds - queued(pid)
+        wait = min(limits.cpu - used, limits.wall - waited)
+        if wait <= 0 or seconds > PATIENCE * limits.wall:
+            ended_by = "cpu" if used >= limits.cpu else "wall"
+    os.close(pidfd)
+    return ended_by
+
+
+def queued(pid: int) -> float:
+    """Seconds that a process was ready to run but waited for a CPU; 0 where the kernel does not tell."""
+    with suppress(OSError, IndexError), open(f"/proc/{pid}/schedstat") as f:
+        return int(f.read().split()[1]) / 1e9
+    return 0.0
+
+
+# ---- The caller. What only it needs is imported where it is used: a smaller server forks faster.
+
+class Lost(Exception):
+    """The server has ended, or does not answer."""
+
+
+def start(what: str, limits: Limits, layers: Sequence[str], run: Callable, **settings):
+    """Run this file in a fresh interpreter, by subprocess.Popen or subprocess.run. Raises SandboxError."""
+    words = [sys.executable, "-I", "-S", os.path.abspath(__file__), what, json.dumps([astuple(limits), list(layers)])]
+    environment = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # Windows needs it
+    try:
+        return run(words, env=environment, stderr=-3, start_new_session=True, **settings)  # -3: subprocess.DEVNULL
+    except OSError as e:
+        raise SandboxError(f"cannot start {sys.executable}: {e}") from None
+
+
+class Client:
+    """The caller's end of a server. Raises Lost."""
+
+    def __init__(self, limits: Limits, layers: Sequence[str]):
+        import socket
+        import subprocess
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self.process = start("--serve", limits, layers, subprocess.Popen, stdin=theirs, stdout=-3, cwd="/")
+        self.socket.settimeout(PATIENCE * limits.wall + 5)
+        self.answers = self.socket.makefile("rb")
+        self.protections = tuple(self.ask(b""))
+
+    def ask(self, job: bytes) -> list:
+        """What `serve` answers to a job."""
+        try:
+            self.socket.sendall(job)
+            answer = self.answers.readline()
+        except OSError as e:
+            raise Lost(e) from None
+        if not answer.endswith(b"\n"):
+            raise Lost("it ended")
+        return json.loads(answer)
+
+    def close(self, kill: bool = False) -> None:
+        self.answers.close()
+        self.socket.close()
+        with suppress(Exception):
+            self.process.wait(0 if kill else 5)
+        self.process.kill()
+        self.process.wait()
+
+
+def judge(limits: Limits, n_cases: int, ended_by: str, seconds: float | None, code: int, reply: str) -> Result:
+    """The result of a program from what its child left; seconds None: what the child itself says."""
+    *lines, rest = reply.split("\n")
+    try:
+        end = unpack(lines.pop()[1:]) if lines and lines[-1][:1] == "!" else ("", "", limits.cpu)
+        values = tuple(unpack(line[1:]) for line in lines if line[:1] == "=")
+        status, error, own = end
+        if not (len(values) == len(lines) <= n_cases and [*map(type, end)] == [str, str, float]):
+            raise ValueError
+    except (TypeError, ValueError):
+        return Result("died", (), "its reply is malformed", seconds or 0.0)
+    seconds = own if seconds is None else seconds
+    if ended_by or seconds >= limits.cpu:
+        return Result(ended_by or "cpu", values, "", seconds)
+    whole = code == 0 and not rest and status in ("ok", "error", "memory", "reply")
+    if not whole or (status == "ok" and len(values) < n_cases):
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        return Result("died", values, f"it ended {how}, without a whole reply", seconds)
+    return Result(status, values, ascii(error)[1:-1][:200], seconds)
+
+
+class Sandbox:
+    """Where programs run: `with Sandbox() as box: box.run(code, "solve", [(3,), (4,)])`.
+
+    mode: server, subprocess (weaker, see above), or auto: server on Linux. workers: programs at a time in
+    run_all. layers: of ALL; fewer are for tests. Threads may share it, forked processes may not.
+    Raises SandboxError when its self-test fails.
+    """
+
+    def __init__(self, limits: Limits = Limits(), mode: str = "auto", workers: int = 1, layers: Sequence[str] = ALL):
+        import queue
+        if mode not in ("auto", "server", "subprocess") or not set(layers) <= set(ALL) or workers < 1:
+            raise ValueError(f"mode {mode!r}, layers {layers}, workers {workers}")
+        self.limits, self.layers, self.workers, self.owner = limits, tuple(layers), workers, os.getpid()
+        self.mode = mode if mode != "auto" else "server" if hasattr(os, "pidfd_open") else "subprocess"
+        self.idle = queue.SimpleQueue()  # clients, or None for one that is still to be started
+        for _ in range(workers):
+            self.idle.put(None)
+        self.protections: tuple[str, ...] | None = None
+        if self.mode == "subprocess":
+            self.protections = ("rlimits",) if "rlimits" in layers and os.name == "posix" else ()
+            warnings.warn("sandbox: files, network and processes are open to programs here", stacklevel=2)
+        try:
+            self.test()
+        except BaseException:
+            self.close()
+            raise
+
+    def test(self) -> None:
+        """Raise SandboxError unless an honest program passes, a wrong one fails, and files are out of reach."""
+        code = "def double(x): return x + x\ndef wrong(): 1 / 0\ndef attack(): open('/proc/self/maps')"
+        honest = self.run(code, "double", [(21,), ("ab",)])
+        wrong = self.run(code, "wrong", [()])
+        attack = self.run(code, "attack", [()])
+        confined = any(name.startswith(("landlock", "seccomp")) for name in self.protections)
+        for result, sound in ((honest, honest.status == "ok" and honest.values == (42, "abab")),
+                              (wrong, wrong.error.startswith("ZeroDivisionError")),
+                              (attack, not confined or attack.error.startswith("PermissionError"))):
+            if not sound:
+                raise SandboxError(f"the sandbox does not work here, its self-test gives {result}")
+
+    def run(self, code: str, name: str, cases: Sequence[tuple]) -> Result:
+        """Call name(*case) for each case. Raises TypeError for a case that cannot cross, SandboxError."""
+        if self.owner != os.getpid():
+            raise SandboxError("the sandbox is closed, or was opened by another process")
+        job = json.dumps([code, name, [pack(tuple(case)) for case in cases]]).encode() + b"\n"
+        if self.mode == "subprocess":
+            return self.run_in_subprocess(job, len(cases))
+        client, reason = self.idle.get(), None
+        try:
+            for _ in range(3):  # that a server was killed says nothing of the program: it is judged again
+                try:
+                    client = client or self.new_client()
+                    return judge(self.limits, len(cases), *client.ask(job))
+                except Lost as e:
+                    client, reason = client and client.close(kill=True), e
+            raise SandboxError(f"its server was lost three times: {reason}")
+        except BaseException:
+            client = client and client.close(kill=True)  # after a Ctrl-C, an answer may be on its way
+            raise
+        finally:
+            self.idle.put(client)
+
+    def new_client(self) -> Client:
+        client = Client(self.limits, self.layers)
+        if self.protections is None:
+            self.protections = client.protections
+            lacking = [x for x in self.layers if not any(have.startswith(x) for have in self.protections)]
+            if set(lacking) - ({"own uid"} if os.geteuid() else set()):
+                warnings.warn(f"sandbox: this kernel gives no {', '.join(lacking)}", stacklevel=5)
+        if client.protections != self.protections:
+            client.close()
+            raise SandboxError(f"a new server has {client.protections}, the first had {self.protections}")
+        return client
+
+    def run_in_subprocess(self, job: bytes, n_cases: int) -> Result:
+        import subprocess
+        import tempfile
+        with tempfile.TemporaryFile() as reply, tempfile.TemporaryDirectory() as folder:
+            try:
+                code, ended_by = start("--once", self.limits, self.layers, subprocess.run, input=job, stdout=reply,
+                                       cwd=folder, timeout=self.limits.wall).returncode, ""
+            except subprocess.TimeoutExpired:
+                code, ended_by = -signal.SIGTERM, "wall"
+            reply.seek(0)
+            lines = reply.read(self.limits.reply + 10_000).decode("latin-1")
+            return judge(self.limits, n_cases, ended_by, None, code, lines)
+
+    def run_all(self, jobs: Iterable[tuple[str, str, Sequence[tuple]]]) -> Iterator[Result]:
+        """run of each job, `workers` at a time; results in the order of the jobs."""
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from pool.map(lambda job: self.run(*job), jobs)
+
+    def close(self) -> None:
+        """End the servers. No process is left."""
+        self.owner = None
+        for _ in range(self.workers):
+            client = self.idle.get()
+            self.idle.put(client and client.close())
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one file, and print the result and the protections."""
+    import ast
+
+    from common.files import UserError, one_line_errors
+    from common.flags import Parser, path
+    p = Parser(prog="common.sandbox", usage="python -m common.sandbox FILE.py [flags]", description=__doc__)
+    p.add_argument("file", type=path, metavar="FILE.py", help="program to run")
+    p.add_argument("--call", default="solve", metavar="NAME", help="its function")
+    p.add_argument("--case", action="append", metavar="'(A, B)'", help="a tuple of arguments; may be given again")
+    args = p.parse_args(argv)
+    with one_line_errors("common.sandbox"):
+        try:
+            cases = [ast.literal_eval(text) for text in args.case or ["()"]]
+            with open(args.file, encoding="utf-8", errors="surrogateescape") as f, Sandbox() as box:
+                result = box.run(f.read(), args.call, cases)
+        except (SandboxError, SyntaxError, TypeError, ValueError) as e:
+            raise UserError(e) from None
+        print(f"protections: {', '.join(box.protections) or 'none'}")
+        print(f"{result.status}, {result.seconds:.3f} CPU-s {result.error}")
+        for case, value in zip(cases, result.values, strict=False):
+            print(f"{args.call}{case} = {ascii(pack(value)) if type(value) is int else ascii(value)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] not in (["--serve"], ["--once"]):
+        main()
+    else:
+        warnings.simplefilter("ignore")
+        for module_name in IMPORTED.split():
+            importlib.import_module(module_name)
+        (serve if sys.argv[1] == "--serve" else run_once)(*(f(x) for f, x in zip(
+            (lambda x: Limits(*x), tuple), json.loads(sys.argv[2]), strict=True)))
