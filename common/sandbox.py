@@ -218,8 +218,10 @@ def landlock(limits: Limits) -> Layer:
         size = 8 if version < 4 else 16 if version < 6 else 24
         rules = LIBC.syscall(LANDLOCK_CREATE, rights[:size], size, 0)
         if rules >= 0:
-            return f"landlock {version}", partial(lambda rules: checked(LIBC.syscall(LANDLOCK_RESTRICT, rules, 0)), rules)
-    raise OSError(errno.EINVAL, "no version of Landlock that the kernel claims works")
+            break
+    else:
+        raise OSError(errno.EINVAL, "no version of Landlock that the kernel claims works")
+    return f"landlock {version}", lambda: checked(LIBC.syscall(LANDLOCK_RESTRICT, rules, 0))
 
 
 def seccomp(limits: Limits) -> Layer:
@@ -584,10 +586,11 @@ def main(argv: list[str] | None = None) -> None:
                 result = box.run(f.read(), args.call, cases)
         except (SandboxError, SyntaxError, TypeError, ValueError) as e:
             raise UserError(e) from None
+        sys.set_int_max_str_digits(0)  # of a value that is to be read
         print(f"protections: {', '.join(box.protections) or 'none'}")
         print(f"{result.status}, {result.seconds:.3f} CPU-s {result.error}")
         for case, value in zip(cases, result.values, strict=False):
-            print(f"{args.call}{case} = {ascii(pack(value)) if type(value) is int else ascii(value)}")
+            print(f"{args.call}{case} = {value!a}")
 
 
 if __name__ == "__main__":
