@@ -48,7 +48,8 @@ DEPTH = 100               # containers within containers that cross
 PATIENCE = 5              # times Limits.wall after which a program that waits for a busy CPU is ended, too
 IMPORTED = """math re json itertools functools collections string operator heapq bisect decimal fractions random
     statistics datetime dataclasses typing enum abc copy unicodedata textwrap ast cmath numbers array struct time
-    calendar contextlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_32"""
+    calendar contextlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_16_le
+    encodings.utf_16_be encodings.utf_32 encodings.utf_32_le encodings.cp1252 encodings.hex_codec"""
 
 
 class SandboxError(RuntimeError):
@@ -62,6 +63,10 @@ class Limits:
     wall: float = 3.0     # seconds
     memory_mb: int = 256
     reply: int = 256_000  # bytes that its values may take
+
+    def __post_init__(self):
+        if not all(0 < value < math.inf for value in astuple(self)):
+            raise ValueError(f"{self}: all must be above 0")
 
 
 @dataclass(frozen=True)
@@ -198,10 +203,14 @@ def own_uid(limits: Limits) -> Layer:
 
 
 def tie(limits: Limits) -> Layer:
-    """Always on: die with the server (a change of user undoes that, so it comes after), and gain no right by exec."""
-    server = os.getpid()
+    """Always on: die with the server (a change of user would undo it, so this comes later), gain no right by exec."""
+    server, null = os.getpid(), os.open(os.devnull, os.O_RDWR)
 
     def put_on() -> None:
+        os.setsid()
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
         checked(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         if os.getppid() != server:
@@ -219,9 +228,11 @@ def landlock(limits: Limits) -> Layer:
         rules = LIBC.syscall(LANDLOCK_CREATE, rights[:size], size, 0)
         if rules >= 0:
             break
-    else:
-        raise OSError(errno.EINVAL, "no version of Landlock that the kernel claims works")
-    return f"landlock {version}", lambda: checked(LIBC.syscall(LANDLOCK_RESTRICT, rules, 0))
+
+    def put_on() -> None:
+        checked(LIBC.syscall(LANDLOCK_RESTRICT, rules, 0))
+        os.close(rules)
+    return f"landlock {version}", put_on
 
 
 def seccomp(limits: Limits) -> Layer:
@@ -247,30 +258,33 @@ def seccomp(limits: Limits) -> Layer:
     return "seccomp", lambda code=code: checked(LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
 
 
+def root_is_closed() -> bool:
+    try:
+        os.listdir("/")
+    except PermissionError:
+        return True
+    return False
+
+
 def prepared(limits: Limits, names: Sequence[str]) -> list[Layer]:
-    """Those of these layers that this kernel has, each tried in a child, and the tie to this process."""
+    """Those of these layers that this kernel has, each tried in a child, in the order in which they are put on."""
     binding, layers = tie(limits), []
-    for prepare in (rlimits, own_uid, landlock, seccomp):
-        if prepare is landlock:
+    for prepare in (own_uid, tie, rlimits, landlock, seccomp):
+        if prepare is tie:
             layers.append(binding)
-        with suppress(OSError, ValueError):  # the kernel has no such thing, or does not know this machine
-            if prepare.__name__.replace("_", " ") not in names:
-                continue
-            name, put_on = prepare(limits)
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    binding[1]()
-                    put_on()
-                    code = 0 if prepare in (rlimits, own_uid) else 2
-                    code == 0 or os.listdir("/")
-                except PermissionError:
-                    code = 0 if code == 2 else 1
-                finally:
-                    os._exit(code)
-            if os.waitpid(pid, 0)[1] == 0:
-                layers.append((name, put_on))
+        elif prepare.__name__.replace("_", " ") in names:
+            with suppress(OSError, ValueError):  # the kernel has no such thing, or does not know this machine
+                layer = prepare(limits)
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        binding[1]()
+                        layer[1]()
+                        os._exit(prepare in (landlock, seccomp) and not root_is_closed())
+                    finally:
+                        os._exit(1)
+                if os.waitpid(pid, 0)[1] == 0:
+                    layers.append(layer)
     return layers
 
 
@@ -302,17 +316,10 @@ def run_program(job: bytes, write: Callable[[bytes], object], reply: int) -> Non
     write(b"!" + pack((status, error, time.process_time())).encode() + b"\n")
 
 
-def take_null() -> None:
-    """Make /dev/null of the standard streams."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-
-
 def run_once(limits: Limits, names: Sequence[str]) -> NoReturn:
     """mode="subprocess": this process is the child, its job and its reply are standard input and output."""
     job, reply = sys.stdin.buffer.read(), os.dup(1)
-    take_null()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if "rlimits" in names and os.name == "posix":
         rlimits(limits, file_size=limits.reply + 10_000)[1]()
     run_program(job, partial(os.write, reply), limits.reply)
@@ -324,43 +331,29 @@ def run_once(limits: Limits, names: Sequence[str]) -> NoReturn:
 def serve(limits: Limits, names: Sequence[str]) -> NoReturn:
     """Read jobs from a socket, standard input, a line each, answer what became of them, and end with the caller."""
     layers = prepared(limits, names)
-    reply = mmap.mmap(-1, limits.reply + 10_000)  # shared with the child: its length, then lines
+    reply = mmap.mmap(-1, limits.reply + 10_000)  # shared with the child, which writes lines from the start on
     nothing = bytes(len(reply))
     gc.freeze()
-    os.write(0, json.dumps([name for name, _ in layers if name != "tie"]).encode() + b"\n")
+    hello = [name for layer in ALL for name, _ in layers if name.startswith(layer)]
+    os.write(0, json.dumps(hello).encode() + b"\n")
     for job in open(0, "rb", closefd=False):
         pid = os.fork()
         if pid == 0:
-            run_child(job, limits, layers, reply)
+            try:
+                for _, put_on in layers:
+                    put_on()
+                run_program(job, reply.write, limits.reply)
+                os._exit(0)
+            finally:
+                os._exit(1)
         ended_by = wait_for(pid, limits)
         os.kill(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
-        lines = reply[8:8 + int.from_bytes(reply[:8], "little")].decode("latin-1")
+        lines = reply[:].partition(b"\0")[0].decode("latin-1")
         reply[:] = nothing  # so that the next child does not find it
         verdict = [ended_by, usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status), lines]
         os.write(0, json.dumps(verdict).encode() + b"\n")
     os._exit(0)
-
-
-def run_child(job: bytes, limits: Limits, layers: list[Layer], reply: mmap.mmap) -> NoReturn:
-    used = 8
-
-    def write(line: bytes) -> None:
-        nonlocal used
-        reply[used:used + len(line)] = line
-        used += len(line)
-        reply[:8] = (used - 8).to_bytes(8, "little")
-    try:
-        os.setsid()
-        take_null()
-        for name, put_on in layers:
-            if name == "seccomp":
-                os.closerange(3, 1024)
-            put_on()
-        run_program(job, write, limits.reply)
-        os._exit(0)
-    finally:
-        os._exit(1)
 
 
 def wait_for(pid: int, limits: Limits) -> str:
@@ -444,7 +437,7 @@ def judge(limits: Limits, n_cases: int, ended_by: str, seconds: float | None, co
     """The result of a program from what its child left; seconds None: what the child itself says."""
     *lines, rest = reply.split("\n")
     try:
-        end = unpack(lines.pop()[1:]) if lines and lines[-1][:1] == "!" else ("", "", limits.cpu)
+        end = unpack(lines.pop()[1:]) if lines and lines[-1][:1] == "!" else ("", "", 0.0)
         values = tuple(unpack(line[1:]) for line in lines if line[:1] == "=")
         status, error, own = end
         if not (len(values) == len(lines) <= n_cases and [*map(type, end)] == [str, str, float]):
@@ -540,10 +533,11 @@ class Sandbox:
         import tempfile
         with tempfile.TemporaryFile() as reply, tempfile.TemporaryDirectory() as folder:
             try:
-                code, ended_by = start("--once", self.limits, self.layers, subprocess.run, input=job, stdout=reply,
-                                       cwd=folder, timeout=self.limits.wall).returncode, ""
+                code = start("--once", self.limits, self.layers, subprocess.run, input=job, stdout=reply,
+                             cwd=folder, timeout=self.limits.wall).returncode
+                ended_by = "cpu" if code == -signal.SIGKILL else ""
             except subprocess.TimeoutExpired:
-                code, ended_by = -signal.SIGTERM, "wall"
+                code, ended_by = 0, "wall"
             reply.seek(0)
             lines = reply.read(self.limits.reply + 10_000).decode("latin-1")
             return judge(self.limits, n_cases, ended_by, None, code, lines)
@@ -590,7 +584,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"protections: {', '.join(box.protections) or 'none'}")
         print(f"{result.status}, {result.seconds:.3f} CPU-s {result.error}")
         for case, value in zip(cases, result.values, strict=False):
-            print(f"{args.call}{case} = {value!a}")
+            print(f"{args.call}{case!a} = {value!a}")
 
 
 if __name__ == "__main__":
