@@ -332,7 +332,6 @@ def serve(limits: Limits, names: Sequence[str]) -> NoReturn:
     """Read jobs from a socket, standard input, a line each, answer what became of them, and end with the caller."""
     layers = prepared(limits, names)
     reply = mmap.mmap(-1, limits.reply + 10_000)  # shared with the child, which writes lines from the start on
-    nothing = bytes(len(reply))
     gc.freeze()
     hello = [name for layer in ALL for name, _ in layers if name.startswith(layer)]
     os.write(0, json.dumps(hello).encode() + b"\n")
@@ -349,8 +348,8 @@ def serve(limits: Limits, names: Sequence[str]) -> NoReturn:
         ended_by = wait_for(pid, limits)
         os.kill(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
-        lines = reply[:].partition(b"\0")[0].decode("latin-1")
-        reply[:] = nothing  # so that the next child does not find it
+        lines = reply[:max(reply.find(b"\0"), 0)].decode("latin-1")
+        reply.madvise(mmap.MADV_REMOVE)  # all of it is zero again
         verdict = [ended_by, usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status), lines]
         os.write(0, json.dumps(verdict).encode() + b"\n")
     os._exit(0)

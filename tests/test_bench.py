@@ -1,5 +1,7 @@
-"""Speeds, in CPU seconds, beside a plain reference in the same run: python -m pytest -m bench -s"""
+"""Speeds, in CPU seconds (of the sandbox: on the clock), beside a plain reference in the same run: python -m pytest -m bench -s"""
 import itertools
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -9,6 +11,7 @@ import torch
 
 import addition_train
 import collatz
+from common import sandbox
 
 pytestmark = pytest.mark.bench
 
@@ -119,3 +122,24 @@ def test_evaluation_of_addition_against_greedy_decoding(preset):
     greedy = 1000 / cpu_seconds(lambda: addition_train.answers(module, few, "ar"))
     print(f"\n{preset}: {ours:.0f} additions/CPU-s with encoding, greedy decoding {greedy:.0f}: "
           f"{ours / greedy:.0f} times")
+
+
+def test_sandbox_against_a_fresh_interpreter_for_each_program():
+    code = "def f(x):\n    y = x + 1\n    return y * 2"
+    with sandbox.Sandbox() as box:
+        def programs(n_cases, n=200):
+            start = time.perf_counter()
+            for i in range(n):
+                assert box.run(code, "f", [(i,)] * n_cases).values == (2 * i + 2,) * n_cases
+            return n / (time.perf_counter() - start)
+
+        def fresh(n=50):
+            start = time.perf_counter()
+            for i in range(n):
+                words = [sys.executable, "-I", "-S", "-c", f"{code}\nprint(f({i}))"]
+                assert subprocess.run(words, capture_output=True, text=True).stdout == f"{2 * i + 2}\n"
+            return n / (time.perf_counter() - start)
+        rates = [(programs(1), programs(8), fresh()) for _ in range(5)]
+    one, eight, plain = (max(column) for column in zip(*rates, strict=True))
+    print(f"\nsandbox with {', '.join(box.protections)}: {one:.0f} programs/s, {8 * eight:.0f} cases/s with 8 a program; "
+          f"fresh interpreter {plain:.0f}/s: {one / plain:.1f} times")
