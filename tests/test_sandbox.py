@@ -52,7 +52,7 @@ hashable = st.recursive(leaves, lambda x: st.lists(x).map(tuple) | st.frozensets
 values = st.recursive(hashable, lambda x: st.lists(x) | st.dictionaries(hashable, x) | st.sets(hashable), max_leaves=20)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(deadline=None, derandomize=True, max_examples=100)
 @given(values)
 def test_a_value_crosses_unchanged_and_is_the_same(value):
     back = unpack(pack(value))
@@ -316,7 +316,7 @@ def test_a_sandbox_that_cannot_work_is_an_error_not_zeros(limits):
 # ---- the server, the caller
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=str)
 def test_a_server_that_is_lost_is_replaced_and_the_job_judged_again(number, monkeypatch):
     monkeypatch.setattr(sandbox, "PATIENCE", 1)
     with Sandbox(Limits(cpu=0.5, wall=1)) as box:
@@ -411,13 +411,15 @@ def test_the_fallback_gives_the_same_verdicts_and_says_what_it_lacks():
     with pytest.warns(UserWarning, match="files, network and processes are open"), Sandbox(
             Limits(cpu=1, wall=4, memory_mb=200, reply=10_000), mode="subprocess") as box:
         assert box.protections == ("rlimits",)
-        for code, status in (("def f(x): return x", "ok"), ("def f(x): 1 / 0", "error"), ("import time\ndef f(x): time.sleep(9)", "wall"),
+        for code, status in (("def f(x): return x", "ok"), ("def f(x): 1 / 0", "error"),
                              ("def f(x): return bytearray(1 << 30)", "memory"), ("def f(x): return 'x' * 10**5", "reply"),
                              ("import os\ndef f(x): os._exit(0)", "died"), ("def f(x):\n while True: pass", "cpu"),
                              ("import os\ndef f(x):\n for _ in range(10**6): os.write(3, b'x' * 999)", "died")):
             assert run(box, code, 1).status == status, code
         code = "import builtins\ndef f(x): builtins.sorted = None; return type(x)(x)"
         assert [r.values for r in box.run_all([(code, "f", [({1, 2},)])] * 2)] == [({1, 2},)] * 2
+        box.limits = Limits(wall=0.5)
+        assert run(box, "import time\ndef f(x): time.sleep(9)", 1).status == "wall"
 
 
 def test_the_command_runs_a_file(tmp_path, capsys):
