@@ -5,7 +5,8 @@ other processes, outlive its limits, break the caller with what it returns, or m
 pass. It runs in a child of a small clean server (a fresh `python -I -S`, never the caller), and the caller alone
 knows the expected values. What stops what:
 
-  fork      patches of modules and builtins die with the child; its reply is read when it is dead, and is data
+  fork      patches of modules and builtins die with the child; what it replies is data, read when it is dead;
+            job and reply lie in memory that the server never reads, so the next child cannot find them
   server    CPU time (the verdict), wall time (ends waiting; time spent waiting for a busy CPU is not counted)
   rlimits   memory beyond the server's own, file sizes, descriptors, processes, core dumps
   own uid   (root only) other users' files; signals to others, and their priorities and limits
@@ -13,9 +14,12 @@ knows the expected values. What stops what:
   seccomp   every system call but those that computing needs: no files, sockets, processes, signals, IPC
 
 Not stopped: side channels of time and cache, faults of the kernel, and a program that chooses what it reports,
-which is no more than `return 42` can do. Where the kernel lacks a layer, a warning says so and `protections`
-leaves it out. mode="subprocess", for macOS and Windows, is weaker: a fresh interpreter for each program with a
-limit of wall time and (not on Windows) of CPU time and memory; files, network and processes are open to it.
+which is no more than `return 42` can do; a hostile reply of the greatest size may cost the caller 0.2 s. Where
+the kernel lacks a layer, a warning says so and `protections` leaves it out.
+
+mode="subprocess", for macOS and Windows, is weaker: a fresh interpreter for each program with a
+limit of wall time and (not on Windows) of CPU time and memory, in whole seconds; files, network and processes are
+open to it, and it chooses the seconds that it reports.
 
 Sources: seccomp(2), landlock(7), syscall tables of Linux 6.18 (x86_64; arm64 is written from them, untested).
 """
@@ -37,6 +41,7 @@ import sys
 import time
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -45,11 +50,13 @@ from typing import Literal, NoReturn
 
 ALL = ("rlimits", "own uid", "landlock", "seccomp")
 DEPTH = 100               # containers within containers that cross
+SPARE = 10_000            # bytes of a reply besides its values
 PATIENCE = 5              # times Limits.wall after which a program that waits for a busy CPU is ended, too
 IMPORTED = """math re json itertools functools collections string operator heapq bisect decimal fractions random
     statistics datetime dataclasses typing enum abc copy unicodedata textwrap ast cmath numbers array struct time
     calendar contextlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_16_le
-    encodings.utf_16_be encodings.utf_32 encodings.utf_32_le encodings.cp1252 encodings.hex_codec"""
+    encodings.utf_16_be encodings.utf_32 encodings.utf_8_sig encodings.unicode_escape encodings.cp1252
+    encodings.iso8859_15 encodings.cp437 encodings.hex_codec encodings.rot_13"""
 
 
 class SandboxError(RuntimeError):
@@ -65,25 +72,30 @@ class Limits:
     reply: int = 256_000  # bytes that its values may take
 
     def __post_init__(self):
-        if not all(0 < value < math.inf for value in astuple(self)):
-            raise ValueError(f"{self}: all must be above 0")
+        if not (all(0 < value < 1e6 for value in (self.cpu, self.wall, self.memory_mb)) and 0 < self.reply < 1 << 30
+                and type(self.memory_mb) is type(self.reply) is int):
+            raise ValueError(f"{self}: out of range")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     status: Literal["ok", "error", "cpu", "wall", "memory", "reply", "died"]
     values: tuple = ()    # one a case, up to the first that failed; exact builtin types
     error: str = ""       # one printable line, at most 200 characters
     seconds: float = 0.0  # CPU time of the program
 
+    def __repr__(self) -> str:  # that of an int of 4,301 digits is an error
+        return f"Result({self.status!r}, {pack(self.values)[:200]}, {self.error!r}, {self.seconds:.3f})"
 
-# ---- Values: exact builtin types as JSON, which is read without running anything
+
+# ---- Values: exact builtin types as JSON, which is read without running anything. It joins pairs of surrogates: UTF-8
 
 LEAVES = {type(None): lambda x: "null", bool: lambda x: "true" if x else "false", int: lambda x: f'"i{x:x}"',
           float: lambda x: f'"f{x.hex()}"', complex: lambda x: f'"c{x.real.hex()} {x.imag.hex()}"',
-          str: lambda x: json.dumps("s" + x), bytes: lambda x: f'"b{x.hex()}"'}
+          str: lambda x: json.dumps("s" + x.encode("utf-8", "surrogatepass").decode("latin-1")),
+          bytes: lambda x: f'"b{x.hex()}"'}
 READ = {"i": lambda x: int(x, 16), "f": float.fromhex, "c": lambda x: complex(*map(float.fromhex, x.split(" "))),
-        "s": str, "b": bytes.fromhex}
+        "s": lambda x: x.encode("latin-1").decode("utf-8", "surrogatepass"), "b": bytes.fromhex}
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, dict, set, frozenset)}
 
 
@@ -101,7 +113,9 @@ def pack(value: object, room: float = math.inf, canonical: bool = False) -> str:
         nonlocal room
         kind = type(x)
         if kind in LEAVES:
-            out = LEAVES[kind](x + 0.0 if canonical and kind in (float, complex) else x)
+            if canonical and kind in (float, complex):
+                x = x + 0.0 if kind is float else complex(x.real + 0.0, x.imag + 0.0)
+            out = LEAVES[kind](x)
             room -= len(out)
         else:
             if CONTAINERS.get(kind.__name__) is not kind:
@@ -135,12 +149,16 @@ def unpack(text: str | bytes) -> object:
         if kind in (list, tuple):
             return kind(items)
         keys = items[::2] if kind is dict else items
-        if len(keys) - len({hash(key) for key in keys}) > 100:  # equal hashes would make a dict quadratic
+        if max(Counter(map(hash, keys)).values(), default=0) > 100:  # equal hashes would make a dict quadratic
             raise ValueError
         return dict(zip(keys, items[1::2], strict=True)) if kind is dict else kind(items)
     try:
-        return build(json.loads(text), DEPTH)
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+        node = json.loads(text)
+    except (RecursionError, ValueError):
+        raise ValueError("malformed") from None
+    try:
+        return build(node, DEPTH)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
         raise ValueError("malformed") from None
 
 
@@ -159,15 +177,14 @@ def same(a: object, b: object) -> bool:
 
 Layer = tuple[str, Callable[[], object]]
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-# What computing, sleeping and ending call; numbers on x86_64 and arm64.
-CALLS = {"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
-         "madvise": (28, 233), "futex": (202, 98), "getrandom": (318, 278), "rt_sigreturn": (15, 139),
+# What computing, sleeping and ending call, with the numbers on x86_64 and arm64. All that is open is /dev/null.
+CALLS = {"read": (0, 63), "write": (1, 64), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215),
+         "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233), "futex": (202, 98), "getrandom": (318, 278), "rt_sigreturn": (15, 139),
          "rt_sigprocmask": (14, 135), "sched_yield": (24, 124), "nanosleep": (35, 101), "getpid": (39, 172),
          "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
          "gettimeofday": (96, 169), "getrusage": (98, 165), "times": (100, 153), "restart_syscall": (219, 128),
          "exit": (60, 93), "exit_group": (231, 94)}
-STREAMS = {"read": ((0, 63), (0,)), "write": ((1, 64), (1, 2))}  # allowed on these descriptors, all /dev/null
-MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}         # AUDIT_ARCH_*
+MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 LANDLOCK_CREATE, LANDLOCK_RESTRICT = 444, 446
 
@@ -180,10 +197,16 @@ def checked(result: int) -> int:
 
 def rlimits(limits: Limits, file_size: int = 0) -> Layer:
     import resource
-    values = {"CPU": math.ceil(limits.cpu) + 1, "FSIZE": file_size, "NOFILE": 0, "NPROC": 0, "CORE": 0, "MEMLOCK": 0}
+    values = {"CPU": math.ceil(limits.cpu) + 1, "FSIZE": file_size, "NOFILE": 0, "NPROC": 0, "MEMLOCK": 0,
+              "CORE": 1}  # 0 would let a program that takes core dumps run
     with suppress(FileNotFoundError), open("/proc/self/statm") as f:  # not on macOS
         values["AS"] = int(f.read().split()[0]) * mmap.PAGESIZE + (limits.memory_mb << 20)
-    pairs = [(getattr(resource, f"RLIMIT_{name}"), (value, value)) for name, value in values.items()]
+    pairs = []
+    for name, value in values.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        most = resource.getrlimit(kind)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        pairs.append((kind, (value, value)))
     return "rlimits", lambda: [resource.setrlimit(*pair) for pair in pairs]
 
 
@@ -203,19 +226,23 @@ def own_uid(limits: Limits) -> Layer:
 
 
 def tie(limits: Limits) -> Layer:
-    """Always on: die with the server (a change of user would undo it, so this comes later), gain no right by exec."""
+    """Always on: no descriptor but /dev/null; die with the server (a change of user would undo it: so, after that)."""
     server, null = os.getpid(), os.open(os.devnull, os.O_RDWR)
 
     def put_on() -> None:
         os.setsid()
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        os.close(null)
+        os.closerange(3, 1024)
         checked(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-        checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         if os.getppid() != server:
             os._exit(1)
     return "tie", put_on
+
+
+def no_new_rights() -> None:
+    """By any exec; without it only root may confine itself."""
+    checked(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 def landlock(limits: Limits) -> Layer:
@@ -230,8 +257,8 @@ def landlock(limits: Limits) -> Layer:
             break
 
     def put_on() -> None:
+        no_new_rights()
         checked(LIBC.syscall(LANDLOCK_RESTRICT, rules, 0))
-        os.close(rules)
     return f"landlock {version}", put_on
 
 
@@ -247,44 +274,38 @@ def seccomp(limits: Limits) -> Layer:
              (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]
     for numbers in CALLS.values():
         steps += [(equal, 0, 1, numbers[column]), (give, 0, 0, allow)]
-    for numbers, descriptors in STREAMS.values():
-        steps += [(equal, 0, 2 + 2 * len(descriptors), numbers[column]), (load, 0, 0, 16)]  # the first argument
-        for descriptor in descriptors:
-            steps += [(equal, 0, 1, descriptor), (give, 0, 0, allow)]
-        steps += [(give, 0, 0, fail | errno.EPERM)]
     steps += [(at_least, 0, 1, 424), (give, 0, 0, fail | errno.ENOSYS), (give, 0, 0, fail | errno.EPERM)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = struct.pack("HP", len(steps), ctypes.addressof(code))
-    return "seccomp", lambda code=code: checked(LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
 
-
-def root_is_closed() -> bool:
-    try:
-        os.listdir("/")
-    except PermissionError:
-        return True
-    return False
+    def put_on(code: object = code) -> None:  # which is to live as long as this
+        no_new_rights()
+        checked(LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0))
+    return "seccomp", put_on
 
 
 def prepared(limits: Limits, names: Sequence[str]) -> list[Layer]:
-    """Those of these layers that this kernel has, each tried in a child, in the order in which they are put on."""
-    binding, layers = tie(limits), []
-    for prepare in (own_uid, tie, rlimits, landlock, seccomp):
-        if prepare is tie:
-            layers.append(binding)
-        elif prepare.__name__.replace("_", " ") in names:
-            with suppress(OSError, ValueError):  # the kernel has no such thing, or does not know this machine
-                layer = prepare(limits)
-                pid = os.fork()
-                if pid == 0:
-                    try:
-                        binding[1]()
-                        layer[1]()
-                        os._exit(prepare in (landlock, seccomp) and not root_is_closed())
-                    finally:
+    """Those of these layers that this kernel has, in the order in which they are put on; each is tried in a child."""
+    layers = []
+    for prepare in (own_uid, landlock, tie, rlimits, seccomp):
+        if prepare is not tie and prepare.__name__.replace("_", " ") not in names:
+            continue
+        with suppress(OSError, ValueError):  # the kernel has no such thing, or does not know this machine
+            layer = prepare(limits)
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    layer[1]()
+                    if prepare in (landlock, seccomp):
+                        os.listdir("/")
                         os._exit(1)
-                if os.waitpid(pid, 0)[1] == 0:
-                    layers.append(layer)
+                    os._exit(0)
+                except PermissionError as e:
+                    os._exit(e.filename != "/")
+                finally:
+                    os._exit(1)
+            if os.waitpid(pid, 0)[1] == 0:
+                layers.append(layer)
     return layers
 
 
@@ -296,7 +317,7 @@ def run_program(job: bytes, write: Callable[[bytes], object], reply: int) -> Non
     try:
         code, name, cases = json.loads(job)
         module = sys.modules["solution"] = types.ModuleType("solution")
-        exec(compile(code, "<solution>", "exec"), module.__dict__)
+        exec(compile(code, "<solution>", "exec", dont_inherit=True), module.__dict__)
         if name not in module.__dict__:
             raise NameError(f"no {name} is defined")
         for case in cases:
@@ -310,7 +331,7 @@ def run_program(job: bytes, write: Callable[[bytes], object], reply: int) -> Non
     except TooLong:
         status = "reply"
     except BaseException as e:  # SystemExit and KeyboardInterrupt among them
-        status, error = "error", type(e).__name__
+        status, error = "error", type(e).__name__[:200]
         with suppress(BaseException):
             error = f"{error}: {e}"[:200]
     write(b"!" + pack((status, error, time.process_time())).encode() + b"\n")
@@ -321,125 +342,141 @@ def run_once(limits: Limits, names: Sequence[str]) -> NoReturn:
     job, reply = sys.stdin.buffer.read(), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if "rlimits" in names and os.name == "posix":
-        rlimits(limits, file_size=limits.reply + 10_000)[1]()
+        rlimits(limits, file_size=limits.reply + SPARE)[1]()
     run_program(job, partial(os.write, reply), limits.reply)
     os._exit(0)
 
 
 # ---- The server: one child a job
 
-def serve(limits: Limits, names: Sequence[str]) -> NoReturn:
-    """Read jobs from a socket, standard input, a line each, answer what became of them, and end with the caller."""
-    layers = prepared(limits, names)
-    reply = mmap.mmap(-1, limits.reply + 10_000)  # shared with the child, which writes lines from the start on
+def serve(limits: Limits, names: Sequence[str], shared: int) -> NoReturn:
+    """For each byte of the socket, standard input, run the job in `shared`; answer what became of it, in a line.
+
+    `shared` is memory of the caller: room for a reply, then a job. Ends when the caller does.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    reply = mmap.mmap(shared, limits.reply + SPARE)
+    layers, caller = prepared(limits, names), os.pidfd_open(os.getppid())
     gc.freeze()
     hello = [name for layer in ALL for name, _ in layers if name.startswith(layer)]
     os.write(0, json.dumps(hello).encode() + b"\n")
-    for job in open(0, "rb", closefd=False):
+    while wait_for({0: select.POLLIN, caller: select.POLLIN}) == 0 and os.read(0, 1):
         pid = os.fork()
         if pid == 0:
             try:
+                job = os.pread(shared, os.fstat(shared).st_size, len(reply))
                 for _, put_on in layers:
                     put_on()
                 run_program(job, reply.write, limits.reply)
                 os._exit(0)
             finally:
                 os._exit(1)
-        ended_by = wait_for(pid, limits)
+        ended_by = watch(pid, limits, caller)
         os.kill(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
-        lines = reply[:max(reply.find(b"\0"), 0)].decode("latin-1")
-        reply.madvise(mmap.MADV_REMOVE)  # all of it is zero again
-        verdict = [ended_by, usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status), lines]
+        verdict = [ended_by, usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status)]
         os.write(0, json.dumps(verdict).encode() + b"\n")
     os._exit(0)
 
 
-def wait_for(pid: int, limits: Limits) -> str:
-    """Wait until the child ends, or has reached a limit: "cpu" or "wall"."""
-    poll, pidfd, start = select.poll(), os.pidfd_open(pid), time.monotonic()
-    poll.register(pidfd, select.POLLIN)
-    poll.register(0, 0)  # tells only that the caller has gone
-    wait, ended_by = min(limits.cpu, limits.wall), ""
-    while not ended_by:
-        ready = poll.poll(1000 * wait + 1)
-        if any(descriptor == 0 for descriptor, _ in ready):
-            os._exit(0)
-        if ready:
-            break
+def wait_for(events: dict[int, int], seconds: float | None = None) -> int | None:
+    """The first of these descriptors that has one of its events, or was closed; None after so many seconds."""
+    poll = select.poll()
+    for descriptor, event in events.items():
+        poll.register(descriptor, event)
+    ready = poll.poll(None if seconds is None else 1000 * seconds + 1)
+    return ready[0][0] if ready else None
+
+
+def watch(pid: int, limits: Limits, caller: int) -> str:
+    """Wait until the child ends, or has reached a limit: "cpu" or "wall". Ends with the caller, too."""
+    child, start, wait, ended_by = os.pidfd_open(pid), time.monotonic(), min(limits.cpu, limits.wall), ""
+    while not ended_by and (ended := wait_for({child: select.POLLIN, caller: select.POLLIN, 0: 0}, wait)) != child:
+        if ended is not None:
+            os._exit(0)  # the child dies of it
         used, seconds = time.clock_gettime(~pid << 3 | 2), time.monotonic() - start  # CPUCLOCK_SCHED of the child
-        waited = seconds - queued(pid)
+        waited = seconds
+        with suppress(OSError, IndexError), open(f"/proc/{pid}/schedstat") as f:
+            waited -= int(f.read().split()[1]) / 1e9  # of this, it was ready to run and waited for a CPU
         wait = min(limits.cpu - used, limits.wall - waited)
         if wait <= 0 or seconds > PATIENCE * limits.wall:
             ended_by = "cpu" if used >= limits.cpu else "wall"
-    os.close(pidfd)
+    os.close(child)
     return ended_by
-
-
-def queued(pid: int) -> float:
-    """Seconds that a process was ready to run but waited for a CPU; 0 where the kernel does not tell."""
-    with suppress(OSError, IndexError), open(f"/proc/{pid}/schedstat") as f:
-        return int(f.read().split()[1]) / 1e9
-    return 0.0
 
 
 # ---- The caller. What only it needs is imported where it is used: a smaller server forks faster.
 
-class Lost(Exception):
-    """The server has ended, or does not answer."""
-
-
-def start(what: str, limits: Limits, layers: Sequence[str], run: Callable, **settings):
+def start(what: str, run: Callable, *settings: object, **options: object):
     """Run this file in a fresh interpreter, by subprocess.Popen or subprocess.run. Raises SandboxError."""
-    words = [sys.executable, "-I", "-S", os.path.abspath(__file__), what, json.dumps([astuple(limits), list(layers)])]
+    words = [sys.executable, "-I", "-S", os.path.abspath(__file__), what, json.dumps(settings)]
     environment = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # Windows needs it
     try:
-        return run(words, env=environment, stderr=-3, start_new_session=True, **settings)  # -3: subprocess.DEVNULL
+        return run(words, env=environment, stderr=-3, start_new_session=True, **options)  # -3: subprocess.DEVNULL
     except OSError as e:
         raise SandboxError(f"cannot start {sys.executable}: {e}") from None
 
 
 class Client:
-    """The caller's end of a server. Raises Lost."""
+    """The caller's end of a server. Raises OSError when that has ended, or does not answer."""
 
     def __init__(self, limits: Limits, layers: Sequence[str]):
         import socket
         import subprocess
+        self.room, self.shared = limits.reply + SPARE, os.memfd_create("sandbox")
+        os.ftruncate(self.shared, self.room)
         self.socket, theirs = socket.socketpair()
-        with theirs:
-            self.process = start("--serve", limits, layers, subprocess.Popen, stdin=theirs, stdout=-3, cwd="/")
         self.socket.settimeout(PATIENCE * limits.wall + 5)
         self.answers = self.socket.makefile("rb")
-        self.protections = tuple(self.ask(b""))
-
-    def ask(self, job: bytes) -> list:
-        """What `serve` answers to a job."""
+        with theirs:
+            self.process = start("--serve", subprocess.Popen, astuple(limits), layers, self.shared, stdin=theirs,
+                                 stdout=-3, cwd="/", pass_fds=[self.shared])
         try:
-            self.socket.sendall(job)
-            answer = self.answers.readline()
-        except OSError as e:
-            raise Lost(e) from None
-        if not answer.endswith(b"\n"):
-            raise Lost("it ended")
-        return json.loads(answer)
+            self.protections = tuple(self.answer())
+        except BaseException:
+            self.close(kill=True)
+            raise
+
+    def answer(self) -> list:
+        line = self.answers.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionError("it ended")
+        return json.loads(line)
+
+    def ask(self, job: bytes) -> tuple[str, float, int, bytes]:
+        """What ended the job early ("", "cpu", "wall"), its CPU seconds, exit code and reply."""
+        os.ftruncate(self.shared, 0)  # so that what was there is gone
+        os.ftruncate(self.shared, self.room)
+        os.pwrite(self.shared, job, self.room)
+        self.socket.sendall(b"!")
+        ended_by, seconds, code = self.answer()
+        reply = os.pread(self.shared, 4000, 0)
+        if b"\0" not in reply:
+            reply = os.pread(self.shared, self.room, 0)
+        return ended_by, seconds, code, reply.partition(b"\0")[0]
 
     def close(self, kill: bool = False) -> None:
+        with suppress(OSError):
+            self.socket.shutdown(2)  # a process that was forked from this one may hold it open
         self.answers.close()
         self.socket.close()
+        os.close(self.shared)
         with suppress(Exception):
             self.process.wait(0 if kill else 5)
         self.process.kill()
         self.process.wait()
 
 
-def judge(limits: Limits, n_cases: int, ended_by: str, seconds: float | None, code: int, reply: str) -> Result:
+def judge(limits: Limits, n_cases: int, ended_by: str, seconds: float | None, code: int, reply: bytes) -> Result:
     """The result of a program from what its child left; seconds None: what the child itself says."""
-    *lines, rest = reply.split("\n")
+    *lines, rest = reply.split(b"\n")
+    end = lines.pop() if lines and lines[-1][:1] == b"!" else b""
     try:
-        end = unpack(lines.pop()[1:]) if lines and lines[-1][:1] == "!" else ("", "", 0.0)
-        values = tuple(unpack(line[1:]) for line in lines if line[:1] == "=")
-        status, error, own = end
-        if not (len(values) == len(lines) <= n_cases and [*map(type, end)] == [str, str, float]):
+        if len(lines) > n_cases or any(line[:1] != b"=" for line in lines):
+            raise ValueError
+        values = tuple(unpack(line[1:]) for line in lines)
+        status, error, own = unpack(end[1:]) if end else ("", "", 0.0)
+        if not (type(status) is type(error) is str and type(own) is float and 0 <= own < math.inf):
             raise ValueError
     except (TypeError, ValueError):
         return Result("died", (), "its reply is malformed", seconds or 0.0)
@@ -489,7 +526,7 @@ class Sandbox:
         confined = any(name.startswith(("landlock", "seccomp")) for name in self.protections)
         for result, sound in ((honest, honest.status == "ok" and honest.values == (42, "abab")),
                               (wrong, wrong.error.startswith("ZeroDivisionError")),
-                              (attack, not confined or attack.error.startswith("PermissionError"))):
+                              (attack, not confined or attack.error.startswith(("PermissionError", "OSError")))):
             if not sound:
                 raise SandboxError(f"the sandbox does not work here, its self-test gives {result}")
 
@@ -497,16 +534,18 @@ class Sandbox:
         """Call name(*case) for each case. Raises TypeError for a case that cannot cross, SandboxError."""
         if self.owner != os.getpid():
             raise SandboxError("the sandbox is closed, or was opened by another process")
-        job = json.dumps([code, name, [pack(tuple(case)) for case in cases]]).encode() + b"\n"
+        job = json.dumps([code, name, [pack(tuple(case)) for case in cases]]).encode()
         if self.mode == "subprocess":
             return self.run_in_subprocess(job, len(cases))
         client, reason = self.idle.get(), None
         try:
             for _ in range(3):  # that a server was killed says nothing of the program: it is judged again
+                if self.owner is None:
+                    raise SandboxError("the sandbox was closed")
                 try:
                     client = client or self.new_client()
                     return judge(self.limits, len(cases), *client.ask(job))
-                except Lost as e:
+                except OSError as e:
                     client, reason = client and client.close(kill=True), e
             raise SandboxError(f"its server was lost three times: {reason}")
         except BaseException:
@@ -519,8 +558,9 @@ class Sandbox:
         client = Client(self.limits, self.layers)
         if self.protections is None:
             self.protections = client.protections
-            lacking = [x for x in self.layers if not any(have.startswith(x) for have in self.protections)]
-            if set(lacking) - ({"own uid"} if os.geteuid() else set()):
+            lacking = [x for x in self.layers if not any(have.startswith(x) for have in self.protections)
+                       and (x != "own uid" or os.geteuid() == 0)]
+            if lacking:
                 warnings.warn(f"sandbox: this kernel gives no {', '.join(lacking)}", stacklevel=5)
         if client.protections != self.protections:
             client.close()
@@ -530,15 +570,15 @@ class Sandbox:
     def run_in_subprocess(self, job: bytes, n_cases: int) -> Result:
         import subprocess
         import tempfile
-        with tempfile.TemporaryFile() as reply, tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryFile() as reply:
             try:
-                code = start("--once", self.limits, self.layers, subprocess.run, input=job, stdout=reply,
-                             cwd=folder, timeout=self.limits.wall).returncode
-                ended_by = "cpu" if code == -signal.SIGKILL else ""
+                code = start("--once", subprocess.run, astuple(self.limits), self.layers, input=job, stdout=reply,
+                             cwd=tempfile.gettempdir(), timeout=self.limits.wall).returncode
+                ended_by = "cpu" if code == -9 else ""
             except subprocess.TimeoutExpired:
                 code, ended_by = 0, "wall"
             reply.seek(0)
-            lines = reply.read(self.limits.reply + 10_000).decode("latin-1")
+            lines = reply.read(self.limits.reply + SPARE)
             return judge(self.limits, n_cases, ended_by, None, code, lines)
 
     def run_all(self, jobs: Iterable[tuple[str, str, Sequence[tuple]]]) -> Iterator[Result]:
@@ -587,11 +627,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["--serve"], ["--once"]):
+    inside = {"--serve": serve, "--once": run_once}.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if inside is None:
         main()
     else:
         warnings.simplefilter("ignore")
         for module_name in IMPORTED.split():
             importlib.import_module(module_name)
-        (serve if sys.argv[1] == "--serve" else run_once)(*(f(x) for f, x in zip(
-            (lambda x: Limits(*x), tuple), json.loads(sys.argv[2]), strict=True)))
+        own_limits, *others = json.loads(sys.argv[2])
+        inside(Limits(*own_limits), *others)
