@@ -56,7 +56,8 @@ IMPORTED = """math re json itertools functools collections string operator heapq
     statistics datetime dataclasses typing enum abc copy unicodedata textwrap ast cmath numbers array struct time
     calendar contextlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16 encodings.utf_16_le
     encodings.utf_16_be encodings.utf_32 encodings.utf_8_sig encodings.unicode_escape encodings.cp1252
-    encodings.iso8859_15 encodings.cp437 encodings.hex_codec encodings.rot_13"""
+    encodings.iso8859_15 encodings.cp437 encodings.hex_codec encodings.rot_13 encodings.utf_7
+    encodings.raw_unicode_escape"""
 
 
 class SandboxError(RuntimeError):
@@ -179,11 +180,11 @@ Layer = tuple[str, Callable[[], object]]
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 # What computing, sleeping and ending call, with the numbers on x86_64 and arm64. All that is open is /dev/null.
 CALLS = {"read": (0, 63), "write": (1, 64), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215),
-         "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233), "futex": (202, 98), "getrandom": (318, 278), "rt_sigreturn": (15, 139),
-         "rt_sigprocmask": (14, 135), "sched_yield": (24, 124), "nanosleep": (35, 101), "getpid": (39, 172),
-         "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
-         "gettimeofday": (96, 169), "getrusage": (98, 165), "times": (100, 153), "restart_syscall": (219, 128),
-         "exit": (60, 93), "exit_group": (231, 94)}
+         "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233), "futex": (202, 98), "getrandom": (318, 278),
+         "rt_sigreturn": (15, 139), "rt_sigprocmask": (14, 135), "sched_yield": (24, 124), "nanosleep": (35, 101),
+         "getpid": (39, 172), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "times": (100, 153),
+         "clock_getres": (229, 114), "gettimeofday": (96, 169), "getrusage": (98, 165), "exit": (60, 93),
+         "restart_syscall": (219, 128), "exit_group": (231, 94)}
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 LANDLOCK_CREATE, LANDLOCK_RESTRICT = 444, 446
@@ -259,7 +260,7 @@ def landlock(limits: Limits) -> Layer:
     def put_on() -> None:
         no_new_rights()
         checked(LIBC.syscall(LANDLOCK_RESTRICT, rules, 0))
-    return f"landlock {version}", put_on
+    return f"landlock {version}{f' (claims {claimed})' * (version < min(claimed, 7))}", put_on
 
 
 def seccomp(limits: Limits) -> Layer:
@@ -558,10 +559,10 @@ class Sandbox:
         client = Client(self.limits, self.layers)
         if self.protections is None:
             self.protections = client.protections
-            lacking = [x for x in self.layers if not any(have.startswith(x) for have in self.protections)
-                       and (x != "own uid" or os.geteuid() == 0)]
-            if lacking:
-                warnings.warn(f"sandbox: this kernel gives no {', '.join(lacking)}", stacklevel=5)
+            for layer in self.layers:
+                have = next((x for x in self.protections if x.startswith(layer)), "nothing")
+                if "claims" in have or (have == "nothing" and (layer != "own uid" or os.geteuid() == 0)):
+                    warnings.warn(f"sandbox: for {layer}, this kernel gives {have}", stacklevel=5)
         if client.protections != self.protections:
             client.close()
             raise SandboxError(f"a new server has {client.protections}, the first had {self.protections}")
