@@ -29,7 +29,7 @@ from common import checkpoint, devices, run
 from common.files import UserError
 from common.flags import integer, path
 
-SCRIPTS = ("addition_train", "collatz")  # whose flags are here; their copies are found by name
+SCRIPTS = ("addition_train", "collatz", "self_improve")  # whose flags are here; their copies are found by name
 TABLES = 4              # stream of the pairs of the tables; training, validation and test have others
 EDGE_CASES = ((0, 0), (0, 1), (1, 0), (9, 1), (5, 5), (LIMIT - 1, 0), (LIMIT - 1, 1), (1, LIMIT - 1),
               (LIMIT - 1, LIMIT - 1), (LIMIT // 2, LIMIT // 2), (1234567890, 9876543210), (9999999990, 10),

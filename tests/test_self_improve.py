@@ -1,0 +1,283 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import self_improve as S
+from common import metrics
+from common.files import UserError
+
+SMALL = ["--width", "32", "--layers", "2", "--heads", "2", "--bootstrap-steps", "30", "--steps", "2", "--problems", "6",
+         "--updates", "4", "--batch-size", "16", "--n-test", "4", "--n-val", "3", "--device", "cpu", "--threads", "1"]
+every_kind = pytest.mark.parametrize("kind", S.KINDS)
+
+
+def problems(kind, d, n, seed=0, limit=20):
+    rng = np.random.default_rng(seed)
+    return [S.random_problem(rng, kind, d, limit) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("self") / "run"
+    S.main([*SMALL, "--cache-dir", str(cache), "--out-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return S.Rewriter(S.Config(width=32, layers=2, heads=2)).eval()
+
+
+# ---- problems and their grammar
+
+@pytest.mark.parametrize("d", [1, 3, 6, 10])
+def test_the_answers_are_pythons_own(d):
+    for p in problems("arithmetic", d, 200):
+        assert S.value("arithmetic", p.line) == p.answer == str(eval(" ".join(p.line)))
+        assert S.parts("arithmetic", p.line) == d
+    for p in problems("rpn", d, 200):
+        stack = []
+        for token in p.line:
+            stack.append(token if S.is_number(token) else f"({stack.pop(-2)} {token} {stack.pop()})")
+        assert S.value("rpn", p.line) == p.answer == str(eval(stack[0])) and S.parts("rpn", p.line) == d
+
+
+def test_brackets_are_half_balanced_and_the_others_look_alike():
+    some = problems("brackets", 5, 2000)
+    assert 0.45 < np.mean([p.answer == "yes" for p in some]) < 0.55
+    for p in some:
+        text = "".join(p.line)
+        for _ in range(5):
+            text = text.replace("()", "").replace("[]", "").replace("{}", "")
+        assert (text == "") == (p.answer == "yes") == (S.value("brackets", p.line) == "yes") and len(p.line) == 10
+
+
+@every_kind
+def test_no_value_on_the_way_is_beyond_the_limit(kind):
+    for p in problems(kind, 7, 100, limit=12):
+        for line in S.teach(p, marks=True).lines:
+            assert all(abs(int(t)) <= 12 for t in line if S.is_number(t))
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.lists(st.sampled_from(["1", "-2", "3", "+", "-", "*", "//", "(", ")"]), max_size=9).map(tuple))
+def test_the_evaluator_takes_what_python_takes_but_for_signs(line):
+    pairs = [*zip(("", *line), line, strict=False)]
+    signs = any(a in (*S.PRECEDENCE, "(", "") and b in "+-" for a, b in pairs)
+    touching = any((a == ")" or S.is_number(a)) and (b == "(" or S.is_number(b)) for a, b in pairs)
+    try:
+        want = None if signs or touching else str(eval(" ".join(line)))
+    except (SyntaxError, ZeroDivisionError, TypeError):
+        want = None
+    assert S.value("arithmetic", line) == (want if want != "()" else None)
+
+
+@every_kind
+def test_splits_have_no_common_problem_and_small_spaces_are_respected(kind):
+    sets = [S.draw(np.random.default_rng(i), split, kind, 2, 400, 20) for i, split in enumerate(("train", "val", "test"))]
+    texts = [{p.line for p in some} for some in sets]
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    assert all(len(x) == len(y) > 0 for x, y in zip(texts, sets, strict=True))
+    if kind == "brackets":                                                   # 18 are balanced, few more are near them
+        assert sum(map(len, sets)) < 400
+
+
+def test_corpus_and_fresh_problems_are_of_the_training_split_alone(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(S, "teach", lambda p, marks: (seen.append(p), S.Trace(p, [("1",)], [p.line]))[1])
+    S.corpus(np.random.default_rng(0), 300, model, S.KINDS)
+    assert {S.split_of(p) for p in seen} == {"train"} and {p.difficulty for p in seen} == {1, 2, 3}
+    monkeypatch.setattr(S, "solve", lambda model, some, *rest: (seen.extend(some), [S.Trace(p, [], [p.line]) for p in some])[1])
+    args = S.parse_args(SMALL)
+    S.collect(model, dict.fromkeys(S.KINDS, 6), args, 1)
+    assert {S.split_of(p) for p in seen} == {"train"} and max(p.difficulty for p in seen) == 6
+
+
+# ---- rewriting
+
+@every_kind
+@pytest.mark.parametrize("marks", [True, False])
+def test_a_clean_solution_is_strict_and_has_a_step_for_each_part(kind, marks):
+    for p in problems(kind, 6, 100):
+        trace = S.teach(p, marks)
+        assert trace.strict and trace.right and len(trace.written) == S.parts(kind, p.line)
+
+
+@pytest.mark.parametrize("kind, lines, right, strict", [
+    ("arithmetic", ["1 + 2 * 3", "1 + 6", "7"], True, True),
+    ("arithmetic", ["1 + 2 * 3", "3 * 3", "7"], True, False),               # a lucky end
+    ("arithmetic", ["1 + 2 * 3", "7"], True, False),                         # two parts at once
+    ("arithmetic", ["1 + 2 * 3", "1 + 6", "8"], False, False),
+    ("arithmetic", ["1 + 2 * 3", "7 * 1", "7"], True, True),                 # another way, but each line has the value
+    ("rpn", ["2 3 + 4 -", "5 4 -", "1"], True, True),
+    ("rpn", ["2 3 + 4 -", "5 4", "1"], True, False),
+    ("brackets", ["( [ ] )", "( )", "yes"], True, True),
+    ("brackets", ["( [ ] )", "yes"], True, False),                           # a guess
+    ("brackets", ["( ] [ )", "no"], True, True),
+    ("brackets", ["( ) ( ]", "no"], True, False),
+    ("brackets", ["( ) ( ]", "( ]", "no"], True, True)])
+def test_strict_means_that_every_line_has_the_value_and_one_part_less(kind, lines, right, strict):
+    lines = [tuple(x.split()) for x in lines]
+    problem = S.Problem(kind, lines[0], S.value(kind, lines[0]), 1)
+    trace = S.Trace(problem, [()] * (len(lines) - 1), lines)
+    assert (trace.right, trace.strict) == (right, strict)
+
+
+@pytest.mark.parametrize("written, line", [
+    ("5 < 3 4 + > 7 2 *", "5 7 2 *"), ("( < [ ] > _ )", "( )"), ("< 1 2 + > 3", "3"), ("1 2 +", ""), ("> 1 < 2", ""),
+    ("< 1 < 2 > 3", ""), ("< >", "")])
+def test_what_is_written_is_read_without_the_marked_part(written, line):
+    assert S.read_step(tuple(written.split()), marks=True) == tuple(line.split())
+
+
+# ---- model
+
+def test_a_copied_token_has_the_position_of_its_source(model):
+    for kind in S.KINDS:
+        for p in problems(kind, 5, 20):
+            written = S.write_step(kind, p.line, True)
+            tokens = torch.tensor([S.example(model, kind, p.line, written)[0]])
+            place = model.positions(tokens)[0].tolist()
+            source, out = place[1:len(p.line) + 1], place[len(p.line) + 2:-1]
+            assert source == [*range(1, len(p.line) + 1)]
+            copied = [(t, q) for i, (t, q) in enumerate(zip(written, out, strict=True))
+                      if t not in "<>" and (i == 0 or written[i - 1] != ">")]
+            assert copied == [*zip(p.line, source, strict=True)]
+
+
+def test_the_model_is_causal_and_its_cache_changes_nothing(model):
+    tokens = torch.randint(1, len(model.vocabulary), (3, 12), generator=torch.Generator().manual_seed(0))
+    whole, _ = model(tokens)
+    other = tokens.clone()
+    other[:, 8:] = 1
+    assert torch.equal(model(other)[0][:, :8], whole[:, :8]) and not torch.equal(model(other)[0][:, 8:], whole[:, 8:])
+    part, past = model(tokens[:, :5])
+    steps = [part]
+    for t in range(5, 12):
+        logits, past = model(tokens[:, :t + 1], past)
+        steps.append(logits)
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
+
+
+def test_a_gradient_reaches_every_parameter_and_the_prompt_has_no_loss(model):
+    batch = [S.example(model, p.kind, p.line, S.write_step(p.kind, p.line, True)) for k in S.KINDS for p in problems(k, 3, 4)]
+    loss = S.batch_loss(model, batch)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    model.zero_grad()
+    single = [float(S.batch_loss(model, [x]).detach()) * (len(x[0]) - x[1]) for x in batch]
+    assert float(loss) == pytest.approx(sum(single) / sum(len(t) - n for t, n in batch), rel=1e-4)
+
+
+def test_sampling_is_seeded_and_greedy_is_the_same_in_any_company(model):
+    some = [p for kind in S.KINDS for p in problems(kind, 4, 5)]
+    a, b = (S.solve(model, some, 1.0, (7, 1)) for _ in range(2))
+    assert [t.written for t in a] == [t.written for t in b]
+    assert [t.written for t in a] != [t.written for t in S.solve(model, some, 1.0, (7, 2))]
+    together, alone = S.solve(model, some), [S.solve(model, [p])[0] for p in some]
+    assert [t.written for t in together] == [t.written for t in alone]
+
+
+# ---- the loop
+
+def test_a_run_leaves_its_files_and_its_rows(run):
+    names = {x.name for x in run.iterdir()}
+    assert names >= {"args.json", "run.txt", "self_improve.py", "metrics.csv", "last.pt", "best.pt", "summary.json", "accuracy.png",
+                     "train.jsonl", "val.jsonl", "test.jsonl", "solutions"}
+    rows, summary = metrics.read(run), json.loads((run / "summary.json").read_text())
+    assert [row["step"] for row in rows] == [0, 1, 2] and "sampled" not in rows[0]
+    assert all(0 <= row["strict"] <= row["right"] <= row["answered"] <= row["sampled"] == 36 for row in rows[1:])
+    assert summary["script"] == "self_improve.py" and summary["test_accuracy"] == pytest.approx(rows[-1]["test_accuracy"])
+    assert summary["n_test"] == sum(n for name, (_, n) in summary["test_cells"].items() if 3 <= int(name.split()[1]) <= 7)
+    test = [json.loads(x) for x in (run / "test.jsonl").read_text().splitlines()]
+    assert {x["kind"] for x in test} == set(S.KINDS) and {x["difficulty"] for x in test} == set(range(1, 11))
+
+
+def test_resume_is_bit_exact_and_the_bootstrap_is_found_again(run, tmp_path, cache, capsys):
+    whole = [line.rsplit(",", 1)[0] for line in (run / "metrics.csv").read_text().splitlines()]
+    S.main([*SMALL, "--cache-dir", str(cache), "--max-minutes", "1e-6", "--out-dir", str(tmp_path / "run")])
+    assert "bootstrapped before" in capsys.readouterr().out
+    assert metrics.read(tmp_path / "run")[-1]["step"] == 0
+    S.main(["--resume", str(tmp_path / "run")])
+    assert [line.rsplit(",", 1)[0] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()] == whole
+
+
+def test_without_training_nothing_changes_and_the_other_controls_train(run, tmp_path, cache):
+    rows = {}
+    for control in ("none", "unverified", "corpus"):
+        S.main([*SMALL, "--cache-dir", str(cache), "--control", control, "--out-dir", str(tmp_path / control)])
+        rows[control] = metrics.read(tmp_path / control)
+    first = metrics.read(run)[0]
+    keys = ("train_accuracy", "val_accuracy", "test_accuracy", "ood_accuracy", "easy_accuracy")
+    assert all(row[k] == first[k] for row in rows["none"] for k in keys) and "loss" not in rows["none"][1]
+    assert rows["corpus"][1]["loss"] > 0 and "sampled" not in rows["corpus"][1]
+    assert rows["unverified"][1]["kept"] <= rows["unverified"][1]["answered"]
+
+
+def test_own_solutions_are_trained_on_as_they_were_written(model, monkeypatch):
+    args = S.parse_args([*SMALL, "--replay", "0", "--updates", "50"])
+    trace = S.teach(problems("rpn", 4, 1)[0], True)
+    pool = [S.Solution("rpn", trace.lines, trace.written, 1.0, 0)]
+    batches = S.lesson(model, pool, args, 3)
+    wanted = {(tuple(S.example(model, "rpn", *x)[0])) for x in zip(trace.lines, trace.written, strict=False)}
+    assert {tuple(tokens) for batch in batches for tokens, _ in batch} == wanted and len(batches) == 50
+    args.control = "corpus"
+    assert not {tuple(tokens) for batch in S.lesson(model, pool, args, 3) for tokens, _ in batch} & wanted
+
+
+# ---- use and bad input
+
+def test_a_saved_model_answers_as_the_trained_one_and_shows_its_lines(run, capsys):
+    solve = S.load(run)
+    out = S.main(["--solve", "3 4 + 2 *", "--kind", "rpn", "--checkpoint", str(run)])
+    printed = capsys.readouterr().out.splitlines()
+    assert out["answer"] == solve("3 4 + 2 *", "rpn") and printed[0].startswith("3 4 + 2 *  =  ")
+    assert printed[-1].startswith(f"answer: {out['answer'] or 'none'}, ")
+    evaluated = S.main(["--checkpoint", str(run / "last.pt")])
+    assert evaluated["cells"] == json.loads((run / "summary.json").read_text())["test_cells"]
+    assert "difficulty 3-7: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--kinds rpn,roman", "--kinds"), ("--k 0", "--k"), ("--temperature -1", "--temperature"), ("--temperature 0", "--temperature"),
+    ("--width 30", "width"), ("--top 11", "--top"), ("--problems 1", "--problems"), ("--resume ''", "empty"),
+    ("--solve 1 --checkpoint RUN", "--solve"), ("--solve '1 + 2'", "--checkpoint"), ("--solve '1 + 99' --checkpoint RUN", "+-20"),
+    ("--solve '1 + + 2' --checkpoint RUN", "--solve"), ("--checkpoint nowhere.pt", "nowhere.pt"), ("--plot nowhere", "nowhere"),
+    ("--out-dir RUN", "holds a run"), ("--resume RUN --lr 0.5", "--lr"), ("--checkpoint RUN --lr 0.1", "--lr")])
+def test_bad_flags_end_in_one_line(run, tmp_path, capsys, monkeypatch, flags, named):
+    import shlex
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        S.main(shlex.split(flags.replace("RUN", str(run))))
+    message = capsys.readouterr().err if e.value.code == 2 else str(e.value.code)
+    assert named in message and message.strip().count("\n") == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"model": {}}, "bad.pt"), ({"config": {"width": "x"}}, "width"), ({"config": {"wings": 2}}, "wings"), ({"script": "x.py"}, "x.py")])
+def test_a_damaged_checkpoint_is_refused(run, tmp_path, change, named):
+    saved = torch.load(run / "best.pt", weights_only=True)
+    torch.save({**saved, **change}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=named):
+        S.load(tmp_path / "bad.pt")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    saved = torch.load(run / "last.pt", weights_only=True)
+    model = S.Rewriter(S.Config(**saved["config"]))
+    torch.nn.init.constant_(model.embedding.weight, math.inf)
+    with pytest.raises(UserError, match="not finite"):
+        S.update(model, torch.optim.SGD(model.parameters()), [[S.example(model, "rpn", ("1", "2", "+"), ("3",))]], [1.0])
