@@ -178,7 +178,7 @@ def test_a_gradient_reaches_every_parameter_and_the_prompt_has_no_loss(model):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     model.zero_grad()
     single = [float(S.batch_loss(model, [x]).detach()) * (len(x[0]) - x[1]) for x in batch]
-    assert float(loss) == pytest.approx(sum(single) / sum(len(t) - n for t, n in batch), rel=1e-4)
+    assert loss.item() == pytest.approx(sum(single) / sum(len(t) - n for t, n in batch), rel=1e-4)
 
 
 def test_sampling_is_seeded_and_greedy_is_the_same_in_any_company(model):
