@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import checkpoint, devices, metrics, plots, run
-from common.evaluation import count_parameters, eval_mode, format_rate, wilson
+from common.evaluation import count_parameters, eval_mode, format_rate, pass_at_k, wilson
 from common.files import UserError
 from common.flags import integer, path, real
 
@@ -42,9 +42,11 @@ KINDS = ("arithmetic", "rpn", "brackets")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "//": 2}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 HELD_OUT = {"test": range(0, 10), "val": range(10, 15)}           # of 100 buckets of a problem's hash
-CORPUS, FRESH, SAMPLE, UPDATE, SPLIT = 1, 2, 3, 4, 5              # streams of randomness
+CORPUS, FRESH, SAMPLE, UPDATE, SPLIT, PASS = 1, 2, 3, 4, 5, 6     # streams of randomness
 EASY, MIDDLE, HARD = range(1, 4), range(3, 8), range(8, 11)       # difficulties of the corpus, test_accuracy, ood_accuracy
 REMEMBERED = 4                                                    # iterations whose solutions are trained on
+PASS_K = 8                                                        # samples of a test problem for pass@k
+FALL = 0.05                                                       # of validation, from which the best weights come back
 
 Line = tuple[str, ...]
 
@@ -88,6 +90,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--problems", type=integer(2), default=200, help="new ones an iteration and kind: half of the "
                    "difficulty that is learned now, half of 4 up to it")
     g.add_argument("--k", type=integer(1, 1000), default=2, help="solutions sampled of each")
+    g.add_argument("--fixed", action="store_true", help="the same problems of a difficulty in every iteration")
     g.add_argument("--temperature", type=real(0, 10), default=1.0, help="of sampling")
     g.add_argument("--verify", choices=["strict", "outcome"], default="strict", help="strict: every line has the "
                    "problem's value and one part less than the one before; outcome: the answer is right")
@@ -606,13 +609,14 @@ class Solution:
 
 def collect(model: Rewriter, frontier: dict[str, int], args: flags.Flags, step: int) -> tuple[list[Solution], dict]:
     """Sample solutions of new training problems, and keep those that pass: with figures of the iteration."""
-    rng = np.random.default_rng([args.seed, FRESH, step])
     problems = []
-    for kind in args.kinds:
-        top, levels = frontier[kind], range(4, frontier[kind] + 1)
-        problems += draw(rng, "train", kind, top, args.problems - args.problems // 2, args.max_value)
+    for i, kind in enumerate(args.kinds):
+        levels = range(4, frontier[kind] + 1)
+        share = args.problems // 2 // len(levels)
         for d in levels:
-            problems += draw(rng, "train", kind, d, args.problems // 2 // len(levels), args.max_value)
+            n = share if d < frontier[kind] else args.problems - share * (len(levels) - 1)
+            rng = np.random.default_rng([args.seed, FRESH, 0 if args.fixed else step, i, d])
+            problems += draw(rng, "train", kind, d, n, args.max_value)
     traces = solve(model, [p for p in problems for _ in range(args.k)], args.temperature, (args.seed, SAMPLE, step))
     passes = {"strict": lambda t: t.strict, "outcome": lambda t: t.right}[args.verify]
     if args.control == "unverified":
@@ -676,6 +680,14 @@ def count(model: Rewriter, problems: Sequence[Problem]) -> Cells:
     return cells
 
 
+def passes(model: Rewriter, problems: Sequence[Problem], args: flags.Flags, step: int) -> dict[str, float]:
+    """pass@1 and pass@k of test problems of difficulty 3-7: does training widen what can be reached, or sharpen it?"""
+    some = [p for p in problems if p.difficulty in MIDDLE]
+    traces = solve(model, [p for p in some for _ in range(PASS_K)], args.temperature, (args.seed, PASS, step))
+    right = np.array([t.right for t in traces]).reshape(len(some), PASS_K).sum(1)
+    return {f"pass@{k}": float(np.mean([pass_at_k(PASS_K, int(c), k) for c in right])) for k in (1, PASS_K)}
+
+
 def total(cells: Cells, difficulties: Iterable[int], kind: str | None = None) -> tuple[int, int]:
     """Right and all of these difficulties, of one kind or all."""
     some = [cell for (k, d), cell in cells.items() if d in difficulties and kind in (None, k)]
@@ -725,12 +737,16 @@ def train(args: flags.Flags) -> dict:
             due, last = r.due(step), r.last(step)
             if due:
                 cells = {split: count(model, problems) for split, problems in sets.items()}
-                first = first or {f"{kind} {d}": cell for (kind, d), cell in cells["test"].items()}
+                first = first or {"cells": {f"{kind} {d}": cell for (kind, d), cell in cells["test"].items()},
+                                  **passes(model, sets["test"], args, step)}
                 log(r, step, cells, figures, frontier, args)
                 val = accuracy(cells["val"], MIDDLE)
                 if val >= best:
                     best = val
                     r.save("best.pt", model=model.state_dict(), config=asdict(model.config))
+                elif val < best - FALL and not last:
+                    print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
+                    checkpoint.load_weights(model, checkpoint.read(r.folder / "best.pt")["model"], r.folder / "best.pt")
                 for kind in args.kinds:
                     if accuracy(cells["val"], [frontier[kind]], kind) >= args.gate and frontier[kind] < args.top:
                         frontier[kind] += 1
@@ -742,7 +758,7 @@ def train(args: flags.Flags) -> dict:
             if args.control != "none":
                 figures = improve(model, optimizer, pool, frontier, args, step, r.folder)
         r.leave_if_stopped()
-        return finish(r, model, cells["test"], first, args)
+        return finish(r, model, sets["test"], cells["test"], first, args)
 
 
 def improve(model: Rewriter, optimizer: torch.optim.Optimizer, pool: list[Solution], frontier: dict[str, int],
@@ -774,17 +790,19 @@ def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier:
     r.record({**row, **{name: figures.get(name) for name in ("sampled", "answered", "right", "strict", "kept")}})
 
 
-def finish(r: run.Run, model: Rewriter, cells: Cells, first: dict, args: flags.Flags) -> dict:
+def finish(r: run.Run, model: Rewriter, problems: list[Problem], cells: Cells, first: dict, args: flags.Flags) -> dict:
     """summary.json, the pictures, and the result."""
-    before = total({(*name.rsplit(" ", 1),): cell for name, cell in first.items()}, [*map(str, MIDDLE)])
-    after = total(cells, MIDDLE)
-    by_name = {f"{kind} {d}": cell for (kind, d), cell in cells.items()}
+    before = total({(*name.rsplit(" ", 1),): cell for name, cell in first["cells"].items()}, [*map(str, MIDDLE)])
+    after, samples = total(cells, MIDDLE), passes(model, problems, args, r.step)
     summary = r.summary(
         n_params=count_parameters(model), control=args.control, verify=args.verify, n_test=after[1],
         test_accuracy_before=before[0] / before[1], test_accuracy=after[0] / after[1], test_interval=wilson(*after),
         easy_accuracy=accuracy(cells, EASY), ood_accuracy=accuracy(cells, HARD),
-        test_cells_before=first, test_cells=by_name)
+        pass_before={k: x for k, x in first.items() if k != "cells"}, pass_now=samples,
+        test_cells_before=first["cells"], test_cells={f"{kind} {d}": cell for (kind, d), cell in cells.items()})
     draw_pictures(r.folder)
+    print(*(f"{k} at temperature {args.temperature:g}: {100 * first[k]:.1f}% after the bootstrap, {100 * x:.1f}% now"
+            for k, x in samples.items()), sep="\n")
     print(f"difficulty 3-7: {format_rate(*before)} after the bootstrap, {format_rate(*after)} now; values to {args.max_value}, "
           f"{r.seconds():.0f} s ({r.cpu_seconds():.0f} CPU-s), {r.folder}")
     return summary

@@ -200,6 +200,7 @@ def test_a_run_leaves_its_files_and_its_rows(run):
     assert [row["step"] for row in rows] == [0, 1, 2] and "sampled" not in rows[0]
     assert all(0 <= row["strict"] <= row["right"] <= row["answered"] <= row["sampled"] == 36 for row in rows[1:])
     assert summary["script"] == "self_improve.py" and summary["test_accuracy"] == pytest.approx(rows[-1]["test_accuracy"])
+    assert 0 <= summary["pass_before"]["pass@1"] <= summary["pass_before"]["pass@8"] <= 1 and summary["pass_now"].keys() == {"pass@1", "pass@8"}
     assert summary["n_test"] == sum(n for name, (_, n) in summary["test_cells"].items() if 3 <= int(name.split()[1]) <= 7)
     test = [json.loads(x) for x in (run / "test.jsonl").read_text().splitlines()]
     assert {x["kind"] for x in test} == set(S.KINDS) and {x["difficulty"] for x in test} == set(range(1, 11))
@@ -224,6 +225,36 @@ def test_without_training_nothing_changes_and_the_other_controls_train(run, tmp_
     assert all(row[k] == first[k] for row in rows["none"] for k in keys) and "loss" not in rows["none"][1]
     assert rows["corpus"][1]["loss"] > 0 and "sampled" not in rows["corpus"][1]
     assert rows["unverified"][1]["kept"] <= rows["unverified"][1]["answered"]
+
+
+def test_a_fall_of_validation_brings_the_best_weights_back(run, tmp_path, cache, monkeypatch, capsys):
+    values = iter([0.9, 0.8, 0.95])                                          # of val_accuracy, in steps 0, 1, 2
+    whole, log, improve, seen = S.accuracy, S.log, S.improve, []
+
+    def log_and_set_the_next(*args):
+        monkeypatch.setattr(S, "accuracy", whole)
+        log(*args)
+        x = next(values)
+        monkeypatch.setattr(S, "accuracy", lambda cells, ds, kind=None: whole(cells, ds, kind) if kind else x)
+    monkeypatch.setattr(S, "log", log_and_set_the_next)
+
+    def remember(model, *args):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return improve(model, *args)
+    monkeypatch.setattr(S, "improve", remember)
+    S.main([*SMALL, "--cache-dir", str(cache), "--out-dir", str(tmp_path / "run")])
+    assert "validation fell from 0.9000 to 0.8000" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))        # what iteration 2 starts from is that of 1
+
+
+def test_fixed_problems_are_the_same_in_every_iteration_and_fresh_ones_are_not(model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(S, "solve", lambda model, some, *rest: (drawn.append([p.line for p in some]), [S.Trace(p, [], [p.line]) for p in some])[1])
+    for flags in ([], ["--fixed"]):
+        args = S.parse_args([*SMALL, *flags])
+        for step in (1, 2):
+            S.collect(model, dict.fromkeys(S.KINDS, 5), args, step)
+    assert drawn[0] != drawn[1] and drawn[2] == drawn[3] and len(drawn[0]) == len(drawn[2]) == 36
 
 
 def test_own_solutions_are_trained_on_as_they_were_written(model, monkeypatch):
