@@ -43,10 +43,10 @@ PRECEDENCE = {"+": 1, "-": 1, "*": 2, "//": 2}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 HELD_OUT = {"test": range(0, 10), "val": range(10, 15)}           # of 100 buckets of a problem's hash
 CORPUS, FRESH, SAMPLE, UPDATE, SPLIT, PASS = 1, 2, 3, 4, 5, 6     # streams of randomness
-EASY, MIDDLE, HARD = range(1, 4), range(3, 8), range(8, 11)       # difficulties of the corpus, test_accuracy, ood_accuracy
+EASY, MIDDLE, HARD = range(1, 4), range(3, 8), range(8, 11)       # of the corpus, test_accuracy, ood_accuracy
 REMEMBERED = 4                                                    # iterations whose solutions are trained on
 PASS_K = 8                                                        # samples of a test problem for pass@k
-FALL = 0.05                                                       # of validation, from which the best weights come back
+FALL = 0.05                                                       # of validation, that brings the best weights back
 
 Line = tuple[str, ...]
 
@@ -64,10 +64,12 @@ def kind_list(text: str) -> list[str]:
 def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("data")
-    g.add_argument("--kinds", type=kind_list, default=[*KINDS], metavar="A,B", help="of problems (default: all three)")
-    g.add_argument("--max-value", type=integer(9, 999), default=20, help="all values are at most this, one token each")
-    g.add_argument("--n-test", type=integer(2), default=40, help="problems of each kind and difficulty 1-10; where there "
-                   "are fewer, those; training accuracy is of half as many")
+    g.add_argument("--kinds", type=kind_list, default=[*KINDS], metavar="A,B",
+                   help="of problems (default: all three)")
+    g.add_argument("--max-value", type=integer(9, 999), default=20,
+                   help="all values are at most this, one token each")
+    g.add_argument("--n-test", type=integer(2), default=40, help="problems of each kind and difficulty "
+                   "1-10; where there are fewer, those; training accuracy is of half as many")
     g.add_argument("--n-val", type=integer(1), default=40, help="the same, for the gate")
 
     g = p.add_argument_group("model")
@@ -76,8 +78,10 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--heads", type=integer(1, 64), default=4, help="of attention")
     g.add_argument("--positions", choices=["coupled", "plain", "none"], default="coupled",
                    help="coupled: a copied token has the position of its source")
-    g.add_argument("--rotary", type=real(0, 1, above=True), default=0.5, help="share of a head that knows positions")
-    g.add_argument("--no-marks", dest="marks", action="store_false", help="the model writes the new line, marking nothing")
+    g.add_argument("--rotary", type=real(0, 1, above=True), default=0.5,
+                   help="share of a head that knows positions")
+    g.add_argument("--no-marks", dest="marks", action="store_false",
+                   help="the model writes the new line, marking nothing")
 
     g = p.add_argument_group("bootstrap, on clean solutions of difficulty 1-3")
     g.add_argument("--bootstrap-steps", type=integer(1), default=1000, help="optimizer steps")
@@ -95,18 +99,22 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--verify", choices=["strict", "outcome"], default="strict", help="strict: every line has the "
                    "problem's value and one part less than the one before; outcome: the answer is right")
     g.add_argument("--control", choices=["off", "none", "unverified", "corpus"], default="off",
-                   help="none: no training; unverified: on all that ends in an answer; corpus: on the bootstrap's corpus")
-    g.add_argument("--gate", type=real(0, 1), default=0.7, help="validation accuracy from which the next difficulty is learned")
+                   help="none: no training; unverified: on all that ends in an answer; corpus: on clean "
+                   "solutions of difficulty 1-3")
+    g.add_argument("--gate", type=real(0, 1), default=0.7,
+                   help="validation accuracy from which the next difficulty is learned")
     g.add_argument("--top", type=integer(4, 10), default=7, help="last difficulty that is learned")
     g.add_argument("--updates", type=integer(1), default=120, help="optimizer steps an iteration")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=96, help="steps of solutions in a batch")
-    g.add_argument("--lr", type=real(0, 1, above=True), default=1e-3, help="learning rate, falling to a tenth in each iteration")
+    g.add_argument("--lr", type=real(0, 1, above=True), default=1e-3,
+                   help="learning rate, falling to a tenth in each iteration")
     g.add_argument("--replay", type=real(0, 1), default=0.4, help="share of the corpus in a batch")
 
     g = p.add_argument_group("evaluation, or instead of training")
     g.add_argument("--eval-every", type=integer(1), default=1, help="iterations between evaluations and saves")
     g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate this model, or a run's last one")
-    g.add_argument("--solve", metavar="LINE", help="let --checkpoint work out one line, with spaces between its tokens")
+    g.add_argument("--solve", metavar="LINE",
+                   help="let --checkpoint work out one line, with spaces between its tokens")
     g.add_argument("--kind", choices=KINDS, default="arithmetic", help="of the line to --solve")
     g.add_argument("--plot", type=path, metavar="RUN", help="draw the pictures of this run again")
     flags.add_run_arguments(p)
@@ -140,7 +148,7 @@ def apply(operator: str, a: int, b: int) -> int | None:
 
 
 def random_tree(rng: np.random.Generator, d: int, limit: int) -> tuple:
-    """An expression of d operations whose every value is at most `limit`: (value,) or (value, operator, a, b)."""
+    """An expression of d operations, all values within `limit`: (value,) or (value, operator, a, b)."""
     if d == 0:
         return (int(rng.integers(1, min(limit, 9) + 1)),)
     while True:
@@ -384,8 +392,10 @@ class Config:
                 raise UserError(f"{f.name}: {getattr(self, f.name)!r:.40} is not of type {f.type}")
         if self.positions not in ("coupled", "plain", "none") or not 0 < self.rotary <= 1:
             raise UserError(f"positions {self.positions!r:.20}, rotary {self.rotary}: not known")
-        if not (0 < self.layers <= 64 and 0 < self.heads and self.width % (2 * self.heads) == 0 and 1 <= self.max_value <= 999):
-            raise UserError(f"width {self.width} is no multiple of 2 x {self.heads} heads, or a size is out of range")
+        if not (0 < self.layers <= 64 and 0 < self.heads and 1 <= self.max_value <= 999):
+            raise UserError(f"{self}: a size is out of range")
+        if self.width <= 0 or self.width % (2 * self.heads):
+            raise UserError(f"width {self.width} is no multiple of 2 x {self.heads} heads")
 
 
 class Block(nn.Module):
@@ -401,7 +411,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None,
                 past: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, tuple]:
-        """x (B, T, D), cosine and sine (B, 1, T, R / 2), keys and values before -> (B, T, D), and those with x's."""
+        """x (B, T, D), cosine and sine (B, 1, T, R / 2), keys and values before -> (B, T, D), and all of them."""
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H)
         if turn is not None:
@@ -436,7 +446,7 @@ class Rewriter(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
         half = int(c.width // c.heads * c.rotary) // 2
-        # All turn fully within the lines of the corpus: a slower one meets angles in longer lines that it has never seen.
+        # All turn fully within a line of the corpus: a slower one meets unseen angles in longer lines.
         self.register_buffer("frequency", 2.0 * 0.2 ** torch.linspace(0, 1, half), persistent=False)
         for p in self.parameters():
             if p.dim() > 1:
@@ -453,7 +463,7 @@ class Rewriter(nn.Module):
         return place - start
 
     def forward(self, tokens: torch.Tensor, past: list | None = None) -> tuple[torch.Tensor, list]:
-        """Tokens (B, T) -> logits (B, T', V) of the T' tokens that `past` does not know, and keys and values of all."""
+        """Tokens (B, T) -> logits (B, T', V) of the T' that `past` does not know, and keys and values of all."""
         known = 0 if past is None else past[0][0].shape[2]
         x, turn = self.embedding(tokens[:, known:]), None
         if self.config.positions != "none":
@@ -471,7 +481,8 @@ class Rewriter(nn.Module):
 
 # ---- Sampling
 
-def write(model: Rewriter, prompts: list[list[int]], temperature: float, generator: torch.Generator) -> list[Line]:
+def write(model: Rewriter, prompts: list[list[int]], temperature: float,
+          generator: torch.Generator) -> list[Line]:
     """What the model writes behind each prompt, up to the `;`; an empty line where it does not end in time."""
     out: list[Line] = [()] * len(prompts)
     end, device = model.ids[";"], model.embedding.weight.device
@@ -501,7 +512,8 @@ def write(model: Rewriter, prompts: list[list[int]], temperature: float, generat
     return out
 
 
-def solve(model: Rewriter, problems: Sequence[Problem], temperature: float = 0.0, seed: Sequence[int] = (0,)) -> list[Trace]:
+def solve(model: Rewriter, problems: Sequence[Problem], temperature: float = 0.0,
+          seed: Sequence[int] = (0,)) -> list[Trace]:
     """Ask again with the new line until an answer is left, or a line that is not shorter, or too many steps."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     traces = [Trace(problem, [], [problem.line]) for problem in problems]
@@ -538,15 +550,17 @@ def batches_of(some: list[Example], size: int, rng: np.random.Generator) -> list
 def batch_loss(model: Rewriter, batch: list[Example]) -> torch.Tensor:
     """Mean cross-entropy in nats of the tokens behind the prompts."""
     T = max(len(tokens) for tokens, _ in batch)
-    x = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in batch], device=model.embedding.weight.device)
-    column = torch.arange(1, T, device=x.device)
-    first = torch.tensor([start for _, start in batch], device=x.device)[:, None]
+    device = model.embedding.weight.device
+    x = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in batch], device=device)
+    column = torch.arange(1, T, device=device)
+    first = torch.tensor([start for _, start in batch], device=device)[:, None]
     asked = (column >= first) & (x[:, 1:] != 0)
     logits, _ = model(x[:, :-1])
     return F.cross_entropy(logits[asked], x[:, 1:][asked])
 
 
-def update(model: Rewriter, optimizer: torch.optim.Optimizer, batches: list[list[Example]], lrs: Iterable[float]) -> float:
+def update(model: Rewriter, optimizer: torch.optim.Optimizer, batches: list[list[Example]],
+           lrs: Iterable[float]) -> float:
     """An optimizer step for each batch; returns the mean loss. Raises UserError when it is not finite."""
     total = 0.0
     for batch, lr in zip(batches, lrs, strict=True):
@@ -590,11 +604,14 @@ def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Fla
     n = args.bootstrap_steps
     for lo in tqdm(range(0, n, 25), desc="bootstrap", unit="25 steps", leave=False, disable=None):
         rng = np.random.default_rng([args.seed, CORPUS, lo])
-        batches = batches_of(corpus(rng, 25 * args.batch_size, model, args.kinds), args.batch_size, rng)[:n - lo]
-        lrs = [args.bootstrap_lr * min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in range(lo, lo + len(batches))]
+        some = corpus(rng, 25 * args.batch_size, model, args.kinds)
+        batches = batches_of(some, args.batch_size, rng)[:n - lo]
+        steps = range(lo, lo + len(batches))  # a line up, then level, and in the second half a line down
+        lrs = [args.bootstrap_lr * min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in steps]
         update(model, optimizer, batches, lrs)
     file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "made_by": made_by})
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint.save(file, {**state, "made_by": made_by})
 
 
 @dataclass
@@ -607,7 +624,8 @@ class Solution:
     iteration: int
 
 
-def collect(model: Rewriter, frontier: dict[str, int], args: flags.Flags, step: int) -> tuple[list[Solution], dict]:
+def collect(model: Rewriter, frontier: dict[str, int], args: flags.Flags,
+            step: int) -> tuple[list[Solution], dict]:
     """Sample solutions of new training problems, and keep those that pass: with figures of the iteration."""
     problems = []
     for i, kind in enumerate(args.kinds):
@@ -617,7 +635,8 @@ def collect(model: Rewriter, frontier: dict[str, int], args: flags.Flags, step: 
             n = share if d < frontier[kind] else args.problems - share * (len(levels) - 1)
             rng = np.random.default_rng([args.seed, FRESH, 0 if args.fixed else step, i, d])
             problems += draw(rng, "train", kind, d, n, args.max_value)
-    traces = solve(model, [p for p in problems for _ in range(args.k)], args.temperature, (args.seed, SAMPLE, step))
+    several = [p for p in problems for _ in range(args.k)]
+    traces = solve(model, several, args.temperature, (args.seed, SAMPLE, step))
     passes = {"strict": lambda t: t.strict, "outcome": lambda t: t.right}[args.verify]
     if args.control == "unverified":
         passes = lambda t: t.answered  # noqa: E731
@@ -626,10 +645,11 @@ def collect(model: Rewriter, frontier: dict[str, int], args: flags.Flags, step: 
     for trace in passed:
         solved[trace.problem] = solved.get(trace.problem, 0) + 1
     kept = {(t.problem.kind, t.problem.line, *t.written): t for t in passed}
-    figures = {"sampled": len(traces), "answered": sum(t.answered for t in traces), "right": sum(t.right for t in traces),
-               "strict": sum(t.strict for t in traces), "kept": len(kept)}
-    return [Solution(t.problem.kind, t.lines[:len(t.written) + 1], t.written, 1.1 - solved[t.problem] / args.k, step)
-            for t in kept.values()], figures
+    figures = {"sampled": len(traces), "answered": sum(t.answered for t in traces),
+               "right": sum(t.right for t in traces), "strict": sum(t.strict for t in traces), "kept": len(kept)}
+    new = [Solution(t.problem.kind, t.lines, t.written, 1.1 - solved[t.problem] / args.k, step)
+           for t in kept.values()]
+    return new, figures
 
 
 def lesson(model: Rewriter, pool: list[Solution], args: flags.Flags, step: int) -> list[list[Example]]:
@@ -661,7 +681,7 @@ Cells = dict[tuple[str, int], list[int]]  # right and all, by kind and difficult
 def problem_sets(args: flags.Flags) -> dict[str, list[Problem]]:
     """train, val and test: problems of each kind and difficulty, the same for all seeds.
 
-    test has all ten difficulties; the others, which are for the gate and for comparison, those that are learned.
+    test has all ten difficulties; the others, for the gate and for comparison, have those that are learned.
     """
     sizes = {"train": (args.n_test // 2, range(1, args.top + 1)), "val": (args.n_val, range(1, args.top + 1)),
              "test": (args.n_test, range(1, 11))}
@@ -681,7 +701,7 @@ def count(model: Rewriter, problems: Sequence[Problem]) -> Cells:
 
 
 def passes(model: Rewriter, problems: Sequence[Problem], args: flags.Flags, step: int) -> dict[str, float]:
-    """pass@1 and pass@k of test problems of difficulty 3-7: does training widen what can be reached, or sharpen it?"""
+    """pass@1 and pass@k on test, difficulty 3-7: does training widen what can be reached, or sharpen it?"""
     some = [p for p in problems if p.difficulty in MIDDLE]
     traces = solve(model, [p for p in some for _ in range(PASS_K)], args.temperature, (args.seed, PASS, step))
     right = np.array([t.right for t in traces]).reshape(len(some), PASS_K).sum(1)
@@ -716,16 +736,16 @@ def train(args: flags.Flags) -> dict:
         with files.refuse_damaged(args.resume):
             checkpoint.load_weights(model, saved["model"], args.resume)
             optimizer.load_state_dict(saved["optimizer"])
-            pool = [Solution(s["kind"], [*map(tuple, s["lines"])], [*map(tuple, s["written"])], s["weight"], s["iteration"])
-                    for s in saved["pool"]]
+            pool = [Solution(**{**x, "lines": [*map(tuple, x["lines"])], "written": [*map(tuple, x["written"])]})
+                    for x in saved["pool"]]
             frontier, best, first = saved["frontier"], saved["best"], saved["first"]
     elif args.init_from:
         checkpoint.load_weights(model, load_model(args.init_from)[1]["model"], args.init_from)
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
         sizes = ", ".join(f"{len(problems)} {split}" for split, problems in sets.items())
-        print(f"{devices.describe(device)}, {count_parameters(model)} parameters, values to {args.max_value}, {sizes} problems, "
-              f"{r.folder}", flush=True)
+        print(f"{devices.describe(device)}, {count_parameters(model)} parameters, values to {args.max_value}, "
+              f"{sizes} problems, {r.folder}", flush=True)
         if not saved:
             for split, problems in sets.items():
                 files.write_atomic(r.folder / f"{split}.jsonl", "".join(json.dumps(
@@ -746,13 +766,14 @@ def train(args: flags.Flags) -> dict:
                     r.save("best.pt", model=model.state_dict(), config=asdict(model.config))
                 elif val < best - FALL and not last:
                     print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
-                    checkpoint.load_weights(model, checkpoint.read(r.folder / "best.pt")["model"], r.folder / "best.pt")
+                    file = r.folder / "best.pt"
+                    checkpoint.load_weights(model, checkpoint.read(file)["model"], file)
                 for kind in args.kinds:
-                    if accuracy(cells["val"], [frontier[kind]], kind) >= args.gate and frontier[kind] < args.top:
-                        frontier[kind] += 1
+                    passed = accuracy(cells["val"], [frontier[kind]], kind) >= args.gate
+                    frontier[kind] = min(frontier[kind] + passed, args.top)
             if due or last:
-                r.save("last.pt", model=model.state_dict(), config=asdict(model.config), optimizer=optimizer.state_dict(),
-                       frontier=frontier, pool=[vars(s) for s in pool], best=best, first=first, ema=None)
+                r.save("last.pt", model=model.state_dict(), config=asdict(model.config), ema=None, first=first,
+                       optimizer=optimizer.state_dict(), frontier=frontier, pool=[vars(s) for s in pool], best=best)
             if last:
                 break
             if args.control != "none":
@@ -768,17 +789,19 @@ def improve(model: Rewriter, optimizer: torch.optim.Optimizer, pool: list[Soluti
     if args.control != "corpus":
         new, figures = collect(model, frontier, args, step)
         (folder / "solutions").mkdir(exist_ok=True)
-        files.write_atomic(folder / "solutions" / f"iter_{step + 1}.jsonl", "".join(json.dumps(
-            {"kind": s.kind, "lines": [" ".join(x) for x in s.lines], "weight": s.weight}) + "\n" for s in new).encode())
+        rows = [{"kind": s.kind, "lines": [" ".join(x) for x in s.lines], "weight": s.weight} for s in new]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        files.write_atomic(folder / "solutions" / f"iter_{step + 1}.jsonl", text.encode())
         pool[:] = [s for s in pool if s.iteration > step - REMEMBERED] + new
         if not new:
-            print(f"iteration {step + 1}: no verified solution; it trains on the corpus and older ones", flush=True)
+            print(f"iteration {step + 1}: no verified solution; the corpus and older ones serve", flush=True)
     batches = lesson(model, pool, args, step)
     lrs = [args.lr * (1 - 0.9 * i / len(batches)) for i in range(len(batches))]
     return {**figures, "loss": update(model, optimizer, batches, lrs)}
 
 
-def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier: dict[str, int], args: flags.Flags) -> None:
+def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier: dict[str, int],
+        args: flags.Flags) -> None:
     """A row of metrics.csv, and a log line."""
     row = {"step": step, "loss": figures.get("loss"), "train_accuracy": accuracy(cells["train"], MIDDLE),
            "val_accuracy": accuracy(cells["val"], MIDDLE), "test_accuracy": accuracy(cells["test"], MIDDLE),
@@ -787,24 +810,28 @@ def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier:
     for kind in args.kinds:
         row[f"test_{kind}"] = accuracy(cells["test"], MIDDLE, kind)
         row[f"frontier_{kind}"] = frontier[kind]
-    r.record({**row, **{name: figures.get(name) for name in ("sampled", "answered", "right", "strict", "kept")}})
+    names = ("sampled", "answered", "right", "strict", "kept")
+    r.record({**row, **{name: figures.get(name) for name in names}})
 
 
-def finish(r: run.Run, model: Rewriter, problems: list[Problem], cells: Cells, first: dict, args: flags.Flags) -> dict:
+def finish(r: run.Run, model: Rewriter, problems: list[Problem], cells: Cells, first: dict,
+           args: flags.Flags) -> dict:
     """summary.json, the pictures, and the result."""
-    before = total({(*name.rsplit(" ", 1),): cell for name, cell in first["cells"].items()}, [*map(str, MIDDLE)])
+    names = [(name.split(), cell) for name, cell in first["cells"].items()]
+    before = total({(kind, int(d)): cell for (kind, d), cell in names}, MIDDLE)
     after, samples = total(cells, MIDDLE), passes(model, problems, args, r.step)
     summary = r.summary(
         n_params=count_parameters(model), control=args.control, verify=args.verify, n_test=after[1],
-        test_accuracy_before=before[0] / before[1], test_accuracy=after[0] / after[1], test_interval=wilson(*after),
+        test_accuracy_before=before[0] / before[1], test_accuracy=after[0] / after[1],
+        test_interval=wilson(*after),
         easy_accuracy=accuracy(cells, EASY), ood_accuracy=accuracy(cells, HARD),
         pass_before={k: x for k, x in first.items() if k != "cells"}, pass_now=samples,
         test_cells_before=first["cells"], test_cells={f"{kind} {d}": cell for (kind, d), cell in cells.items()})
     draw_pictures(r.folder)
-    print(*(f"{k} at temperature {args.temperature:g}: {100 * first[k]:.1f}% after the bootstrap, {100 * x:.1f}% now"
-            for k, x in samples.items()), sep="\n")
-    print(f"difficulty 3-7: {format_rate(*before)} after the bootstrap, {format_rate(*after)} now; values to {args.max_value}, "
-          f"{r.seconds():.0f} s ({r.cpu_seconds():.0f} CPU-s), {r.folder}")
+    for k, x in samples.items():
+        print(f"{k} at temperature {args.temperature:g}: {100 * first[k]:.1f}% before, {100 * x:.1f}% now")
+    print(f"difficulty 3-7: {format_rate(*before)} after the bootstrap, {format_rate(*after)} now; "
+          f"values to {args.max_value}, {r.seconds():.0f} s ({r.cpu_seconds():.0f} CPU-s), {r.folder}")
     return summary
 
 
@@ -827,11 +854,12 @@ def draw_pictures(folder: str | os.PathLike) -> list[Path]:
             left.fill_between(x, [100 * lo for lo, _ in band], [100 * hi for _, hi in band], alpha=0.2, color="C2")
     left.set(xlabel="iteration", ylabel="right answers, %", ylim=(-3, 103), title=f"control: {summary['control']}")
     left.legend(frameon=False, fontsize=8)
-    for i, kind in enumerate(KINDS):
-        for cells, style, when in ((summary["test_cells_before"], ":", "bootstrap"), (summary["test_cells"], "-", "end")):
-            points = [(d, 100 * cells[f"{kind} {d}"][0] / cells[f"{kind} {d}"][1]) for d in range(1, 11) if f"{kind} {d}" in cells]
-            if points:
-                right.plot(*zip(*points, strict=True), style, marker=".", color=f"C{i}", label=f"{kind}, {when}")
+    for name, style, when in (("test_cells_before", ":", "bootstrap"), ("test_cells", "-", "end")):
+        for i, kind in enumerate(KINDS):
+            cells = [(int(x.split()[1]), right_of) for x, right_of in summary[name].items() if x.split()[0] == kind]
+            if cells:
+                x, y = zip(*((d, 100 * k / n) for d, (k, n) in cells), strict=True)
+                right.plot(x, y, style, marker=".", color=f"C{i}", label=f"{kind}, {when}")
     right.set(xlabel="difficulty", ylabel="right answers on test, %", ylim=(-3, 103), xticks=range(1, 11))
     right.legend(frameon=False, fontsize=8)
     return [plots.save_figure(fig, folder / "accuracy.png")]
@@ -856,8 +884,8 @@ def problem_of(text: str, kind: str, limit: int) -> Problem:
     line = tuple(text.split())
     answer = value(kind, line) if all(token in vocabulary(limit) for token in line) else None
     if answer is None or parts(kind, line) == 0:
-        raise UserError(f"--solve {text[:60]!r}: expected a line of kind {kind} with spaces between its tokens, numbers within "
-                        f"+-{limit}")
+        raise UserError(f"--solve {text[:60]!r}: expected a line of kind {kind} with spaces between its tokens, "
+                        f"numbers within +-{limit}")
     return Problem(kind, line, answer, parts(kind, line))
 
 
@@ -890,8 +918,9 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
     with files.refuse_damaged(path):
         cells = count(model, problem_sets(argparse.Namespace(**saved["args"]))["test"])
     middle = total(cells, MIDDLE)
-    return {"script": SCRIPT, "n_params": count_parameters(model), "step": saved["step"], "max_value": model.config.max_value,
-            "test": [*middle], "test_accuracy": middle[0] / middle[1], "test_interval": [*wilson(*middle)],
+    return {"script": SCRIPT, "n_params": count_parameters(model), "step": saved["step"],
+            "max_value": model.config.max_value, "test": [*middle],
+            "test_accuracy": middle[0] / middle[1], "test_interval": [*wilson(*middle)],
             "easy": [*total(cells, EASY)], "ood": [*total(cells, HARD)],
             "cells": {f"{kind} {d}": cell for (kind, d), cell in cells.items()}}
 
