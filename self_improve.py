@@ -17,10 +17,12 @@ from common import files, flags  # before torch: a Ctrl-C while that loads is on
 
 # isort: split
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -39,6 +41,7 @@ from common.flags import integer, path, real
 
 SCRIPT = Path(__file__).name
 KINDS = ("arithmetic", "rpn", "brackets")
+CONTROLS = ("off", "none", "unverified", "corpus")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "//": 2}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 HELD_OUT = {"test": range(0, 10), "val": range(10, 15)}           # of 100 buckets of a problem's hash
@@ -98,9 +101,11 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--temperature", type=real(0, 10), default=1.0, help="of sampling")
     g.add_argument("--verify", choices=["strict", "outcome"], default="strict", help="strict: every line has the "
                    "problem's value and one part less than the one before; outcome: the answer is right")
-    g.add_argument("--control", choices=["off", "none", "unverified", "corpus"], default="off",
+    g.add_argument("--control", choices=CONTROLS, default="off",
                    help="none: no training; unverified: on all that ends in an answer; corpus: on clean "
                    "solutions of difficulty 1-3")
+    g.add_argument("--compare", action="store_true", help="run the loop and its three controls from one bootstrap, into "
+                   "OUT-DIR-off and so on, and draw them in one picture; what is there already is gone on with")
     g.add_argument("--gate", type=real(0, 1), default=0.7,
                    help="validation accuracy from which the next difficulty is learned")
     g.add_argument("--top", type=integer(4, 10), default=7, help="last difficulty that is learned")
@@ -779,7 +784,7 @@ def train(args: flags.Flags) -> dict:
             if args.control != "none":
                 figures = improve(model, optimizer, pool, frontier, args, step, r.folder)
         r.leave_if_stopped()
-        return finish(r, model, sets["test"], cells["test"], first, args)
+        return finish(r, model, sets["test"], first, args)
 
 
 def improve(model: Rewriter, optimizer: torch.optim.Optimizer, pool: list[Solution], frontier: dict[str, int],
@@ -814,9 +819,9 @@ def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier:
     r.record({**row, **{name: figures.get(name) for name in names}})
 
 
-def finish(r: run.Run, model: Rewriter, problems: list[Problem], cells: Cells, first: dict,
-           args: flags.Flags) -> dict:
-    """summary.json, the pictures, and the result."""
+def finish(r: run.Run, model: Rewriter, problems: list[Problem], first: dict, args: flags.Flags) -> dict:
+    """summary.json, the pictures, and the result on the test problems."""
+    cells = count(model, problems)
     names = [(name.split(), cell) for name, cell in first["cells"].items()]
     before = total({(kind, int(d)): cell for (kind, d), cell in names}, MIDDLE)
     after, samples = total(cells, MIDDLE), passes(model, problems, args, r.step)
@@ -863,6 +868,39 @@ def draw_pictures(folder: str | os.PathLike) -> list[Path]:
     right.set(xlabel="difficulty", ylabel="right answers on test, %", ylim=(-3, 103), xticks=range(1, 11))
     right.legend(frameon=False, fontsize=8)
     return [plots.save_figure(fig, folder / "accuracy.png")]
+
+
+def compare(args: flags.Flags) -> dict:
+    """A run for each control, from one bootstrap; compare.png. Returns their summaries."""
+    name = args.name or f"compare-s{args.seed}"
+    base, out = args.out_dir or f"logs/{Path(SCRIPT).stem}/{name}", {}
+    for control in CONTROLS:
+        one, folder = copy.copy(args), Path(f"{base}-{control}")
+        one.control, one.compare, one.name, one.out_dir = control, False, None, str(folder)
+        one.started = time.monotonic(), time.process_time()
+        print(f"# control: {control}, {folder}", flush=True)
+        if (folder / "summary.json").is_file():
+            out[control] = files.read_json(folder / "summary.json")
+            continue
+        one.resume = str(folder) if (folder / "last.pt").is_file() else None
+        out[control] = train(one)
+    print(draw_comparison(base))
+    return out
+
+
+def draw_comparison(base: str) -> Path:
+    """Test accuracy over the iterations of the four runs, with Wilson bands, in BASE-off/compare.png."""
+    fig, ax = plots.new_figure()
+    for i, control in enumerate(CONTROLS):
+        n = files.read_json(f"{base}-{control}/summary.json")["n_test"]
+        x, y = metrics.points(metrics.read(f"{base}-{control}"), "step", "test_accuracy")
+        band = [wilson(round(v * n), n) for v in y]
+        label = {"off": "verified solutions", "none": "no training"}.get(control, control)
+        ax.plot(x, [100 * v for v in y], "-" if control == "off" else "--", marker=".", color=f"C{i}", label=label)
+        ax.fill_between(x, [100 * lo for lo, _ in band], [100 * hi for _, hi in band], alpha=0.15, color=f"C{i}")
+    ax.set(xlabel="iteration", ylabel="right answers on test, difficulty 3-7, %", ylim=(-3, 103))
+    ax.legend(frameon=False)
+    return plots.save_figure(fig, Path(f"{base}-off/compare.png"))
 
 
 # ---- Use of a trained model
@@ -956,7 +994,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             out = evaluate_checkpoint(args.checkpoint, args)
             print(format_evaluation(out))
             return out
-        return train(args)
+        return compare(args) if args.compare else train(args)
 
 
 if __name__ == "__main__":

@@ -257,6 +257,17 @@ def test_fixed_problems_are_the_same_in_every_iteration_and_fresh_ones_are_not(m
     assert drawn[0] != drawn[1] and drawn[2] == drawn[3] and len(drawn[0]) == len(drawn[2]) == 36
 
 
+def test_compare_runs_every_arm_from_one_bootstrap_and_goes_on_where_it_was(tmp_path, cache):
+    flags = [*SMALL, "--cache-dir", str(cache), "--compare", "--out-dir", str(tmp_path / "arms")]
+    out = S.main(flags)
+    firsts = [metrics.read(tmp_path / f"arms-{control}")[0] for control in S.CONTROLS]
+    assert [*out] == [*S.CONTROLS] and len({row["test_accuracy"] for row in firsts}) == 1
+    assert (tmp_path / "arms-off" / "compare.png").stat().st_size > 5000
+    (tmp_path / "arms-corpus" / "summary.json").unlink()
+    assert S.main(flags)["corpus"]["test_cells"] == out["corpus"]["test_cells"]
+    assert [row["step"] for row in metrics.read(tmp_path / "arms-corpus")] == [0, 1, 2]
+
+
 def test_own_solutions_are_trained_on_as_they_were_written(model, monkeypatch):
     args = S.parse_args([*SMALL, "--replay", "0", "--updates", "50"])
     trace = S.teach(problems("rpn", 4, 1)[0], True)
