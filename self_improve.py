@@ -1,7 +1,7 @@
 """Can a small model teach itself harder problems, from nothing but its own solutions that pass a check?
 
     python self_improve.py                                   # 0.5 M parameters, about 4 min on two cores
-    python self_improve.py --control corpus                  # as many updates, but on the bootstrap corpus
+    python self_improve.py --compare --steps 10              # the loop beside its three controls, in one picture
     python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/default-s0
 
 The model rewrites a line: it marks the next part that can be worked out and writes its value, and is asked again
