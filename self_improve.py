@@ -2,7 +2,7 @@
 
     python self_improve.py                                   # 0.5 M parameters, about 4 min on two cores
     python self_improve.py --compare --steps 10              # the loop beside its three controls, in one picture
-    python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/default-s0
+    python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/seed101
 
 The model rewrites a line: it marks the next part that can be worked out and writes its value, and is asked again
 with the shorter line until an answer is left. It is bootstrapped on clean solutions of difficulty 1-3. Each

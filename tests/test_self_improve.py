@@ -323,3 +323,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     torch.nn.init.constant_(model.embedding.weight, math.inf)
     with pytest.raises(UserError, match="not finite"):
         S.update(model, torch.optim.SGD(model.parameters()), [[S.example(model, "rpn", ("1", "2", "+"), ("3",))]], [1.0])
+
+
+def test_the_kept_model_works_out_harder_lines_than_its_corpus_had():
+    path = S.Path(S.__file__).parent / "logs" / "kept" / "self_improve" / "seed101"
+    assert S.load(path)("( 3 + 4 ) * 2 - 9 // 4 + 1 - 3 * 2") == "7"
+    model, _ = S.load_model(path)
+    some = [p for kind in S.KINDS for p in S.draw(np.random.default_rng(7), "test", kind, 6, 30, 20)]
+    assert np.mean([t.right for t in S.solve(model, some)]) > 0.6            # 20 % after the bootstrap
