@@ -593,7 +593,7 @@ def corpus(rng: np.random.Generator, n: int, model: Rewriter, kinds: Sequence[st
     return out[:n]
 
 
-def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Flags) -> None:
+def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Flags, r: run.Run) -> None:
     """Train on the corpus, or take the model that was made with the same flags before."""
     names = ("seed", "kinds", "bootstrap_steps", "bootstrap_lr", "batch_size", "threads", "device")
     made_by = {**asdict(model.config), **{name: getattr(args, name) for name in names}, "format": 1}
@@ -614,6 +614,8 @@ def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Fla
         steps = range(lo, lo + len(batches))  # a line up, then level, and in the second half a line down
         lrs = [args.bootstrap_lr * min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in steps]
         update(model, optimizer, batches, lrs)
+        if r.stopped_by:
+            raise KeyboardInterrupt  # there is nothing to save yet
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint.save(file, {**state, "made_by": made_by})
@@ -756,7 +758,7 @@ def train(args: flags.Flags) -> dict:
                 files.write_atomic(r.folder / f"{split}.jsonl", "".join(json.dumps(
                     {**asdict(p), "line": " ".join(p.line)}) + "\n" for p in problems).encode())
             if not args.init_from:
-                bootstrap(model, optimizer, args)
+                bootstrap(model, optimizer, args, r)
         figures: dict = {}
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)

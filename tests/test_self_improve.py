@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -213,6 +214,21 @@ def test_resume_is_bit_exact_and_the_bootstrap_is_found_again(run, tmp_path, cac
     assert metrics.read(tmp_path / "run")[-1]["step"] == 0
     S.main(["--resume", str(tmp_path / "run")])
     assert [line.rsplit(",", 1)[0] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()] == whole
+
+
+def test_ctrl_c_in_the_bootstrap_ends_it_and_in_the_loop_saves(tmp_path, cache, monkeypatch, capsys):
+    def stop(*args):
+        signal.raise_signal(signal.SIGINT)
+        return {}
+    monkeypatch.setattr(S, "update", stop)
+    with pytest.raises(SystemExit) as e:
+        S.main([*SMALL, "--cache-dir", str(tmp_path / "none"), "--out-dir", str(tmp_path / "run")])
+    assert e.value.code == 130 and "interrupted" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(S, "improve", stop)
+    with pytest.raises(SystemExit) as e:
+        S.main([*SMALL, "--cache-dir", str(cache), "--out-dir", str(tmp_path / "run")])
+    assert e.value.code == 130 and "stopped at step 1; go on with" in capsys.readouterr().out
 
 
 def test_without_training_nothing_changes_and_the_other_controls_train(run, tmp_path, cache):
