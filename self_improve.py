@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--bootstrap-steps", type=integer(1), default=1000, help="optimizer steps")
     g.add_argument("--bootstrap-lr", type=real(0, 1, above=True), default=2e-3, help="peak learning rate")
     g.add_argument("--cache-dir", type=path, default=os.path.expanduser("~/.cache/stalled-experiments"),
-                   help="where bootstrapped models are kept, by a hash of their flags")
+                   help="where bootstrapped models are kept, by a hash of script and flags")
 
     g = p.add_argument_group("loop")
     g.add_argument("--steps", "--iterations", type=integer(1), default=16, help="iterations")
@@ -594,9 +594,10 @@ def corpus(rng: np.random.Generator, n: int, model: Rewriter, kinds: Sequence[st
 
 
 def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Flags, r: run.Run) -> None:
-    """Train on the corpus, or take the model that was made with the same flags before."""
+    """Train on the corpus, or take the model that this very script made with the same flags before."""
     names = ("seed", "kinds", "bootstrap_steps", "bootstrap_lr", "batch_size", "threads", "device")
-    made_by = {**asdict(model.config), **{name: getattr(args, name) for name in names}, "format": 1}
+    made_by = {**asdict(model.config), **{name: getattr(args, name) for name in names}}
+    made_by["source"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # an edited model is another one
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     file = Path(args.cache_dir) / f"bootstrap-{digest}.pt"
     if file.is_file():

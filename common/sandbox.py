@@ -604,21 +604,29 @@ class Sandbox:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one file, and print the result and the protections."""
+    import argparse
     import ast
 
     from common.files import UserError, one_line_errors
     from common.flags import Parser, path
+
+    def arguments(text: str) -> tuple:
+        with suppress(SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+            case = ast.literal_eval(text)
+            if type(case) is tuple and pack(case):
+                return case
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected a tuple of plain values, like (3,)")
     p = Parser(prog="common.sandbox", usage="python -m common.sandbox FILE.py [flags]", description=__doc__)
     p.add_argument("file", type=path, metavar="FILE.py", help="program to run")
     p.add_argument("--call", default="solve", metavar="NAME", help="its function")
-    p.add_argument("--case", action="append", metavar="'(A, B)'", help="a tuple of arguments; may be given again")
+    p.add_argument("--case", action="append", type=arguments, metavar="'(A, B)'", help="its arguments; repeatable")
     args = p.parse_args(argv)
     with one_line_errors("common.sandbox"):
+        cases = args.case or [()]
         try:
-            cases = [ast.literal_eval(text) for text in args.case or ["()"]]
             with open(args.file, encoding="utf-8", errors="surrogateescape") as f, Sandbox() as box:
                 result = box.run(f.read(), args.call, cases)
-        except (SandboxError, SyntaxError, TypeError, ValueError) as e:
+        except SandboxError as e:
             raise UserError(e) from None
         sys.set_int_max_str_digits(0)  # of a value that is to be read
         print(f"protections: {', '.join(box.protections) or 'none'}")

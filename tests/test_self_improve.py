@@ -216,6 +216,14 @@ def test_resume_is_bit_exact_and_the_bootstrap_is_found_again(run, tmp_path, cac
     assert [line.rsplit(",", 1)[0] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()] == whole
 
 
+def test_an_edited_script_does_not_take_the_bootstrap_of_another(tmp_path, cache, monkeypatch, capsys):
+    edited = tmp_path / "self_improve.py"
+    edited.write_text(S.Path(S.__file__).read_text() + "# edited")
+    monkeypatch.setattr(S, "__file__", str(edited))
+    S.main([*SMALL, "--steps", "1", "--cache-dir", str(cache), "--out-dir", str(tmp_path / "run")])
+    assert "bootstrapped before" not in capsys.readouterr().out
+
+
 def test_ctrl_c_in_the_bootstrap_ends_it_and_in_the_loop_saves(tmp_path, cache, monkeypatch, capsys):
     def stop(*args):
         signal.raise_signal(signal.SIGINT)
