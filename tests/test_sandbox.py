@@ -298,7 +298,7 @@ def test_no_attack_gets_through_and_nothing_is_left(tmp_path, user):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-ATTEMPTS = {"file": "open('/proc/self/maps')", "stat": "os.stat('/')", "memory": "bytearray(1 << 27)",
+ATTEMPTS = {"file": "open('/proc/self/maps')", "stat": "os.stat('/')", "memory": "__import__('mmap').mmap(-1, 1 << 28)",
             "process": "os.fork() or os._exit(0)", "descriptor": "os.pipe()", "root": "os.setuid(0)"}
 
 
