@@ -1,15 +1,18 @@
-"""Can a small model teach itself harder problems, from nothing but its own solutions that pass a check?
+"""Can a model teach itself harder problems, from nothing but its own solutions that pass a check?
 
-    python self_improve.py                                   # 0.5 M parameters, about 4 min on two cores
-    python self_improve.py --compare --steps 10              # the loop beside its three controls, in one picture
+    python self_improve.py                                   # 0.5 M parameters, about 5 min on two cores
+    python self_improve.py --compare                         # the loop beside its controls, in one picture
+    python self_improve.py --difficulty 4-10 --steps 60      # as far as it goes
     python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/seed101
+    python self_improve.py --model Qwen/Qwen2.5-Coder-1.5B-Instruct     # LoRA on a code model: wants a GPU
 
-The model rewrites a line: it marks the next part that can be worked out and writes its value, and is asked again
-with the shorter line until an answer is left. It is bootstrapped on clean solutions of difficulty 1-3. Each
-iteration it samples solutions of new problems, keeps those whose every line has the problem's value, trains on
-them, and goes on to the next difficulty when it passes a gate on validation problems. A run writes
-logs/self_improve/NAME/: the usual files (step is the iteration), solutions/iter_N.jsonl and pictures. Descends from
-canivel/axiom-rl, whose loop never trained.
+Each iteration the model solves new problems, its solutions are checked, and it is trained on those that pass; a
+kind of problem goes on to the next difficulty when it passes a gate on validation problems. The tiny model rewrites
+a line: it marks the next part that can be worked out and writes its value, and is asked again with the shorter
+line until an answer is left; it is bootstrapped on clean solutions of difficulty 1-3. A model of Hugging Face
+writes a Python function, which runs in common/sandbox.py. A run writes logs/self_improve/NAME/: the usual files
+(step is the iteration), checkpoints/, solutions/, examples.txt and pictures. Descends from canivel/axiom-rl, whose
+loop never trained.
 """
 from __future__ import annotations
 
@@ -22,9 +25,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,24 +38,34 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm import tqdm as progress
 
 from common import checkpoint, devices, metrics, plots, run
 from common.evaluation import count_parameters, eval_mode, format_rate, pass_at_k, wilson
 from common.files import UserError
 from common.flags import integer, path, real
+from common.sandbox import Result, Sandbox, SandboxError, same
 
 SCRIPT = Path(__file__).name
 KINDS = ("arithmetic", "rpn", "brackets")
-CONTROLS = ("off", "none", "unverified", "corpus")
-PRECEDENCE = {"+": 1, "-": 1, "*": 2, "//": 2}
+OPERATORS = ("+", "-", "*", "//")
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "//": 2, "%": 2}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 HELD_OUT = {"test": range(0, 10), "val": range(10, 15)}           # of 100 buckets of a problem's hash
 CORPUS, FRESH, SAMPLE, UPDATE, SPLIT, PASS = 1, 2, 3, 4, 5, 6     # streams of randomness
 EASY, MIDDLE, HARD = range(1, 4), range(3, 8), range(8, 11)       # of the corpus, test_accuracy, ood_accuracy
+VERDICTS = ("strict", "lucky", "wrong", "failed", "truncated")
+KEPT = {"off": ("strict",), "none": (), "outcome": ("strict", "lucky"), "unverified": ("strict", "lucky", "wrong"),
+        "corpus": ()}                                             # verdicts that are trained on, by --control
 REMEMBERED = 4                                                    # iterations whose solutions are trained on
+IDLE = 3                                                          # iterations without a solution that end a run
 PASS_K = 8                                                        # samples of a test problem for pass@k
 FALL = 0.05                                                       # of validation, that brings the best weights back
+POSITIONS = ("coupled", "plain", "rope", "none")
+TINY_FLAGS = ("max_value", "width", "layers", "positions", "marks", "bootstrap_steps", "replay", "cache_dir")
+LORA_FLAGS = ("revision", "lora_rank", "lora_targets")
+CODE_DEFAULTS = {"difficulty": [*range(3, 8)], "n_test": 4, "problems": 20, "k": 4, "updates": 60, "batch_size": 8,
+                 "lr": 2e-4, "replay": 0.0}                       # of --model other than tiny, where no flag is given
 
 Line = tuple[str, ...]
 
@@ -64,71 +80,94 @@ def kind_list(text: str) -> list[str]:
     return kinds
 
 
+def difficulties(text: str) -> list[int]:
+    """An argparse type: 4-7, or 4,5,6,7."""
+    if not re.fullmatch(r"[0-9]+(-[0-9]+|(,[0-9]+)*)", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected difficulties like 4-7")
+    numbers = [int(x) for x in re.findall("[0-9]+", text)]
+    lo, hi = numbers[0], numbers[-1]
+    if not 1 <= lo <= hi <= 10:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: difficulties are 1 to 10, the lower one first")
+    return [*range(lo, hi + 1)]
+
+
 def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("data")
     g.add_argument("--kinds", type=kind_list, default=[*KINDS], metavar="A,B",
                    help="of problems (default: all three)")
+    g.add_argument("--difficulty", type=difficulties, default=[*range(4, 8)], metavar="A-B",
+                   help="from A to the last that is learned (default: 4-7)")
     g.add_argument("--max-value", type=integer(9, 999), default=20,
                    help="all values are at most this, one token each")
-    g.add_argument("--n-test", type=integer(2), default=40, help="problems of each kind and difficulty "
-                   "1-10; where there are fewer, those; training accuracy is of half as many")
-    g.add_argument("--n-val", type=integer(1), default=40, help="the same, for the gate")
+    g.add_argument("--n-test", type=integer(2), default=40, help="test problems of each kind and difficulty 1-10, and "
+                   "as many for validation, half as many for training accuracy, of those up to B")
 
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=integer(8, 4096), default=128, help="of the residual stream")
-    g.add_argument("--layers", type=integer(1, 64), default=3, help="blocks")
-    g.add_argument("--heads", type=integer(1, 64), default=4, help="of attention")
-    g.add_argument("--positions", choices=["coupled", "plain", "none"], default="coupled",
-                   help="coupled: a copied token has the position of its source")
-    g.add_argument("--rotary", type=real(0, 1, above=True), default=0.5,
-                   help="share of a head that knows positions")
+    g.add_argument("--model", type=path, default="tiny", metavar="ID|DIR", help="tiny, or a causal language model of "
+                   "Hugging Face, with defaults of its own: "
+                   + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in CODE_DEFAULTS.items() if k != "difficulty")
+                   + " --difficulty 3-7")
+    g.add_argument("--revision", type=path, default="main", help="of the --model on the hub")
+    g.add_argument("--lora-rank", type=integer(1, 4096), default=16, help="of the adapter; its alpha is twice that")
+    g.add_argument("--lora-targets", type=path, default="all-linear", metavar="A,B", help="modules with an adapter")
+    g.add_argument("--width", type=integer(8, 4096), default=128, help="tiny: of the residual stream")
+    g.add_argument("--layers", type=integer(1, 64), default=3, help="tiny: blocks, of four heads")
+    g.add_argument("--positions", choices=POSITIONS, default="coupled", help="tiny: coupled: a copied token has "
+                   "the position of its source; plain: positions count on; rope: plain, all of each head turns, and "
+                   "as slowly as usual; none")
     g.add_argument("--no-marks", dest="marks", action="store_false",
-                   help="the model writes the new line, marking nothing")
-
-    g = p.add_argument_group("bootstrap, on clean solutions of difficulty 1-3")
-    g.add_argument("--bootstrap-steps", type=integer(1), default=1000, help="optimizer steps")
-    g.add_argument("--bootstrap-lr", type=real(0, 1, above=True), default=2e-3, help="peak learning rate")
+                   help="tiny: it writes the new line, marking nothing")
+    g.add_argument("--bootstrap-steps", type=integer(1), default=1000, help="tiny: optimizer steps on the corpus: "
+                   "clean solutions of difficulty 1-3")
     g.add_argument("--cache-dir", type=path, default=os.path.expanduser("~/.cache/stalled-experiments"),
                    help="where bootstrapped models are kept, by a hash of script and flags")
 
     g = p.add_argument_group("loop")
     g.add_argument("--steps", "--iterations", type=integer(1), default=16, help="iterations")
     g.add_argument("--problems", type=integer(2), default=200, help="new ones an iteration and kind: half of the "
-                   "difficulty that is learned now, half of 4 up to it")
+                   "difficulty that is learned now, half of those before it")
     g.add_argument("--k", type=integer(1, 1000), default=2, help="solutions sampled of each")
     g.add_argument("--fixed", action="store_true", help="the same problems of a difficulty in every iteration")
     g.add_argument("--temperature", type=real(0, 10), default=1.0, help="of sampling")
-    g.add_argument("--verify", choices=["strict", "outcome"], default="strict", help="strict: every line has the "
-                   "problem's value and one part less than the one before; outcome: the answer is right")
-    g.add_argument("--control", choices=CONTROLS, default="off",
-                   help="none: no training; unverified: on all that ends in an answer; corpus: on clean "
-                   "solutions of difficulty 1-3")
-    g.add_argument("--compare", action="store_true", help="run the loop and its three controls from one bootstrap, into "
+    g.add_argument("--control", choices=[*KEPT], default="off", help="off: train on strict solutions; none: no "
+                   "training; outcome: on all that end right; unverified: on all that end in an answer; corpus: on "
+                   "more of the corpus")
+    g.add_argument("--compare", action="store_true", help="run the loop and its controls from one bootstrap, into "
                    "OUT-DIR-off and so on, and draw them in one picture; what is there already is gone on with")
     g.add_argument("--gate", type=real(0, 1), default=0.7,
                    help="validation accuracy from which the next difficulty is learned")
-    g.add_argument("--top", type=integer(4, 10), default=7, help="last difficulty that is learned")
     g.add_argument("--updates", type=integer(1), default=120, help="optimizer steps an iteration")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=96, help="steps of solutions in a batch")
-    g.add_argument("--lr", type=real(0, 1, above=True), default=1e-3,
-                   help="learning rate, falling to a tenth in each iteration")
-    g.add_argument("--replay", type=real(0, 1), default=0.4, help="share of the corpus in a batch")
+    g.add_argument("--lr", type=real(0, 1, above=True), default=1e-3, help="learning rate, falling to a tenth in "
+                   "each iteration; the bootstrap has twice as much")
+    g.add_argument("--replay", type=real(0, 1), default=0.4, help="tiny: share of the corpus in a batch")
 
     g = p.add_argument_group("evaluation, or instead of training")
     g.add_argument("--eval-every", type=integer(1), default=1, help="iterations between evaluations and saves")
-    g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate this model, or a run's last one")
+    g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate this model, or a run's best one")
     g.add_argument("--solve", metavar="LINE",
                    help="let --checkpoint work out one line, with spaces between its tokens")
     g.add_argument("--kind", choices=KINDS, default="arithmetic", help="of the line to --solve")
-    g.add_argument("--plot", type=path, metavar="RUN", help="draw the pictures of this run again")
+    g.add_argument("--export", type=path, metavar="DIR", help="write --checkpoint, a model of Hugging Face, with its "
+                   "adapter merged")
+    g.add_argument("--plot", type=path, nargs="+", metavar="RUN", help="draw the picture of this run again, or of the "
+                   "--out-dir of one or more comparisons")
     flags.add_run_arguments(p)
     p.set_defaults(threads=2)
     args = flags.parse(p, argv)
+    if args.model != "tiny":
+        flags.use(args, CODE_DEFAULTS)
     try:
         config_of(args)
         if args.temperature == 0 and args.k > 1:
             raise UserError("--temperature: at 0 all --k samples are the same")
+        for name in TINY_FLAGS if args.model != "tiny" else LORA_FLAGS:
+            if name in args.given:
+                only = "the tiny model" if name in TINY_FLAGS else "a --model of Hugging Face"
+                raise UserError(f"--{name.replace('_', '-')}: only {only} has it")
+        if args.model != "tiny" and args.control == "corpus":
+            raise UserError("--control corpus: only the tiny model has a corpus")
     except UserError as e:
         p.error(str(e))
     return args
@@ -138,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
 @dataclass(frozen=True)
 class Problem:
-    """A line to be worked out. difficulty: operations, or pairs of brackets."""
+    """A line to be worked out. difficulty: operations, or pairs of brackets; for programs as in LEVELS."""
     kind: str
     line: Line
     answer: str       # a number; yes or no for brackets
@@ -146,23 +185,24 @@ class Problem:
 
 
 def apply(operator: str, a: int, b: int) -> int | None:
-    """Python's integer arithmetic; None for a division by zero."""
-    if operator == "//":
-        return a // b if b else None
+    """Python's integer arithmetic, which rounds down; None for a division by zero."""
+    if operator in ("//", "%"):
+        return None if b == 0 else a // b if operator == "//" else a % b
     return {"+": a + b, "-": a - b, "*": a * b}[operator]
 
 
-def random_tree(rng: np.random.Generator, d: int, limit: int) -> tuple:
-    """An expression of d operations, all values within `limit`: (value,) or (value, operator, a, b)."""
+def random_tree(rng: np.random.Generator, d: int, largest: int, limit: int,
+                operators: Sequence[str] = OPERATORS) -> tuple:
+    """An expression of d operations on 1 to `largest`, all values within `limit`: (value,) or (value, operator, a, b)."""
     if d == 0:
-        return (int(rng.integers(1, min(limit, 9) + 1)),)
+        return (int(rng.integers(1, largest + 1)),)
     while True:
         left = int(rng.integers(d))
-        a, b = random_tree(rng, left, limit), random_tree(rng, d - 1 - left, limit)
-        for operator in rng.permutation(list(PRECEDENCE)):
-            value = apply(operator, a[0], b[0])
+        a, b = (random_tree(rng, n, largest, limit, operators) for n in (left, d - 1 - left))
+        for i in rng.permutation(len(operators)):
+            value = apply(operators[i], a[0], b[0])
             if value is not None and abs(value) <= limit:
-                return (value, str(operator), a, b)
+                return (value, operators[i], a, b)
 
 
 def as_rpn(tree: tuple) -> list[str]:
@@ -182,24 +222,46 @@ def as_infix(tree: tuple) -> list[str]:
     return [*sides[0], tree[1], *sides[1]]
 
 
-def random_brackets(rng: np.random.Generator, d: int) -> list[str]:
+def random_brackets(rng: np.random.Generator, d: int, types: int = 3) -> list[str]:
     """A balanced line of d pairs."""
     if d == 0:
         return []
-    inside, opening = int(rng.integers(d)), str(rng.choice(list(CLOSING)))
-    return [opening, *random_brackets(rng, inside), CLOSING[opening], *random_brackets(rng, d - 1 - inside)]
+    inside, opening = int(rng.integers(d)), [*CLOSING][int(rng.integers(types))]
+    return [opening, *random_brackets(rng, inside, types), CLOSING[opening],
+            *random_brackets(rng, d - 1 - inside, types)]
+
+
+def as_problem(rng: np.random.Generator, kind: str, d: int, drawn: tuple | list[str]) -> Problem:
+    """Of a tree or a balanced line. Half of the lines get one bracket changed, so that those that fail look alike."""
+    if kind == "brackets":
+        if rng.integers(2):
+            return Problem(kind, tuple(drawn), "yes", d)
+        i, others = int(rng.integers(len(drawn))), [*CLOSING, *CLOSING.values()]
+        others.remove(drawn[i])
+        drawn[i] = others[int(rng.integers(len(others)))]
+        return Problem(kind, tuple(drawn), "no", d)
+    return Problem(kind, tuple(as_rpn(drawn) if kind == "rpn" else as_infix(drawn)), str(drawn[0]), d)
 
 
 def random_problem(rng: np.random.Generator, kind: str, d: int, limit: int) -> Problem:
-    """Brackets: half are balanced, the others have one bracket changed, so that they look alike."""
-    if kind == "brackets":
-        line, balanced = random_brackets(rng, d), bool(rng.integers(2))
-        if not balanced:
-            i = int(rng.integers(len(line)))
-            line[i] = str(rng.choice([x for x in (*CLOSING, *CLOSING.values()) if x != line[i]]))
-        return Problem(kind, tuple(line), "yes" if balanced else "no", d)
-    tree = random_tree(rng, d, limit)
-    return Problem(kind, tuple(as_rpn(tree) if kind == "rpn" else as_infix(tree)), str(tree[0]), d)
+    """One of d operations or pairs, for the tiny model."""
+    return as_problem(rng, kind, d, random_brackets(rng, d) if kind == "brackets" else
+                      random_tree(rng, d, min(limit, 9), limit))
+
+
+# For programs, as axiom-rl has them, at difficulty 1-2, 3-4 and so on: operands from and to, operators, the largest
+# operand; pairs of brackets from and to, types of them.
+LEVELS = [(2, 2, ("+", "-"), 10, 2, 4, 1), (3, 4, ("+", "-", "*"), 50, 4, 7, 2),
+          (4, 5, (*PRECEDENCE,), 100, 7, 11, 3), (5, 7, (*PRECEDENCE,), 100, 10, 17, 3),
+          (7, 10, (*PRECEDENCE,), 200, 15, 25, 3)]
+
+
+def program_problem(rng: np.random.Generator, kind: str, d: int) -> Problem:
+    """The line that a program is asked for with, and the kind of lines that it must work out; values to 10^9."""
+    lo, hi, operators, largest, fewest, most, types = LEVELS[(d - 1) // 2]
+    return as_problem(rng, kind, d, random_brackets(rng, int(rng.integers(fewest, most + 1)), types)
+                      if kind == "brackets" else
+                      random_tree(rng, int(rng.integers(lo, hi + 1)) - 1, largest, 10**9, operators))
 
 
 def split_of(problem: Problem) -> str:
@@ -209,11 +271,11 @@ def split_of(problem: Problem) -> str:
     return next((name for name, buckets in HELD_OUT.items() if bucket in buckets), "train")
 
 
-def draw(rng: np.random.Generator, split: str, kind: str, d: int, n: int, limit: int) -> list[Problem]:
+def draw(rng: np.random.Generator, split: str, make: Callable[[np.random.Generator], Problem], n: int) -> list[Problem]:
     """Up to n different problems of a split: fewer where the space of such problems is small."""
     found, misses = {}, 0
     while len(found) < n and misses < 2000:
-        problem = random_problem(rng, kind, d, limit)
+        problem = make(rng)
         new = problem.line not in found and split_of(problem) == split
         misses = 0 if new else misses + 1
         if new:
@@ -345,38 +407,48 @@ class Trace:
     problem: Problem
     written: list[Line]
     lines: list[Line]
+    solves = ("strict", "lucky")  # what accuracy counts: the answer
 
     @property
-    def answered(self) -> bool:
-        return is_answer(self.lines[-1])
-
-    @property
-    def right(self) -> bool:
-        return self.lines[-1] == (self.problem.answer,)
-
-    @property
-    def strict(self) -> bool:
-        """Every line has the problem's value, and has one part less than the one before."""
+    def verdict(self) -> str:
+        """strict: every line has the problem's value, and one part less than the one before. lucky: the answer alone."""
+        if not is_answer(self.lines[-1]):
+            return "truncated" if self.written and not self.written[-1] else "failed"
+        if self.lines[-1] != (self.problem.answer,):
+            return "wrong"
         kind = self.problem.kind
         left = [parts(kind, line) for line in self.lines]
-        return (self.right and all(value(kind, line) == self.problem.answer for line in self.lines)
-                and all(a - b == 1 for a, b in pairwise(left)))
+        kept = all(value(kind, line) == self.problem.answer for line in self.lines)
+        return "strict" if kept and all(a - b == 1 for a, b in pairwise(left)) else "lucky"
+
+    @property
+    def answer(self) -> str | None:
+        return self.lines[-1][0] if is_answer(self.lines[-1]) else None
+
+    def __str__(self) -> str:
+        steps = [f"{' '.join(a)}  =  {' '.join(b) or '(nothing that ends)'}" for a, b in
+                 zip(self.lines, self.written, strict=False)]
+        return "\n".join([*steps, f"answer: {self.answer or 'none'}"])
 
 
 def teach(problem: Problem, marks: bool) -> Trace:
     """A clean solution."""
     trace = Trace(problem, [], [problem.line])
-    while not trace.answered:
+    while trace.answer is None:
         trace.written.append(write_step(problem.kind, trace.lines[-1], marks))
         trace.lines.append(read_step(trace.written[-1], marks))
     return trace
 
 
-# ---- Model. B lines, T tokens, width D; a position is that of the token in the line that is rewritten
+# ---- The tiny model. B lines, T tokens, width D; a position is that of the token in the line that is rewritten
+
+HEADS = 4
+Example = tuple[list[int], int]  # tokens of a prompt and what is written behind, and how many are the prompt
+
 
 def vocabulary(limit: int) -> list[str]:
     """Token 0 pads; `=` stands before what is written, `;` ends it."""
-    return ["", *KINDS, "=", ";", "<", ">", "_", *PRECEDENCE, *CLOSING, *CLOSING.values(), "yes", "no",
+    return ["", *KINDS, "=", ";", "<", ">", "_", *OPERATORS, *CLOSING, *CLOSING.values(), "yes", "no",
             *map(str, range(-limit, limit + 1))]
 
 
@@ -385,9 +457,7 @@ class Config:
     """What is needed to rebuild a model. Raises UserError naming what cannot be."""
     width: int = 128
     layers: int = 3
-    heads: int = 4
     positions: str = "coupled"
-    rotary: float = 0.5
     marks: bool = True
     max_value: int = 20
 
@@ -395,12 +465,12 @@ class Config:
         for f in fields(self):
             if type(getattr(self, f.name)).__name__ != f.type:
                 raise UserError(f"{f.name}: {getattr(self, f.name)!r:.40} is not of type {f.type}")
-        if self.positions not in ("coupled", "plain", "none") or not 0 < self.rotary <= 1:
-            raise UserError(f"positions {self.positions!r:.20}, rotary {self.rotary}: not known")
-        if not (0 < self.layers <= 64 and 0 < self.heads and 1 <= self.max_value <= 999):
+        if self.positions not in POSITIONS:
+            raise UserError(f"positions {self.positions!r:.20}: not one of {', '.join(POSITIONS)}")
+        if not (0 < self.layers <= 64 and 1 <= self.max_value <= 999):
             raise UserError(f"{self}: a size is out of range")
-        if self.width <= 0 or self.width % (2 * self.heads):
-            raise UserError(f"width {self.width} is no multiple of 2 x {self.heads} heads")
+        if not 0 < self.width <= 4096 or self.width % (2 * HEADS):
+            raise UserError(f"width {self.width} is no multiple of 2 x {HEADS} heads")
 
 
 class Block(nn.Module):
@@ -409,23 +479,19 @@ class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         D = c.width
-        self.heads = c.heads
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
         self.up, self.down = nn.Linear(D, 3 * D), nn.Linear(3 * D, D)
 
-    def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None,
-                past: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, tuple]:
-        """x (B, T, D), cosine and sine (B, 1, T, R / 2), keys and values before -> (B, T, D), and all of them."""
+    def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """x (B, T, D), cosine and sine (B, 1, T, R / 2) or None -> (B, T, D)."""
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H)
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, HEADS, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)        # T > 1 only at the start of a line
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.norm2(x)))), (k, v)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -441,6 +507,7 @@ class Rewriter(nn.Module):
     Coupled positions restart at `=`, and <, > and the value behind it do not advance them: each token that is
     copied has the position of its source, so copying needs no counting. A prior, and named as one.
     """
+    solves = Trace.solves
 
     def __init__(self, c: Config):
         super().__init__()
@@ -450,16 +517,19 @@ class Rewriter(nn.Module):
         self.embedding = nn.Embedding(len(self.vocabulary), c.width)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.LayerNorm(c.width)
-        half = int(c.width // c.heads * c.rotary) // 2
-        # All turn fully within a line of the corpus: a slower one meets unseen angles in longer lines.
-        self.register_buffer("frequency", 2.0 * 0.2 ** torch.linspace(0, 1, half), persistent=False)
+        half = c.width // HEADS // 2
+        if c.positions == "rope":
+            frequency = 10_000.0 ** -(torch.arange(half) / half)
+        else:  # Half of each head; all turn fully within a line of the corpus: a slower one meets unseen angles later.
+            frequency = 2.0 * 0.2 ** torch.linspace(0, 1, half // 2)
+        self.register_buffer("frequency", frequency, persistent=False)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.08)  # with the usual 0.02 the loss stood still for 500 steps
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """Position of each token (B, T) in the line that it belongs to."""
-        if self.config.positions == "plain":
+        if self.config.positions != "coupled":
             return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         marks = (tokens == self.ids["<"]) | (tokens == self.ids[">"])
         behind = F.pad((tokens == self.ids[">"])[:, :-1], (1, 0))
@@ -467,83 +537,316 @@ class Rewriter(nn.Module):
         start = torch.where(tokens == self.ids["="], place, 1).cummax(1).values
         return place - start
 
-    def forward(self, tokens: torch.Tensor, past: list | None = None) -> tuple[torch.Tensor, list]:
-        """Tokens (B, T) -> logits (B, T', V) of the T' that `past` does not know, and keys and values of all."""
-        known = 0 if past is None else past[0][0].shape[2]
-        x, turn = self.embedding(tokens[:, known:]), None
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T) -> logits (B, T, V) of the tokens behind."""
+        x, turn = self.embedding(tokens), None
         if self.config.positions != "none":
-            angle = self.positions(tokens)[:, None, known:, None] * self.frequency
+            angle = self.positions(tokens)[:, None, :, None] * self.frequency
             turn = angle.cos(), angle.sin()
-        kept = []
-        for i, block in enumerate(self.blocks):
-            x, keys = block(x, turn, past[i] if past else None)
-            kept.append(keys)
-        return self.norm(x) @ self.embedding.weight.T, kept
+        for block in self.blocks:
+            x = block(x, turn)
+        return self.norm(x) @ self.embedding.weight.T  # (B, T, V)
+
+    # What the loop asks of a model; CodeModel has the same.
+
+    def problem(self, rng: np.random.Generator, kind: str, d: int) -> Problem:
+        return random_problem(rng, kind, d, self.config.max_value)
+
+    def example(self, kind: str, line: Line, written: Line) -> Example:
+        prompt = [self.ids[token] for token in (kind, *line, "=")]
+        return prompt + [self.ids[token] for token in (*written, ";")], len(prompt)
+
+    def corpus(self, rng: np.random.Generator, n: int, kinds: Sequence[str]) -> list[Example]:
+        """n steps of clean solutions of training problems of difficulty 1-3."""
+        out: list[Example] = []
+        while len(out) < n:
+            problem = self.problem(rng, str(rng.choice(kinds)), int(rng.choice(EASY)))
+            if split_of(problem) == "train":
+                trace = teach(problem, self.config.marks)
+                out += [self.example(problem.kind, *x) for x in zip(trace.lines, trace.written, strict=False)]
+        return out[:n]
+
+    def solve(self, problems: Sequence[Problem], temperature: float = 0.0, seed: Sequence[int] = (0,)) -> list[Trace]:
+        """Ask again with the new line until an answer is left, or a line that is not shorter, or a strange one."""
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        traces = [Trace(problem, [], [problem.line]) for problem in problems]
+        open_ = traces
+        with eval_mode(self), progress(total=len(traces), desc="solve", leave=False, disable=None) as bar:
+            while open_:
+                for trace, written in zip(open_, self.write(open_, temperature, generator), strict=True):
+                    trace.written.append(written)
+                    trace.lines.append(read_step(written, self.config.marks))
+                open_ = [t for t in open_ if t.answer is None and 0 < len(t.lines[-1]) < len(t.lines[-2])
+                         and all(token in self.ids for token in t.lines[-1])]
+                bar.update(len(traces) - len(open_) - bar.n)
+        return traces
+
+    def guess(self, kind: str, line: Line) -> list[int]:
+        """Of what will be written: the teacher's step, or nothing where a line has none."""
+        try:
+            written = write_step(kind, line, self.config.marks) if value(kind, line) else ()
+        except ValueError:  # ( 3 ) has a value, and no part
+            written = ()
+        return [self.ids.get(token, 0) for token in (*written, ";")]
+
+    def write(self, traces: list[Trace], temperature: float, generator: torch.Generator) -> list[Line]:
+        """What is written behind the last line of each, up to the `;`; an empty line where it does not end in time.
+
+        Jacobi decoding (Santilli et al. 2023, arXiv:2305.10427): the model reads a whole guess at once, and what it
+        would have written itself, up to the first difference and one token on, is certain; that is the next guess. A
+        good first guess saves time and changes nothing: the noise of sampling (Gumbel) is drawn before, so each token
+        is a function of the tokens before it.
+        """
+        out: list[Line] = [()] * len(traces)
+        end, device = self.ids[";"], self.embedding.weight.device
+        asked = [(t.problem.kind, t.lines[-1]) for t in traces]
+        prompts = [self.example(*x, ())[0][:-1] for x in asked]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for lo in range(0, len(order), 64):
+            rows = torch.tensor(order[lo:lo + 64])
+            P = max(len(prompts[i]) for i in rows)
+            M = P + 4  # a line with its marks is no longer
+            x = torch.tensor([prompts[i] + [0] * (P + M - len(prompts[i])) for i in rows], device=device)
+            place = torch.tensor([[len(prompts[i])] for i in rows], device=device) + torch.arange(M, device=device)
+            guess = torch.tensor([(self.guess(*asked[i]) + [0] * M)[:M] for i in rows], device=device)
+            noise = torch.zeros(len(rows), M, len(self.vocabulary))
+            if temperature > 0:
+                noise = -temperature * noise.exponential_(generator=generator).log()
+            noise = noise.to(device)
+            while len(rows):
+                x = x.scatter(1, place, guess)                                                      # (n, P + M)
+                logits = self(x).gather(1, (place - 1)[:, :, None].expand_as(noise))
+                own = (logits + noise).argmax(-1)                                                   # (n, M)
+                certain = F.pad((own == guess)[:, :-1], (1, 0), value=True).cumprod(1)
+                ended = certain * (own == end)
+                done = ended.any(1) | certain.all(1)
+                for i, tokens, n in zip(rows[done.cpu()].tolist(), own[done].tolist(),
+                                        ended[done].argmax(1).tolist(), strict=True):
+                    out[i] = tuple(self.vocabulary[t] for t in tokens[:n]) if tokens[n] == end else ()
+                rows, x, place, guess, noise = rows[~done.cpu()], x[~done], place[~done], own[~done], noise[~done]
+        return out
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.state_dict()
+
+    def load_state(self, state: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+        checkpoint.load_weights(self, state, path)
+
+
+# ---- Models of Hugging Face, which answer with a program
+
+CASES = 8      # lines that a program must work out; the first is that of its question
+MAX_NEW = 300  # tokens of a reply
+TASKS = {"arithmetic": "returns the value of an arithmetic expression of integers, with + - * // % and brackets; // and "
+                       "% are those of Python, and tokens are separated by spaces",
+         "rpn": "returns the value of an expression of integers in reverse Polish notation, with + - * // %; // and % "
+                "are those of Python, and tokens are separated by spaces",
+         "brackets": "returns True if every bracket of a string of ()[]{} is closed by its own kind, in the right "
+                     "order, and False if not"}
+
+
+def as_argument(problem: Problem) -> str:
+    return ("" if problem.kind == "brackets" else " ").join(problem.line)
+
+
+def as_result(problem: Problem) -> int | bool:
+    return problem.answer == "yes" if problem.kind == "brackets" else int(problem.answer)
+
+
+def question(problem: Problem) -> str:
+    return (f"Write a Python function solve(s) that {TASKS[problem.kind]}. For example, "
+            f"solve({as_argument(problem)!r}) is {as_result(problem)!r}. Answer with the function in a code block.")
+
+
+@cache
+def cases_of(problem: Problem) -> tuple[Problem, ...]:
+    """The problem and others like it, always the same; no answer is that of more than half, so no constant passes."""
+    text = hashlib.sha256(question(problem).encode()).digest()
+    rng, found = np.random.default_rng([*text]), {problem.line: problem}
+    while len(found) < CASES:
+        other = program_problem(rng, problem.kind, problem.difficulty)
+        if sum(p.answer == other.answer for p in found.values()) < CASES // 2:
+            found.setdefault(other.line, other)
+    return tuple(found.values())
+
+
+def code_in(reply: str) -> str:
+    """The first fenced block that defines solve, also one that is not closed; or else all of the reply."""
+    blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", reply, re.DOTALL)
+    return next((block for block in blocks if "def solve" in block), reply)
+
+
+@dataclass
+class Program:
+    """A reply of a model, whether it came to its end, and what its program gave for the cases of the problem."""
+    problem: Problem
+    reply: str
+    ended: bool
+    result: Result
+    solves = ("strict",)  # what accuracy counts: all cases
+
+    @property
+    def verdict(self) -> str:
+        """strict: right on all cases. lucky: right on that of the question, as `return 14` may be, but not on all."""
+        if not self.ended:
+            return "truncated"
+        right = [same(a, as_result(b)) for a, b in zip(self.result.values, cases_of(self.problem), strict=False)]
+        if right and right[0]:
+            return "strict" if len(right) == CASES and all(right) else "lucky"
+        return "wrong" if self.result.status == "ok" else "failed"
+
+    @property
+    def answer(self) -> str | None:
+        return ascii(self.result.values[0])[:80] if self.result.values else None
+
+    @property
+    def lines(self) -> list[Line]:
+        return [self.problem.line]
+
+    @property
+    def written(self) -> list[Line]:
+        return [(self.reply,)]
+
+    def __str__(self) -> str:
+        return f"{self.reply}\nsolve({as_argument(self.problem)!r}): {self.answer} ({self.result.status}) {self.result.error}"
+
+
+@dataclass(frozen=True)
+class CodeConfig:
+    """A model of Hugging Face and its adapter. fingerprint: of the base's weights, so that no other one is taken."""
+    base: str
+    revision: str = "main"
+    lora_rank: int = 16
+    lora_targets: str = "all-linear"
+    fingerprint: str = ""
+
+
+class CodeModel(nn.Module):
+    """A causal language model with LoRA (Hu et al. 2021, arXiv:2106.09685). Raises UserError when it is not to be had.
+
+    Its base is in bf16 on a GPU that computes in it, the adapter in fp32. No code of the model's is run.
+    """
+    solves = Program.solves
+
+    def __init__(self, c: CodeConfig, device: torch.device):
+        super().__init__()
+        import peft
+        import transformers
+        transformers.utils.logging.set_verbosity_error()
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        options = {"revision": c.revision, "trust_remote_code": False}
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(c.base, **options)
+            base = transformers.AutoModelForCausalLM.from_pretrained(
+                c.base, dtype=torch.bfloat16 if bf16 else torch.float32, **options)
+        except (ImportError, KeyError, OSError, RuntimeError, ValueError) as e:
+            raise UserError(f"--model {c.base}: no directory that holds a model and its tokenizer, nor to be had from the "
+                            f"hub ({' '.join(str(e).split())[:150]})") from None
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"--model {c.base}: its tokenizer has no token that ends a text")
+        found = fingerprint(base)
+        if c.fingerprint not in ("", found):
+            raise UserError(f"--model {c.base}: its weights are not those that the adapter was trained with")
+        targets = c.lora_targets if c.lora_targets == "all-linear" else c.lora_targets.split(",")
+        adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=c.lora_rank, lora_alpha=2 * c.lora_rank, target_modules=targets)
+        stops = base.generation_config.eos_token_id
+        self.stops = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+        base.generation_config = transformers.GenerationConfig()  # a model brings its own penalties and cut-offs
+        try:
+            self.lm = peft.get_peft_model(base, adapter)
+        except ValueError as e:
+            raise UserError(f"--lora-targets {c.lora_targets}: {' '.join(str(e).split())[:150]}") from None
+        self.config = replace(c, fingerprint=found)
+        self.to(device)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T) -> logits (B, T, V) of the tokens behind. Padding on the right is never looked at."""
+        return self.lm(input_ids=tokens, use_cache=False).logits
+
+    def problem(self, rng: np.random.Generator, kind: str, d: int) -> Problem:
+        return program_problem(rng, kind, d)
 
     def prompt(self, kind: str, line: Line) -> list[int]:
-        return [self.ids[token] for token in (kind, *line, "=")]
+        """Tokens of the question, in the form of a chat where the model has one."""
+        text = question(Problem(kind, line, value(kind, line), 1))
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(text + "\n").input_ids
+        chat = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                                  add_generation_prompt=True)
+        return self.tokenizer(chat, add_special_tokens=False).input_ids
+
+    def example(self, kind: str, line: Line, written: Line) -> Example:
+        prompt = self.prompt(kind, line)
+        reply = self.tokenizer(written[0], add_special_tokens=False).input_ids
+        return [*prompt, *reply, self.tokenizer.eos_token_id], len(prompt)
+
+    def corpus(self, rng: np.random.Generator, n: int, kinds: Sequence[str]) -> list[Example]:
+        return []
+
+    def solve(self, problems: Sequence[Problem], temperature: float = 0.0, seed: Sequence[int] = (0,)) -> list[Program]:
+        replies = self.write(problems, temperature, seed)
+        jobs = [(code_in(reply), "solve", [(as_argument(p),) for p in cases_of(problem)])
+                for problem, (reply, _) in zip(problems, replies, strict=True)]
+        try:
+            with Sandbox(workers=max(1, (os.cpu_count() or 1) // 2)) as box:
+                results = [*progress(box.run_all(jobs), total=len(jobs), desc="run", leave=False, disable=None)]
+        except SandboxError as e:
+            raise UserError(e) from None
+        return [Program(problem, *reply, result) for problem, reply, result in zip(problems, replies, results, strict=True)]
+
+    def write(self, problems: Sequence[Problem], temperature: float, seed: Sequence[int]) -> list[tuple[str, bool]]:
+        """A reply to each question, and whether it came to its end."""
+        from transformers import GenerationConfig
+        out: list[tuple[str, bool]] = [("", False)] * len(problems)
+        prompts = [self.prompt(p.kind, p.line) for p in problems]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        pad, device = self.tokenizer.eos_token_id, next(self.lm.parameters()).device
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        settings = GenerationConfig(max_new_tokens=MAX_NEW, pad_token_id=pad, eos_token_id=[*self.stops], **how)
+        with eval_mode(self):
+            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            for lo in progress(range(0, len(order), 32), desc="write", leave=False, disable=None):
+                rows = order[lo:lo + 32]
+                P = max(len(prompts[i]) for i in rows)
+                x = torch.tensor([[pad] * (P - len(prompts[i])) + prompts[i] for i in rows], device=device)
+                seen = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=device)
+                new = self.lm.generate(input_ids=x, attention_mask=seen, generation_config=settings)[:, P:].tolist()
+                for i, tokens in zip(rows, new, strict=True):
+                    n = next((n for n, token in enumerate(tokens) if token in self.stops), None)
+                    out[i] = self.tokenizer.decode(tokens[:n], skip_special_tokens=True), n is not None
+        return out
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The adapter alone."""
+        from peft import get_peft_model_state_dict
+        return get_peft_model_state_dict(self.lm, save_embedding_layers=False)
+
+    def load_state(self, state: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+        from peft import set_peft_model_state_dict
+        shapes = [{name: tuple(x.shape) for name, x in adapter.items()} for adapter in (self.state(), state)]
+        if shapes[0] != shapes[1]:
+            odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
+            raise UserError(f"{path}: not an adapter of {self.config.base}: {odd} is missing, or of another shape")
+        if not all(torch.isfinite(x).all() for x in state.values()):
+            raise UserError(f"{path}: its weights are not finite")
+        set_peft_model_state_dict(self.lm, state)
 
 
-# ---- Sampling
-
-def write(model: Rewriter, prompts: list[list[int]], temperature: float,
-          generator: torch.Generator) -> list[Line]:
-    """What the model writes behind each prompt, up to the `;`; an empty line where it does not end in time."""
-    out: list[Line] = [()] * len(prompts)
-    end, device = model.ids[";"], model.embedding.weight.device
-    by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
-    for length, same in by_length.items():  # of equal length, so that nothing is padded
-        for lo in range(0, len(same), 256):
-            rows = np.array(same[lo:lo + 256])
-            tokens, past = torch.tensor([prompts[i] for i in rows], device=device), None
-            for _ in range(length + 4):
-                logits, past = model(tokens, past)
-                if temperature == 0:
-                    new = logits[:, -1].argmax(-1, keepdim=True)
-                else:
-                    p = (logits[:, -1].float() / temperature).softmax(-1)
-                    new = torch.multinomial(p.cpu(), 1, generator=generator).to(device)
-                tokens = torch.cat([tokens, new], 1)
-                ended = new[:, 0] == end
-                if ended.any():
-                    for i, row in zip(rows[ended.cpu().numpy()], tokens[ended, length:-1].tolist(), strict=True):
-                        out[i] = tuple(model.vocabulary[t] for t in row)
-                    rows, tokens = rows[~ended.cpu().numpy()], tokens[~ended]
-                    past = [(k[~ended], v[~ended]) for k, v in past]
-                if len(rows) == 0:
-                    break
-    return out
+def fingerprint(base: nn.Module) -> str:
+    """Of names, shapes and a few weights of each tensor, the same in fp32 and bf16."""
+    out = hashlib.sha256()
+    for name, x in sorted(base.state_dict().items()):
+        some = x.flatten()[:64].to(torch.bfloat16).view(torch.int16)
+        out.update(f"{name} {tuple(x.shape)} {some.tolist()}".encode())
+    return out.hexdigest()[:16]
 
 
-def solve(model: Rewriter, problems: Sequence[Problem], temperature: float = 0.0,
-          seed: Sequence[int] = (0,)) -> list[Trace]:
-    """Ask again with the new line until an answer is left, or a line that is not shorter, or too many steps."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    traces = [Trace(problem, [], [problem.line]) for problem in problems]
-    open_ = list(range(len(traces)))
-    with eval_mode(model):
-        while open_:
-            prompts = [model.prompt(traces[i].problem.kind, traces[i].lines[-1]) for i in open_]
-            for i, written in zip(open_, write(model, prompts, temperature, generator), strict=True):
-                traces[i].written.append(written)
-                traces[i].lines.append(read_step(written, model.config.marks))
-            open_ = [i for i in open_ if not is_answer(traces[i].lines[-1])
-                     and 0 < len(traces[i].lines[-1]) < len(traces[i].lines[-2])
-                     and all(token in model.ids for token in traces[i].lines[-1])]
-    return traces
+def make_model(config: dict, device: torch.device) -> Rewriter | CodeModel:
+    """The model of a Config or CodeConfig, as a dict. Raises UserError, TypeError for fields that are not known."""
+    return CodeModel(CodeConfig(**config), device) if "base" in config else Rewriter(Config(**config)).to(device)
 
 
 # ---- Training
-
-Example = tuple[list[int], int]  # tokens of `kind line = written ;`, and how many of them are the prompt
-
-
-def example(model: Rewriter, kind: str, line: Line, written: Line) -> Example:
-    prompt = model.prompt(kind, line)
-    return prompt + [model.ids[token] for token in (*written, ";")], len(prompt)
-
 
 def batches_of(some: list[Example], size: int, rng: np.random.Generator) -> list[list[Example]]:
     """Batches of examples of about the same length, in random order."""
@@ -552,23 +855,21 @@ def batches_of(some: list[Example], size: int, rng: np.random.Generator) -> list
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def batch_loss(model: Rewriter, batch: list[Example]) -> torch.Tensor:
-    """Mean cross-entropy in nats of the tokens behind the prompts."""
-    T = max(len(tokens) for tokens, _ in batch)
-    device = model.embedding.weight.device
-    x = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in batch], device=device)
+def batch_loss(model: Rewriter | CodeModel, batch: list[Example]) -> torch.Tensor:
+    """Mean cross-entropy in nats of the tokens behind the prompts, the one that ends a text among them."""
+    T, device = max(len(tokens) for tokens, _ in batch), next(model.parameters()).device
+    x = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in batch], device=device)      # (B, T)
     column = torch.arange(1, T, device=device)
-    first = torch.tensor([start for _, start in batch], device=device)[:, None]
-    asked = (column >= first) & (x[:, 1:] != 0)
-    logits, _ = model(x[:, :-1])
-    return F.cross_entropy(logits[asked], x[:, 1:][asked])
+    first, end = torch.tensor([(start, len(tokens)) for tokens, start in batch], device=device).T[:, :, None]
+    asked = (column >= first) & (column < end)
+    return F.cross_entropy(model(x[:, :-1])[asked].float(), x[:, 1:][asked])
 
 
-def update(model: Rewriter, optimizer: torch.optim.Optimizer, batches: list[list[Example]],
+def update(model: Rewriter | CodeModel, optimizer: torch.optim.Optimizer, batches: list[list[Example]],
            lrs: Iterable[float]) -> float:
     """An optimizer step for each batch; returns the mean loss. Raises UserError when it is not finite."""
     total = 0.0
-    for batch, lr in zip(batches, lrs, strict=True):
+    for batch, lr in zip(progress(batches, desc="train", leave=False, disable=None), lrs, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = batch_loss(model, batch)
@@ -579,23 +880,12 @@ def update(model: Rewriter, optimizer: torch.optim.Optimizer, batches: list[list
         total += loss.item()
     if not math.isfinite(total):
         raise UserError("the loss is not finite; a lower --lr may help. last.pt holds the iteration before")
-    return total / max(len(batches), 1)
-
-
-def corpus(rng: np.random.Generator, n: int, model: Rewriter, kinds: Sequence[str]) -> list[Example]:
-    """n steps of clean solutions of training problems of difficulty 1-3."""
-    out: list[Example] = []
-    while len(out) < n:
-        problem = random_problem(rng, str(rng.choice(kinds)), int(rng.choice(EASY)), model.config.max_value)
-        if split_of(problem) == "train":
-            trace = teach(problem, model.config.marks)
-            out += [example(model, problem.kind, *x) for x in zip(trace.lines, trace.written, strict=False)]
-    return out[:n]
+    return total / len(batches)
 
 
 def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Flags, r: run.Run) -> None:
     """Train on the corpus, or take the model that this very script made with the same flags before."""
-    names = ("seed", "kinds", "bootstrap_steps", "bootstrap_lr", "batch_size", "threads", "device")
+    names = ("seed", "kinds", "bootstrap_steps", "lr", "batch_size", "threads", "device")
     made_by = {**asdict(model.config), **{name: getattr(args, name) for name in names}}
     made_by["source"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # an edited model is another one
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
@@ -603,28 +893,26 @@ def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Fla
     if file.is_file():
         saved = checkpoint.read(file)
         with files.refuse_damaged(file):
-            checkpoint.load_weights(model, saved["model"], file)
+            model.load_state(saved["model"], file)
             optimizer.load_state_dict(saved["optimizer"])
         print(f"bootstrapped before: {file}", flush=True)
         return
     n = args.bootstrap_steps
-    for lo in tqdm(range(0, n, 25), desc="bootstrap", unit="25 steps", leave=False, disable=None):
+    for lo in progress(range(0, n, 25), desc="bootstrap", unit="25 steps", leave=False, disable=None):
         rng = np.random.default_rng([args.seed, CORPUS, lo])
-        some = corpus(rng, 25 * args.batch_size, model, args.kinds)
-        batches = batches_of(some, args.batch_size, rng)[:n - lo]
+        batches = batches_of(model.corpus(rng, 25 * args.batch_size, args.kinds), args.batch_size, rng)[:n - lo]
         steps = range(lo, lo + len(batches))  # a line up, then level, and in the second half a line down
-        lrs = [args.bootstrap_lr * min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in steps]
+        lrs = [2 * args.lr * min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in steps]
         update(model, optimizer, batches, lrs)
         if r.stopped_by:
             raise KeyboardInterrupt  # there is nothing to save yet
     file.parent.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint.save(file, {**state, "made_by": made_by})
+    checkpoint.save(file, {"model": model.state(), "optimizer": optimizer.state_dict(), "made_by": made_by})
 
 
 @dataclass
 class Solution:
-    """A verified trace that is trained on. weight: larger for a problem that was seldom solved."""
+    """A solution that passed and is trained on. weight: larger for a problem that was seldom solved."""
     kind: str
     lines: list[Line]
     written: list[Line]
@@ -632,35 +920,33 @@ class Solution:
     iteration: int
 
 
-def collect(model: Rewriter, frontier: dict[str, int], args: flags.Flags,
-            step: int) -> tuple[list[Solution], dict]:
-    """Sample solutions of new training problems, and keep those that pass: with figures of the iteration."""
+def sample(model: Rewriter | CodeModel, frontier: dict[str, int], args: flags.Flags, step: int) -> list[Trace | Program]:
+    """--k solutions of each of the new training problems of an iteration."""
     problems = []
     for i, kind in enumerate(args.kinds):
-        levels = range(4, frontier[kind] + 1)
+        levels = range(args.difficulty[0], frontier[kind] + 1)
         share = args.problems // 2 // len(levels)
         for d in levels:
             n = share if d < frontier[kind] else args.problems - share * (len(levels) - 1)
             rng = np.random.default_rng([args.seed, FRESH, 0 if args.fixed else step, i, d])
-            problems += draw(rng, "train", kind, d, n, args.max_value)
+            problems += draw(rng, "train", partial(model.problem, kind=kind, d=d), n)
     several = [p for p in problems for _ in range(args.k)]
-    traces = solve(model, several, args.temperature, (args.seed, SAMPLE, step))
-    passes = {"strict": lambda t: t.strict, "outcome": lambda t: t.right}[args.verify]
-    if args.control == "unverified":
-        passes = lambda t: t.answered  # noqa: E731
-    passed = [trace for trace in traces if passes(trace)]
-    solved: dict[Problem, int] = {}
-    for trace in passed:
-        solved[trace.problem] = solved.get(trace.problem, 0) + 1
-    kept = {(t.problem.kind, t.problem.line, *t.written): t for t in passed}
-    figures = {"sampled": len(traces), "answered": sum(t.answered for t in traces),
-               "right": sum(t.right for t in traces), "strict": sum(t.strict for t in traces), "kept": len(kept)}
-    new = [Solution(t.problem.kind, t.lines, t.written, 1.1 - solved[t.problem] / args.k, step)
-           for t in kept.values()]
-    return new, figures
+    return model.solve(several, args.temperature, (args.seed, SAMPLE, step))
 
 
-def lesson(model: Rewriter, pool: list[Solution], args: flags.Flags, step: int) -> list[list[Example]]:
+def keep(traces: Sequence[Trace | Program], args: flags.Flags, step: int) -> tuple[list[Solution], dict]:
+    """Those that pass, each once, and figures of the iteration."""
+    verdicts = [t.verdict for t in traces]
+    passed = [t for t, verdict in zip(traces, verdicts, strict=True) if verdict in KEPT[args.control]]
+    solved = Counter(t.problem for t in passed)
+    distinct = {(t.problem, *t.written): t for t in passed}.values()
+    new = [Solution(t.problem.kind, t.lines, t.written, 1.1 - solved[t.problem] / args.k, step) for t in distinct]
+    return new, {"sampled": len(traces), **{name: verdicts.count(name) for name in VERDICTS}, "kept": len(new),
+                 "share_truncated": verdicts.count("truncated") / len(traces),
+                 "share_distinct": len(new) / len(passed) if passed else None}
+
+
+def lesson(model: Rewriter | CodeModel, pool: list[Solution], args: flags.Flags, step: int) -> list[list[Example]]:
     """The batches of an iteration: steps of own solutions, as many of each kind, and of the corpus."""
     rng, n = np.random.default_rng([args.seed, UPDATE, step]), args.updates * args.batch_size
     kinds = [kind for kind in args.kinds if any(s.kind == kind for s in pool)]
@@ -672,12 +958,14 @@ def lesson(model: Rewriter, pool: list[Solution], args: flags.Flags, step: int) 
         wanted = len(own) + n_own // len(kinds)
         while len(own) < wanted:
             s = some[rng.choice(len(some), p=weight / weight.sum())]
-            own += [example(model, kind, *x) for x in zip(s.lines, s.written, strict=False)]
-    return batches_of(own + corpus(rng, n - len(own), model, args.kinds), args.batch_size, rng)[:args.updates]
+            own += [model.example(kind, *x) for x in zip(s.lines, s.written, strict=False)]
+    return batches_of(own + model.corpus(rng, n - len(own), args.kinds), args.batch_size, rng)[:args.updates]
 
 
-def config_of(args: argparse.Namespace) -> Config:
-    """The model that the flags ask for. Raises UserError."""
+def config_of(args: argparse.Namespace) -> Config | CodeConfig:
+    """Of the model that the flags ask for. Raises UserError."""
+    if args.model != "tiny":
+        return CodeConfig(args.model, args.revision, args.lora_rank, args.lora_targets)
     return Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
 
 
@@ -686,33 +974,46 @@ def config_of(args: argparse.Namespace) -> Config:
 Cells = dict[tuple[str, int], list[int]]  # right and all, by kind and difficulty
 
 
-def problem_sets(args: flags.Flags) -> dict[str, list[Problem]]:
+def problem_sets(args: argparse.Namespace, model: Rewriter | CodeModel) -> dict[str, list[Problem]]:
     """train, val and test: problems of each kind and difficulty, the same for all seeds.
 
-    test has all ten difficulties; the others, for the gate and for comparison, have those that are learned.
+    test has all ten difficulties; the others, for the gate and for comparison, have those up to the last that is
+    learned. Raises UserError where there are not so many, but for difficulty 1-3, of which there are few.
     """
-    sizes = {"train": (args.n_test // 2, range(1, args.top + 1)), "val": (args.n_val, range(1, args.top + 1)),
-             "test": (args.n_test, range(1, 11))}
-    return {split: [p for i, kind in enumerate(KINDS) if kind in args.kinds for d in difficulties
-                    for p in draw(np.random.default_rng([SPLIT, i, d]), split, kind, d, n, args.max_value)]
-            for split, (n, difficulties) in sizes.items()}
+    sizes = {"train": args.n_test // 2, "val": args.n_test, "test": args.n_test}
+    sets: dict[str, list[Problem]] = {split: [] for split in sizes}
+    for split, n in sizes.items():
+        for kind in args.kinds:
+            for d in range(1, 11 if split == "test" else args.difficulty[-1] + 1):
+                rng = np.random.default_rng([SPLIT, KINDS.index(kind), d])
+                some = draw(rng, split, partial(model.problem, kind=kind, d=d), n)
+                if len(some) < n and d not in EASY:
+                    raise UserError(f"--n-test {args.n_test}: {kind} of difficulty {d} has {len(some)} {split} problems")
+                sets[split] += some
+    return sets
 
 
-def count(model: Rewriter, problems: Sequence[Problem]) -> Cells:
-    """Greedy answers that are right, by kind and difficulty."""
+def count(traces: Iterable[Trace | Program]) -> Cells:
+    """Solutions that are right, by kind and difficulty."""
     cells: Cells = {}
-    for trace in solve(model, problems):
+    for trace in traces:
         cell = cells.setdefault((trace.problem.kind, trace.problem.difficulty), [0, 0])
-        cell[0] += trace.right
+        cell[0] += trace.verdict in trace.solves
         cell[1] += 1
     return cells
 
 
-def passes(model: Rewriter, problems: Sequence[Problem], args: flags.Flags, step: int) -> dict[str, float]:
+def constant_baseline(problems: Sequence[Problem], kind: str) -> float:
+    """Accuracy over difficulty 3-7 of the one answer that is right most often."""
+    answers = Counter(p.answer for p in problems if p.kind == kind and p.difficulty in MIDDLE)
+    return max(answers.values()) / answers.total()
+
+
+def passes(model: Rewriter | CodeModel, problems: Sequence[Problem], args: flags.Flags, step: int) -> dict[str, float]:
     """pass@1 and pass@k on test, difficulty 3-7: does training widen what can be reached, or sharpen it?"""
     some = [p for p in problems if p.difficulty in MIDDLE]
-    traces = solve(model, [p for p in some for _ in range(PASS_K)], args.temperature, (args.seed, PASS, step))
-    right = np.array([t.right for t in traces]).reshape(len(some), PASS_K).sum(1)
+    traces = model.solve([p for p in some for _ in range(PASS_K)], args.temperature, (args.seed, PASS, step))
+    right = np.array([t.verdict in t.solves for t in traces]).reshape(len(some), PASS_K).sum(1)
     return {f"pass@{k}": float(np.mean([pass_at_k(PASS_K, int(c), k) for c in right])) for k in (1, PASS_K)}
 
 
@@ -732,80 +1033,104 @@ def accuracy(cells: Cells, difficulties: Iterable[int], kind: str | None = None)
 def train(args: flags.Flags) -> dict:
     """Bootstrap, then improve; returns the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
-    args, saved = run.restore(args, SCRIPT, model=dict, optimizer=dict, frontier=dict, pool=list, best=float)
+    args, saved = run.restore(args, SCRIPT, model=dict, optimizer=dict, config=dict, frontier=dict, pool=list, best=float)
     device = devices.get_device(args.device)
     args.device = str(device)
     torch.manual_seed(args.seed)
-    model = Rewriter(config_of(args)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    sets, pool, best, first = problem_sets(args), [], 0.0, None
-    frontier = {kind: 4 for kind in args.kinds}
+    model = make_model(asdict(config_of(args)), device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
+    sets, pool, best, first = problem_sets(args, model), [], 0.0, None
+    frontier = dict.fromkeys(args.kinds, args.difficulty[0])
     if saved:
         with files.refuse_damaged(args.resume):
-            checkpoint.load_weights(model, saved["model"], args.resume)
+            model = load_into(model, saved, args.resume)
             optimizer.load_state_dict(saved["optimizer"])
             pool = [Solution(**{**x, "lines": [*map(tuple, x["lines"])], "written": [*map(tuple, x["written"])]})
                     for x in saved["pool"]]
             frontier, best, first = saved["frontier"], saved["best"], saved["first"]
     elif args.init_from:
-        checkpoint.load_weights(model, load_model(args.init_from)[1]["model"], args.init_from)
+        load_into(model, read_checkpoint(args.init_from), args.init_from)
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
-        sizes = ", ".join(f"{len(problems)} {split}" for split, problems in sets.items())
-        print(f"{devices.describe(device)}, {count_parameters(model)} parameters, values to {args.max_value}, "
-              f"{sizes} problems, {r.folder}", flush=True)
+        describe(model, sets, device, args, r.folder)
         if not saved:
             for split, problems in sets.items():
-                files.write_atomic(r.folder / f"{split}.jsonl", "".join(json.dumps(
-                    {**asdict(p), "line": " ".join(p.line)}) + "\n" for p in problems).encode())
-            if not args.init_from:
+                rows = [json.dumps({**asdict(p), "line": " ".join(p.line)}) + "\n" for p in problems]
+                files.write_atomic(r.folder / f"{split}.jsonl", "".join(rows).encode())
+            if isinstance(model, Rewriter) and not args.init_from:
                 bootstrap(model, optimizer, args, r)
-        figures: dict = {}
+        (r.folder / "checkpoints").mkdir(exist_ok=True)
+        figures, ended = {}, ""
         for step in range(r.start, args.steps + 1):
-            due, last = r.due(step), r.last(step)
+            if KEPT[args.control] and step - 1 - max((s.iteration for s in pool), default=-1) >= IDLE:
+                ended = f"no solution passed in {IDLE} iterations"
+            due, last = r.due(step) or bool(ended), r.last(step) or bool(ended)
             if due:
-                cells = {split: count(model, problems) for split, problems in sets.items()}
-                first = first or {"cells": {f"{kind} {d}": cell for (kind, d), cell in cells["test"].items()},
-                                  **passes(model, sets["test"], args, step)}
+                cells = {split: count(model.solve(problems)) for split, problems in sets.items()}
+                first = first or {"cells": by_name(cells["test"]), **passes(model, sets["test"], args, step)}
                 log(r, step, cells, figures, frontier, args)
                 val = accuracy(cells["val"], MIDDLE)
+                weights = {"model": model.state(), "config": asdict(model.config)}
+                r.save(f"checkpoints/iter_{step}.pt", **weights)
                 if val >= best:
                     best = val
-                    r.save("best.pt", model=model.state_dict(), config=asdict(model.config))
+                    r.save("best.pt", **weights)
                 elif val < best - FALL and not last:
                     print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
-                    file = r.folder / "best.pt"
-                    checkpoint.load_weights(model, checkpoint.read(file)["model"], file)
+                    load_into(model, read_checkpoint(r.folder / "best.pt"), r.folder / "best.pt")
                 for kind in args.kinds:
                     passed = accuracy(cells["val"], [frontier[kind]], kind) >= args.gate
-                    frontier[kind] = min(frontier[kind] + passed, args.top)
+                    frontier[kind] = min(frontier[kind] + passed, args.difficulty[-1])
             if due or last:
-                r.save("last.pt", model=model.state_dict(), config=asdict(model.config), ema=None, first=first,
+                r.save("last.pt", model=model.state(), config=asdict(model.config), ema=None, first=first,
                        optimizer=optimizer.state_dict(), frontier=frontier, pool=[vars(s) for s in pool], best=best)
             if last:
                 break
             if args.control != "none":
                 figures = improve(model, optimizer, pool, frontier, args, step, r.folder)
         r.leave_if_stopped()
-        return finish(r, model, sets["test"], first, args)
+        return finish(r, model, sets["test"], first, ended, args)
 
 
-def improve(model: Rewriter, optimizer: torch.optim.Optimizer, pool: list[Solution], frontier: dict[str, int],
-            args: flags.Flags, step: int, folder: Path) -> dict:
+def describe(model: Rewriter | CodeModel, sets: dict[str, list[Problem]], device: torch.device, args: flags.Flags,
+             folder: Path) -> None:
+    """The first lines of a run."""
+    sizes = ", ".join(f"{len(problems)} {split}" for split, problems in sets.items())
+    values = f"values to {args.max_value}" if args.model == "tiny" else args.model
+    print(f"{devices.describe(device)}, {count_parameters(model)} parameters, {count_parameters(model, trainable=True)} "
+          f"of them learn, {values}, {sizes} problems, {folder}")
+    cells = Counter((p.kind, p.difficulty) for p in sets["test"])
+    if few := [f"{kind} {d}: {n}" for (kind, d), n in cells.items() if n < args.n_test]:
+        print(f"all test problems that there are: {', '.join(few)}")
+    print("right by one constant answer, difficulty 3-7: " + ", ".join(
+        f"{kind} {100 * constant_baseline(sets['test'], kind):.0f}%" for kind in args.kinds), flush=True)
+
+
+def improve(model: Rewriter | CodeModel, optimizer: torch.optim.Optimizer, pool: list[Solution],
+            frontier: dict[str, int], args: flags.Flags, step: int, folder: Path) -> dict:
     """One iteration: sample, verify, train. Changes model and pool; returns its figures."""
     figures = {}
-    if args.control != "corpus":
-        new, figures = collect(model, frontier, args, step)
+    if KEPT[args.control]:
+        traces = sample(model, frontier, args, step)
+        new, figures = keep(traces, args, step)
         (folder / "solutions").mkdir(exist_ok=True)
-        rows = [{"kind": s.kind, "lines": [" ".join(x) for x in s.lines], "weight": s.weight} for s in new]
+        rows = [{"kind": s.kind, "lines": [" ".join(x) for x in s.lines],
+                 "written": [" ".join(x) for x in s.written], "weight": s.weight} for s in new]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_atomic(folder / "solutions" / f"iter_{step + 1}.jsonl", text.encode())
+        files.write_atomic(folder / "examples.txt", examples(traces).encode("utf-8", "backslashreplace"))
         pool[:] = [s for s in pool if s.iteration > step - REMEMBERED] + new
         if not new:
-            print(f"iteration {step + 1}: no verified solution; the corpus and older ones serve", flush=True)
+            print(f"iteration {step + 1}: no solution passed", flush=True)
     batches = lesson(model, pool, args, step)
     lrs = [args.lr * (1 - 0.9 * i / len(batches)) for i in range(len(batches))]
-    return {**figures, "loss": update(model, optimizer, batches, lrs)}
+    return {**figures, "loss": update(model, optimizer, batches, lrs) if batches else None}
+
+
+def examples(traces: Sequence[Trace | Program]) -> str:
+    """The first solution of each kind and verdict, as text."""
+    first = {(t.problem.kind, t.verdict): t for t in reversed(traces)}
+    return "\n\n".join(f"# {kind}, {verdict}\n{t}" for (kind, verdict), t in sorted(first.items(), key=lambda x: x[0])) + "\n"
 
 
 def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier: dict[str, int],
@@ -818,28 +1143,43 @@ def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier:
     for kind in args.kinds:
         row[f"test_{kind}"] = accuracy(cells["test"], MIDDLE, kind)
         row[f"frontier_{kind}"] = frontier[kind]
-    names = ("sampled", "answered", "right", "strict", "kept")
+    names = ("sampled", *VERDICTS, "kept", "share_truncated", "share_distinct")
     r.record({**row, **{name: figures.get(name) for name in names}})
 
 
-def finish(r: run.Run, model: Rewriter, problems: list[Problem], first: dict, args: flags.Flags) -> dict:
+def by_name(cells: Cells) -> dict[str, list[int]]:
+    """Cells as JSON has them: `rpn 4` is the name of one."""
+    return {f"{kind} {d}": cell for (kind, d), cell in cells.items()}
+
+
+def by_cell(names: dict[str, list[int]]) -> Cells:
+    return {(name.split()[0], int(name.split()[1])): cell for name, cell in names.items()}
+
+
+def finish(r: run.Run, model: Rewriter | CodeModel, problems: list[Problem], first: dict, ended: str,
+           args: flags.Flags) -> dict:
     """summary.json, the pictures, and the result on the test problems."""
-    cells = count(model, problems)
-    names = [(name.split(), cell) for name, cell in first["cells"].items()]
-    before = total({(kind, int(d)): cell for (kind, d), cell in names}, MIDDLE)
-    after, samples = total(cells, MIDDLE), passes(model, problems, args, r.step)
+    traces = model.solve(problems)
+    cells, verdicts = count(traces), Counter(t.verdict for t in traces if t.problem.difficulty in MIDDLE)
+    before, after = total(by_cell(first["cells"]), MIDDLE), total(cells, MIDDLE)
+    samples = passes(model, problems, args, r.step)
     summary = r.summary(
-        n_params=count_parameters(model), control=args.control, verify=args.verify, n_test=after[1],
+        n_params=count_parameters(model), control=args.control, ended=ended or None, n_test=after[1],
         test_accuracy_before=before[0] / before[1], test_accuracy=after[0] / after[1],
-        test_interval=wilson(*after),
+        test_interval=wilson(*after), test_verdicts={name: verdicts[name] for name in VERDICTS},
         easy_accuracy=accuracy(cells, EASY), ood_accuracy=accuracy(cells, HARD),
+        constant_baseline={kind: constant_baseline(problems, kind) for kind in args.kinds},
         pass_before={k: x for k, x in first.items() if k != "cells"}, pass_now=samples,
-        test_cells_before=first["cells"], test_cells={f"{kind} {d}": cell for (kind, d), cell in cells.items()})
+        test_cells_before=first["cells"], test_cells=by_name(cells))
     draw_pictures(r.folder)
     for k, x in samples.items():
         print(f"{k} at temperature {args.temperature:g}: {100 * first[k]:.1f}% before, {100 * x:.1f}% now")
-    print(f"difficulty 3-7: {format_rate(*before)} after the bootstrap, {format_rate(*after)} now; "
-          f"values to {args.max_value}, {r.seconds():.0f} s ({r.cpu_seconds():.0f} CPU-s), {r.folder}")
+    lucky, right = verdicts["lucky"], verdicts["lucky"] + verdicts["strict"]
+    print(f"right by luck, with a wrong step: {format_rate(lucky, right)}")
+    if ended:
+        print(f"ended after iteration {r.step}: {ended}")
+    print(f"difficulty 3-7: {format_rate(*before)} before, {format_rate(*after)} now; "
+          f"{r.seconds():.0f} s ({r.cpu_seconds():.0f} CPU-s), {r.folder}")
     return summary
 
 
@@ -877,7 +1217,9 @@ def compare(args: flags.Flags) -> dict:
     """A run for each control, from one bootstrap; compare.png. Returns their summaries."""
     name = args.name or f"compare-s{args.seed}"
     base, out = args.out_dir or f"logs/{Path(SCRIPT).stem}/{name}", {}
-    for control in CONTROLS:
+    for control in KEPT:
+        if control == "corpus" and args.model != "tiny":
+            continue
         one, folder = copy.copy(args), Path(f"{base}-{control}")
         one.control, one.compare, one.name, one.out_dir = control, False, None, str(folder)
         one.started = time.monotonic(), time.process_time()
@@ -887,47 +1229,70 @@ def compare(args: flags.Flags) -> dict:
             continue
         one.resume = str(folder) if (folder / "last.pt").is_file() else None
         out[control] = train(one)
-    print(draw_comparison(base))
+    print(draw_comparison([base]))
     return out
 
 
-def draw_comparison(base: str) -> Path:
-    """Test accuracy over the iterations of the four runs, with Wilson bands, in BASE-off/compare.png."""
+def draw_comparison(bases: Sequence[str]) -> Path:
+    """Test accuracy over the iterations of the arms of comparisons: compare.png beside those of the first.
+
+    Lines are means over the comparisons, bands their ranges; of a single one, its 95 % Wilson interval.
+    """
+    if not Path(f"{bases[0]}-off").is_dir():
+        raise UserError(f"{bases[0]}: no finished run, and no comparison: there is no {bases[0]}-off")
     fig, ax = plots.new_figure()
-    for i, control in enumerate(CONTROLS):
-        n = files.read_json(f"{base}-{control}/summary.json")["n_test"]
-        x, y = metrics.points(metrics.read(f"{base}-{control}"), "step", "test_accuracy")
-        band = [wilson(round(v * n), n) for v in y]
-        label = {"off": "verified solutions", "none": "no training"}.get(control, control)
-        ax.plot(x, [100 * v for v in y], "-" if control == "off" else "--", marker=".", color=f"C{i}", label=label)
-        ax.fill_between(x, [100 * lo for lo, _ in band], [100 * hi for _, hi in band], alpha=0.15, color=f"C{i}")
-    ax.set(xlabel="iteration", ylabel="right answers on test, difficulty 3-7, %", ylim=(-3, 103))
+    labels = {"off": "verified solutions", "none": "no training", "outcome": "right answers",
+              "unverified": "all answers", "corpus": "more of the corpus"}
+    for i, control in enumerate(KEPT):
+        runs = [folder for base in bases if (folder := Path(f"{base}-{control}")).is_dir()]
+        if not runs:
+            continue
+        curves = [metrics.points(metrics.read(folder), "step", "test_accuracy") for folder in runs]
+        n = files.read_json(runs[0] / "summary.json")["n_test"]
+        x = min((x for x, _ in curves), key=len)
+        y = np.array([y[:len(x)] for _, y in curves])
+        band = np.array([wilson(round(v * n), n) for v in y[0]]).T if len(y) == 1 else (y.min(0), y.max(0))
+        ax.plot(x, 100 * y.mean(0), "-" if control == "off" else "--", marker=".", color=f"C{i}", label=labels[control])
+        ax.fill_between(x, 100 * band[0], 100 * band[1], alpha=0.15, color=f"C{i}")
+    ax.set(xlabel="iteration", ylabel="right on test, difficulty 3-7, %", ylim=(-3, 103))
     ax.legend(frameon=False)
-    return plots.save_figure(fig, Path(f"{base}-off/compare.png"))
+    return plots.save_figure(fig, Path(f"{bases[0]}-off/compare.png"))
 
 
 # ---- Use of a trained model
 
-def load_model(path: str | os.PathLike) -> tuple[Rewriter, dict]:
-    """The trained model at `path`, of a run folder its best.pt, and the checkpoint. Raises UserError."""
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The checkpoint at `path`, of a run folder its best.pt. Raises UserError."""
     path = checkpoint.file_of(path)
-    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, model=dict, config=dict, step=int, args=dict)
+    return checkpoint.check(checkpoint.read(path), path, SCRIPT, model=dict, config=dict, step=int, args=dict)
+
+
+def load_into(model: Rewriter | CodeModel, saved: dict, path: str | os.PathLike) -> Rewriter | CodeModel:
+    """The model with the weights of a checkpoint of its kind. Raises UserError."""
+    if saved["config"] != asdict(model.config):
+        raise UserError(f"{path}: its model is {saved['config']}, not {asdict(model.config)}")
+    model.load_state(saved["model"], path)
+    return model
+
+
+def load_model(path: str | os.PathLike, device: str = "cpu") -> tuple[Rewriter | CodeModel, dict]:
+    """The trained model at `path`, of a run folder its best.pt, and the checkpoint. Raises UserError."""
+    saved = read_checkpoint(path)
     try:
-        model = Rewriter(Config(**saved["config"]))
+        model = make_model(saved["config"], devices.get_device(device))
     except (TypeError, UserError) as e:
         raise UserError(f"{path}: its config: {e}") from None
-    checkpoint.load_weights(model, saved["model"], path)
-    return model.eval(), saved
+    return load_into(model, saved, path).eval(), saved
 
 
-def problem_of(text: str, kind: str, limit: int) -> Problem:
+def problem_of(text: str, kind: str, model: Rewriter | CodeModel) -> Problem:
     """The problem in a line like `3 4 + 2 *`. Raises UserError."""
-    line = tuple(text.split())
-    answer = value(kind, line) if all(token in vocabulary(limit) for token in line) else None
+    line, known = tuple(text.split()), isinstance(model, CodeModel) or set(text.split()) <= {*model.ids}
+    answer = value(kind, line) if known else None
     if answer is None or parts(kind, line) == 0:
-        raise UserError(f"--solve {text[:60]!r}: expected a line of kind {kind} with spaces between its tokens, "
-                        f"numbers within +-{limit}")
-    return Problem(kind, line, answer, parts(kind, line))
+        raise UserError(f"--solve {text[:60]!r}: expected a line of kind {kind} with spaces between its tokens" + (
+            "" if isinstance(model, CodeModel) else f", numbers within +-{model.config.max_value}"))
+    return Problem(kind, line, answer, min(parts(kind, line), 10))
 
 
 def load(path: str | os.PathLike):
@@ -935,40 +1300,47 @@ def load(path: str | os.PathLike):
     model, _ = load_model(path)
 
     def answer(text: str, kind: str = "arithmetic") -> str | None:
-        trace = solve(model, [problem_of(text, kind, model.config.max_value)])[0]
-        return trace.lines[-1][0] if trace.answered else None
+        return model.solve([problem_of(text, kind, model)])[0].answer
     return answer
 
 
-def show_solution(path: str, text: str, kind: str) -> dict:
-    """Print the lines of a solution, and whether it is right."""
-    model, _ = load_model(path)
-    trace = solve(model, [problem_of(text, kind, model.config.max_value)])[0]
-    for line, written in zip(trace.lines, trace.written, strict=False):
-        print(f"{' '.join(line)}  =  {' '.join(written) or '(nothing that ends)'}")
-    answer = trace.lines[-1][0] if trace.answered else None
-    print(f"answer: {answer or 'none'}, {'right' if trace.right else f'wrong: it is {trace.problem.answer}'}"
-          + (", but a line on the way is wrong" if trace.right and not trace.strict else ""))
-    return {"answer": answer, "right": trace.right, "strict": trace.strict}
+def show_solution(args: flags.Flags) -> dict:
+    """Print the solution of a line, and whether it is right."""
+    model, _ = load_model(args.checkpoint, args.device)
+    trace = model.solve([problem_of(args.solve, args.kind, model)])[0]
+    right = trace.verdict in trace.solves
+    print(trace)
+    print(f"{trace.verdict}: " + ("right" if right else f"the answer is {trace.problem.answer}"))
+    return {"answer": trace.answer, "right": right, "verdict": trace.verdict}
+
+
+def export(args: flags.Flags) -> None:
+    """Write a model of Hugging Face with its adapter merged, and its tokenizer, into a new folder. Raises UserError."""
+    model, _ = load_model(args.checkpoint)
+    if isinstance(model, Rewriter):
+        raise UserError(f"--export: {args.checkpoint} is a tiny model; only one of Hugging Face has an adapter to merge")
+    if Path(args.export).exists():
+        raise UserError(f"--export {args.export}: it exists")
+    model.lm.merge_and_unload().save_pretrained(args.export)
+    model.tokenizer.save_pretrained(args.export)
+    print(args.export)
 
 
 def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> dict:
     """Greedy answers on the test problems of a checkpoint's run, as [right, of] counts. Raises UserError."""
-    model, saved = load_model(path)
-    model.to(devices.get_device(getattr(args, "device", "cpu")))
+    model, saved = load_model(path, getattr(args, "device", "cpu"))
     with files.refuse_damaged(path):
-        cells = count(model, problem_sets(argparse.Namespace(**saved["args"]))["test"])
+        cells = count(model.solve(problem_sets(argparse.Namespace(**saved["args"]), model)["test"]))
     middle = total(cells, MIDDLE)
     return {"script": SCRIPT, "n_params": count_parameters(model), "step": saved["step"],
-            "max_value": model.config.max_value, "test": [*middle],
-            "test_accuracy": middle[0] / middle[1], "test_interval": [*wilson(*middle)],
-            "easy": [*total(cells, EASY)], "ood": [*total(cells, HARD)],
-            "cells": {f"{kind} {d}": cell for (kind, d), cell in cells.items()}}
+            "model": saved["args"]["model"], "max_value": getattr(model.config, "max_value", 10**9),
+            "test": [*middle], "test_accuracy": middle[0] / middle[1], "test_interval": [*wilson(*middle)],
+            "easy": [*total(cells, EASY)], "ood": [*total(cells, HARD)], "cells": by_name(cells)}
 
 
 def format_evaluation(out: dict) -> str:
     """The figures of evaluate_checkpoint as text."""
-    lines = [f"  {out['n_params']} parameters, iteration {out['step']}, values to {out['max_value']}"]
+    lines = [f"  {out['model']}, {out['n_params']} parameters, iteration {out['step']}, values to {out['max_value']}"]
     for name, key in (("1-3", "easy"), ("3-7", "test"), ("8-10", "ood")):
         lines.append(f"  difficulty {name}: {format_rate(*out[key])}")
     for kind in KINDS:
@@ -982,16 +1354,24 @@ def main(argv: list[str] | None = None) -> dict | None:
     args = parse_args(argv)
     with files.one_line_errors(SCRIPT):
         devices.set_threads(args.threads)
+        for name in ("solve", "export"):
+            if getattr(args, name) is not None and args.checkpoint is None:
+                raise UserError(f"--{name}: of which model? give its --checkpoint")
         if args.plot:
             flags.only(args, "plot")
-            with files.refuse_damaged(args.plot):
-                print(*draw_pictures(args.plot), sep="\n")
+            for path in args.plot:
+                with files.refuse_damaged(path):
+                    if (Path(path) / "summary.json").is_file():
+                        print(*draw_pictures(path), sep="\n")
+            if not (Path(args.plot[0]) / "summary.json").is_file():
+                print(draw_comparison(args.plot))
             return None
         if args.solve is not None:
-            flags.only(args, "solve", "kind", "checkpoint")
-            if args.checkpoint is None:
-                raise UserError("--solve: by which model? give its --checkpoint")
-            return show_solution(args.checkpoint, args.solve, args.kind)
+            flags.only(args, "solve", "kind", "checkpoint", "device")
+            return show_solution(args)
+        if args.export:
+            flags.only(args, "export", "checkpoint")
+            return export(args)
         if args.checkpoint:
             flags.only(args, "checkpoint", "device")
             out = evaluate_checkpoint(args.checkpoint, args)
