@@ -740,8 +740,10 @@ class CodeModel(nn.Module):
             base = transformers.AutoModelForCausalLM.from_pretrained(
                 c.base, dtype=torch.bfloat16 if bf16 else torch.float32, **options)
         except (ImportError, KeyError, OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"--model {c.base}: no directory that holds a model and its tokenizer, nor to be had from the "
-                            f"hub ({' '.join(str(e).split())[:150]})") from None
+            raise UserError(f"--model {c.base}: no directory that holds a model with its tokenizer, and the hub does not "
+                            f"give it ({' '.join(str(e).split())[:150]})") from None
+        if self.tokenizer.decode(self.tokenizer("solve").input_ids, skip_special_tokens=True) != "solve":
+            raise UserError(f"--model {c.base}: it has no tokenizer that can write")  # where files are missing, an empty one
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"--model {c.base}: its tokenizer has no token that ends a text")
         found = fingerprint(base)
