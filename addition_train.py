@@ -48,7 +48,7 @@ MOST_SUMS = 1 << 20                      # sums a step over all seeds, about 20 
 COMPILE_FROM = 2_500_000                 # sums in a run from which compiling the step, half a minute, pays
 GROKKED = 0.99                           # exact match from which a seed counts
 VAL_SIZE, TEST_SIZE = 2000, 100_000      # pairs for choosing best_sSEED.pt, and at the end
-TRAIN, VALIDATION, TEST = 1, 2, 3        # streams of pairs
+TRAIN, VALIDATION, TEST, TRAINED = 1, 2, 3, 5   # streams of pairs; 5: train_exact; 4: evaluate_checkpoints.py
 SPLIT_SEEDS = (41, 100, 200, 300, 400, 500, 999, 1234, 7777, 31415)  # of the original's evaluation
 
 # What --preset changes in the default run, rope196. ref is the original's command line.
@@ -231,28 +231,28 @@ def uniform_pairs(stream: Sequence[int], n: int, digits: int = DIGITS) -> Pairs:
     return x[:, 0], x[:, 1]
 
 
-def sample_pairs(seed: int, chunk: int, args: argparse.Namespace) -> np.ndarray:
-    """The training sums of one seed in the CHUNK steps from chunk * CHUNK on: digits (CHUNK, B, 2, 10)."""
-    rng, B = np.random.default_rng([seed, TRAIN, chunk]), args.batch_size
-    steps = chunk * CHUNK + np.arange(CHUNK)
-    x = rng.integers(0, 10, (CHUNK, B, 2, DIGITS), dtype=np.int8)
+def sample_pairs(stream: Sequence[int], steps: np.ndarray, B: int, args: argparse.Namespace) -> np.ndarray:
+    """B training sums, as each of C steps has them: digits (C, B, 2, 10)."""
+    rng, C = np.random.default_rng(stream), len(steps)
+    x = rng.integers(0, 10, (C, B, 2, DIGITS), dtype=np.int8)
     if args.lengths != "full":
-        most = np.full(CHUNK, DIGITS)
+        most = np.full(C, DIGITS)
         for digits, until in reversed(curriculum(args.lengths)):
             most[steps < until] = digits
-        n = rng.integers(1, most[:, None] + 1, (CHUNK, B))
+        n = rng.integers(1, most[:, None] + 1, (C, B))
         x[np.broadcast_to(np.arange(DIGITS) >= n[:, :, None, None], x.shape)] = 0
     if args.random_zeros:
         share = args.random_zeros * (1 - steps / args.steps)
-        touched = rng.random((CHUNK, B, 1, 1)) < share[:, None, None, None]
-        rate = rng.random((CHUNK, B, 2, 1)) * touched
+        touched = rng.random((C, B, 1, 1)) < share[:, None, None, None]
+        rate = rng.random((C, B, 2, 1)) * touched
         x[rng.random(x.shape) < rate] = 0
     return x
 
 
 def batches(chunk: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """The batches of CHUNK steps: tokens (CHUNK, S, T, B), targets (CHUNK, S, Q, B), a stream for each seed."""
-    x = np.stack([sample_pairs(seed, chunk, args) for seed in args.seeds], 1)
+    steps = chunk * CHUNK + np.arange(CHUNK)
+    x = np.stack([sample_pairs([seed, TRAIN, chunk], steps, args.batch_size, args) for seed in args.seeds], 1)
     tokens, target = encode(args.family, x[..., 0, :], x[..., 1, :])
     return batch_last(tokens).to(args.device), batch_last(target).to(args.device)
 
@@ -701,8 +701,7 @@ def update(state: Population, grad: torch.Tensor, loss: torch.Tensor, step: int,
     state.alive &= torch.isfinite(loss) & torch.isfinite(norm)
     grad = torch.where(state.alive[:, None], grad, 0.0)
     grad = grad / (grad.norm(dim=1, keepdim=True) + 1e-6).clamp(min=1)       # clipped to norm 1
-    state.mean.lerp_(grad, 0.1)
-    mean = state.mean
+    mean = state.mean.lerp_(grad, 0.1)
     if soap:
         # not as a product: a batched one rounds otherwise for one seed than for several on some processors
         state.covariance.mul_(beta2).addcmul_(grad[:, :, None], grad[:, None], value=1 - beta2)
@@ -758,15 +757,17 @@ def exact_match(weights: torch.Tensor, pairs: Pairs, module: nn.Module) -> tuple
 
 # ---- Training
 
-def validate(state: Population, module: nn.Module, step: int) -> tuple[torch.Tensor, ...]:
-    """Exact match (S,) and digit accuracy (S, 11) on validation pairs; notes the best and the first 99 %."""
+def validate(state: Population, module: nn.Module, step: int, args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
+    """Exact match on training sums and validation pairs (S,), digits there (S, 11); notes best and first 99 %."""
+    x = sample_pairs([TRAINED], np.array([max(step - 1, 0)]), VAL_SIZE, args)[0]    # as the last step had them
+    trained, _ = exact_match(state.weights, (x[:, 0], x[:, 1]), module)
     right, digits = exact_match(state.weights, uniform_pairs([VALIDATION], VAL_SIZE), module)
     right = right.to(state.best_val)
     better = (right >= state.best_val) & torch.isfinite(state.weights).all(1)
     state.best_val[better] = right[better]
     state.best_step[better] = step
     state.first[(state.first < 0) & (right >= GROKKED * VAL_SIZE)] = step
-    return right.double() / VAL_SIZE, digits.to(right.device).double() / VAL_SIZE
+    return trained.double() / VAL_SIZE, right.cpu().double() / VAL_SIZE, digits.double() / VAL_SIZE
 
 
 def train(args: flags.Flags) -> dict:
@@ -798,9 +799,9 @@ def train(args: flags.Flags) -> dict:
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
             if due:
-                exact, digits = validate(state, module, step)
+                rates = validate(state, module, step, args)
                 n = (step - 1) % args.eval_every + 1 if step else math.nan   # steps since the last row
-                log(r, step, args, state.loss_sum / n, exact, digits, norm)
+                log(r, step, args, state.loss_sum / n, *rates, norm)
                 state.loss_sum.zero_()
                 save_best(r, state, module, args)
             if due or last:
@@ -820,14 +821,14 @@ def train(args: flags.Flags) -> dict:
         return finish(r, state, module, args, how)
 
 
-def log(r: run.Run, step: int, args: argparse.Namespace, loss: torch.Tensor, exact: torch.Tensor,
-        digits: torch.Tensor, norm: torch.Tensor) -> None:
+def log(r: run.Run, step: int, args: argparse.Namespace, loss: torch.Tensor, train_exact: torch.Tensor,
+        exact: torch.Tensor, digits: torch.Tensor, norm: torch.Tensor) -> None:
     """A row of metrics.csv for each seed, and a log line of the means of those that have not failed."""
     lr = learning_rate(step, args)
     for i, seed in enumerate(args.seeds):
         by_digit = {f"digit{k}": float(digits[i, k]) for k in range(ANSWER)}
-        r.record({"step": step, "seed": seed, "loss": float(loss[i]), "exact": float(exact[i]), **by_digit,
-                  "lr": lr, "grad": float(norm[i])})
+        r.record({"step": step, "seed": seed, "loss": float(loss[i]), "train_exact": float(train_exact[i]),
+                  "exact": float(exact[i]), **by_digit, "lr": lr, "grad": float(norm[i])})
     r.show({"step": step, "loss": float(loss[loss.isfinite()].mean()), "exact": float(exact.mean()),
             "grokked": int((exact >= GROKKED).sum()), "lr": lr, "grad": float(norm[norm.isfinite()].mean())})
 
@@ -960,8 +961,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
     """
     path = file_of(path)
     saved = checkpoint.read(path)
-    published = recognises(saved)
-    if published:
+    if recognises(saved):
         saved = {"script": SCRIPT, "format": checkpoint.FORMAT, "model": saved["model_state"],
                  "step": saved.get("step", -1), "config": {"family": "learned", **saved["model_config"]}}
     kinds = {"seed": int, "args": dict} if "seed" in saved else {}          # not in a published file

@@ -563,7 +563,7 @@ def test_a_run_learns_and_leaves_its_files_and_the_figures_of_its_weights(tmp_pa
                     "best_s1.pt", "summary.json", "exact.png", "attention.png"}
     rows = metrics.read(tmp_path / "run")
     assert [(r["step"], r["seed"]) for r in rows] == [(t, s) for t in range(0, 81, 20) for s in (0, 1)]
-    columns = ["step", "seed", "loss", "exact", *(f"digit{k}" for k in range(11)), "lr", "grad", "sec"]
+    columns = ["step", "seed", "loss", "train_exact", "exact", *(f"digit{k}" for k in range(11)), "lr", "grad", "sec"]
     assert list(rows[2]) == columns and "loss" not in rows[0]                # it is of no step yet
     assert all(r["loss"] < 2.1 for r in rows[8:])                            # ln 10 = 2.30 is chance
     assert out == {**read_json(tmp_path / "run" / "summary.json"), "grok_interval": out["grok_interval"]}
@@ -574,6 +574,8 @@ def test_a_run_learns_and_leaves_its_files_and_the_figures_of_its_weights(tmp_pa
         vector_to_parameters(pop["weights"][i], module.parameters())
         same = np.equal(*A.answers(module, A.uniform_pairs([A.VALIDATION], 50)))
         assert [row["exact"], row["digit3"]] == pytest.approx([same.all(1).mean(), same[:, 3].mean()])
+        x = A.sample_pairs([A.TRAINED], np.array([79]), 50, parse(*TINY))[0]
+        assert row["train_exact"] == np.equal(*A.answers(module, (x[:, 0], x[:, 1]))).all(1).mean()
         same = np.equal(*A.answers(module, A.uniform_pairs([A.TEST], 100)))
         assert (seed["errors"], seed["exact"]) == (100 - same.all(1).sum(), same.all(1).mean())
         assert seed["digits"] == pytest.approx(same.mean(0).tolist())
@@ -610,14 +612,40 @@ def test_each_step_has_its_batch_and_bonus_and_a_row_has_the_mean_loss(tmp_path,
     assert got == pytest.approx(want.tolist(), rel=1e-4)
 
 
+def test_train_exact_is_of_fresh_sums_drawn_as_those_of_the_last_step(tmp_path, monkeypatch):
+    seen = []
+
+    def exact_match(weights, pairs, module):                                 # of a model that knows two digits
+        seen.append([numbers(x) for x in pairs])
+        right = torch.tensor(int(((seen[-1][0] < 100) & (seen[-1][1] < 100)).sum())).repeat(len(weights))
+        return right, right[:, None].repeat(1, 11)
+    monkeypatch.setattr(A, "exact_match", exact_match)
+    monkeypatch.setattr(A, "VAL_SIZE", 400)
+    flags = [*TINY, "--lengths", "2:40,4:41", "--batch-size", "40"]
+    small(tmp_path / "run", *flags)
+    rows = metrics.read(tmp_path / "run")[::2]
+    assert [row["exact"] for row in rows] == [0, 0, 0, 0]                    # of uniform ten-digit numbers
+    assert [row["train_exact"] for row in rows[:3]] == [1, 1, 1]             # step 39 is the last of two digits
+    assert abs(rows[3]["train_exact"] - 0.2) < 0.1                           # n is uniform in 1..10 by now
+    a, b = seen[6]                                                           # the fourth of train_exact
+    trained = {pair for x, y in (drawn(chunk, *flags) for chunk in (0, 1))
+               for pair in zip(x.ravel().tolist(), y.ravel().tolist(), strict=True)}
+    fresh = [pair for pair in zip(a.tolist(), b.tolist(), strict=True) if max(pair) >= 10**6]
+    assert len(fresh) > 100 and not trained & set(fresh)
+
+
 def test_a_seed_counts_from_99_percent_on(tmp_path, monkeypatch):
-    shares = iter([0.0, 0.98, 1.0, 1.0, 0.98, 1.0, 0.5, 0.5, 0.98, 0.99])  # 2 seeds at 0, 20, 40, 60, end
+    shares = iter([0.5, 0.6, 0.0, 0.98, 0.7, 0.8, 1.0, 1.0, 0.9, 0.2, 0.98, 1.0, 0.1, 1.0, 0.5, 0.5,
+                   0.98, 0.99])            # train and validation, two seeds each, at 0, 20, 40, 60; at the end
 
     def exact_match(weights, pairs, module):
         right = torch.tensor([round(next(shares) * len(pairs[0])) for _ in weights])
         return right, right[:, None].repeat(1, 11)
     monkeypatch.setattr(A, "exact_match", exact_match)
     seeds = (out := small(tmp_path / "run", "--preset", "rope62", "--seeds", "4-5"))["seeds"]
+    rows = metrics.read(tmp_path / "run")
+    assert [row["train_exact"] for row in rows] == [0.5, 0.6, 0.7, 0.8, 0.9, 0.2, 0.1, 1.0]
+    assert [row["exact"] for row in rows] == [0.0, 0.98, 1.0, 1.0, 0.98, 1.0, 0.5, 0.5]
     assert [s["first_step"] for s in seeds.values()] == [20, 20]
     assert [s["best_step"] for s in seeds.values()] == [20, 40]              # the later one of a tie
     assert [s["errors"] for s in seeds.values()] == [2, 1]

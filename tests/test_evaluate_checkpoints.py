@@ -89,11 +89,12 @@ def test_pairs_of_training_validation_test_splits_and_tables_are_different_ones(
     tables = [A.uniform_pairs([E.TABLES, 0, 10], 2000), E.chained_pairs([E.TABLES, 3, 3], 2000, 3),
               E.pairs_of_lengths([E.TABLES, 2, 10, 10], 2000, 10, 10)]
     others = [A.uniform_pairs([A.VALIDATION], 2000), A.uniform_pairs([A.TEST], 2000), A.split_pairs(41, 2000)]
-    for seed in range(8):
-        x = A.sample_pairs(seed, 0, A.parse_args(["--lengths", "full"])).reshape(-1, 2, 10)
-        others.append((x[:, 0], x[:, 1]))
+    full, steps = A.parse_args(["--lengths", "full"]), np.arange(A.CHUNK)
+    drawn = [A.sample_pairs([seed, A.TRAIN, 0], steps, 128, full).reshape(-1, 2, 10) for seed in range(8)]
+    drawn.append(A.sample_pairs([A.TRAINED], steps[:1], 2000, full)[0])
+    others += [(x[:, 0], x[:, 1]) for x in drawn]
     sets = [{row.tobytes() for row in np.concatenate(pair, 1)} for pair in tables + others]
-    assert sum(map(len, sets)) == len(set().union(*sets)) == 6 * 2000 + 8 * A.CHUNK * 128
+    assert sum(map(len, sets)) == len(set().union(*sets)) == 7 * 2000 + 8 * A.CHUNK * 128
 
 
 # ---- any checkpoint
