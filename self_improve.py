@@ -196,7 +196,7 @@ def apply(operator: str, a: int, b: int) -> int | None:
 
 def random_tree(rng: np.random.Generator, d: int, largest: int, limit: int,
                 operators: Sequence[str] = OPERATORS) -> tuple:
-    """An expression of d operations on 1 to `largest`, all values within `limit`: (value,) or (value, operator, a, b)."""
+    """(value,) or (value, operator, a, b): d operations on numbers from 1 to `largest`, all values within `limit`."""
     if d == 0:
         return (int(rng.integers(1, largest + 1)),)
     while True:
@@ -235,7 +235,7 @@ def random_brackets(rng: np.random.Generator, d: int, types: int = 3) -> list[st
 
 
 def as_problem(rng: np.random.Generator, kind: str, d: int, drawn: tuple | list[str]) -> Problem:
-    """Of a tree or a balanced line. Half of the lines get one bracket changed, so that those that fail look alike."""
+    """Of a tree or a balanced line. Half of the lines get one bracket changed, so that both answers look alike."""
     if kind == "brackets":
         if rng.integers(2):
             return Problem(kind, tuple(drawn), "yes", d)
@@ -274,7 +274,8 @@ def split_of(problem: Problem) -> str:
     return next((name for name, buckets in HELD_OUT.items() if bucket in buckets), "train")
 
 
-def draw(rng: np.random.Generator, split: str, make: Callable[[np.random.Generator], Problem], n: int) -> list[Problem]:
+def draw(rng: np.random.Generator, split: str, make: Callable[[np.random.Generator], Problem],
+         n: int) -> list[Problem]:
     """Up to n different problems of a split: fewer where the space of such problems is small."""
     found, misses = {}, 0
     while len(found) < n and misses < 2000:
@@ -414,7 +415,7 @@ class Trace:
 
     @property
     def verdict(self) -> str:
-        """strict: every line has the problem's value, and one part less than the one before. lucky: the answer alone."""
+        """strict: every line has the problem's value and one part less than the one before. lucky: the answer alone."""
         if not is_answer(self.lines[-1]):
             return "truncated" if self.written and not self.written[-1] else "failed"
         if self.lines[-1] != (self.problem.answer,):
@@ -497,7 +498,7 @@ class Block(nn.Module):
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Turn the first pairs (x_i, x_{i + R/2}) of queries and keys; the other dimensions of a head have no position."""
+    """Turn the first pairs (x_i, x_{i + R/2}) of queries and keys; other dimensions have no position."""
     half = cosine.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine, rest], -1)
@@ -522,7 +523,7 @@ class Rewriter(nn.Module):
         half = c.width // HEADS // 2
         if c.positions == "rope":
             frequency = 10_000.0 ** -(torch.arange(half) / half)
-        else:  # Half of each head; all turn fully within a line of the corpus: a slower one meets unseen angles later.
+        else:  # Half of each head. All turn fully within a line of the corpus: slower ones meet new angles later.
             frequency = 2.0 * 0.2 ** torch.linspace(0, 1, half // 2)
         self.register_buffer("frequency", frequency, persistent=False)
         for p in self.parameters():
@@ -568,7 +569,8 @@ class Rewriter(nn.Module):
                 out += [self.example(problem.kind, *x) for x in zip(trace.lines, trace.written, strict=False)]
         return out[:n]
 
-    def solve(self, problems: Sequence[Problem], temperature: float = 0.0, seed: Sequence[int] = (0,)) -> list[Trace]:
+    def solve(self, problems: Sequence[Problem], temperature: float = 0.0,
+              seed: Sequence[int] = (0,)) -> list[Trace]:
         """Ask again with the new line until an answer is left, or a line that is not shorter, or a strange one."""
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         traces = [Trace(problem, [], [problem.line]) for problem in problems]
@@ -592,12 +594,12 @@ class Rewriter(nn.Module):
         return [self.ids.get(token, 0) for token in (*written, ";")]
 
     def write(self, traces: list[Trace], temperature: float, generator: torch.Generator) -> list[Line]:
-        """What is written behind the last line of each, up to the `;`; an empty line where it does not end in time.
+        """What is written behind the last line of each, up to the `;`; an empty line where that does not come.
 
-        Jacobi decoding (Santilli et al. 2023, arXiv:2305.10427): the model reads a whole guess at once, and what it
-        would have written itself, up to the first difference and one token on, is certain; that is the next guess. A
-        good first guess saves time and changes nothing: the noise of sampling (Gumbel) is drawn before, so each token
-        is a function of the tokens before it.
+        Jacobi decoding (Santilli et al. 2023, arXiv:2305.10427): the model reads a whole guess at once, and what
+        it would have written itself, up to the first difference and one token on, is certain; that is the next
+        guess. A good first guess saves time and changes nothing: the noise of sampling (Gumbel) is drawn before,
+        so each token is a function of the tokens before it.
         """
         out: list[Line] = [()] * len(traces)
         end, device = self.ids[";"], self.embedding.weight.device
@@ -609,23 +611,24 @@ class Rewriter(nn.Module):
             P = max(len(prompts[i]) for i in rows)
             M = P + 4  # a line with its marks is no longer
             x = torch.tensor([prompts[i] + [0] * (P + M - len(prompts[i])) for i in rows], device=device)
-            place = torch.tensor([[len(prompts[i])] for i in rows], device=device) + torch.arange(M, device=device)
+            starts = torch.tensor([[len(prompts[i])] for i in rows], device=device)
+            place = starts + torch.arange(M, device=device)                                # (n, M)
             guess = torch.tensor([(self.guess(*asked[i]) + [0] * M)[:M] for i in rows], device=device)
             noise = torch.zeros(len(rows), M, len(self.vocabulary))
             if temperature > 0:
                 noise = -temperature * noise.exponential_(generator=generator).log()
             noise = noise.to(device)
             while len(rows):
-                x = x.scatter(1, place, guess)                                                      # (n, P + M)
+                x = x.scatter(1, place, guess)                                             # (n, P + M)
                 logits = self(x).gather(1, (place - 1)[:, :, None].expand_as(noise))
-                own = (logits + noise).argmax(-1)                                                   # (n, M)
+                own = (logits + noise).argmax(-1)                                          # (n, M)
                 certain = F.pad((own == guess)[:, :-1], (1, 0), value=True).cumprod(1)
                 ended = certain * (own == end)
                 done = ended.any(1) | certain.all(1)
-                for i, tokens, n in zip(rows[done.cpu()].tolist(), own[done].tolist(),
-                                        ended[done].argmax(1).tolist(), strict=True):
+                lengths = ended[done].argmax(1).tolist()
+                for i, tokens, n in zip(rows[done.cpu()].tolist(), own[done].tolist(), lengths, strict=True):
                     out[i] = tuple(self.vocabulary[t] for t in tokens[:n]) if tokens[n] == end else ()
-                rows, x, place, guess, noise = rows[~done.cpu()], x[~done], place[~done], own[~done], noise[~done]
+                rows, x, place, guess, noise = rows[~done.cpu()], *(t[~done] for t in (x, place, own, noise))
         return out
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -639,12 +642,11 @@ class Rewriter(nn.Module):
 
 CASES = 8      # lines that a program must work out; the first is that of its question
 MAX_NEW = 300  # tokens of a reply
-TASKS = {"arithmetic": "returns the value of an arithmetic expression of integers, with + - * // % and brackets; // and "
-                       "% are those of Python, and tokens are separated by spaces",
-         "rpn": "returns the value of an expression of integers in reverse Polish notation, with + - * // %; // and % "
-                "are those of Python, and tokens are separated by spaces",
-         "brackets": "returns True if every bracket of a string of ()[]{} is closed by its own kind, in the right "
-                     "order, and False if not"}
+PYTHONS = "; // and % are those of Python, and tokens are separated by spaces"
+TASKS = {"arithmetic": "returns the value of an expression of integers with + - * // % and brackets" + PYTHONS,
+         "rpn": "returns the value of an expression of integers in reverse Polish notation with + - * // %" + PYTHONS,
+         "brackets": "returns True if every bracket of a string of ()[]{} is closed by its own kind, in the "
+                     "right order, and False if not"}
 
 
 def as_argument(problem: Problem) -> str:
@@ -662,7 +664,7 @@ def question(problem: Problem) -> str:
 
 @cache
 def cases_of(problem: Problem) -> tuple[Problem, ...]:
-    """The problem and others like it, always the same; no answer is that of more than half, so no constant passes."""
+    """The problem and others like it, always the same; no constant is right on more than half of them."""
     text = hashlib.sha256(question(problem).encode()).digest()
     rng, found = np.random.default_rng([*text]), {problem.line: problem}
     while len(found) < CASES:
@@ -689,10 +691,11 @@ class Program:
 
     @property
     def verdict(self) -> str:
-        """strict: right on all cases. lucky: right on that of the question, as `return 14` may be, but not on all."""
+        """strict: right on all cases. lucky: on that of the question, as `return 14` may be, but not on all."""
         if not self.ended:
             return "truncated"
-        right = [same(a, as_result(b)) for a, b in zip(self.result.values, cases_of(self.problem), strict=False)]
+        cases = cases_of(self.problem)
+        right = [same(a, as_result(b)) for a, b in zip(self.result.values, cases, strict=False)]
         if right and right[0]:
             return "strict" if len(right) == CASES and all(right) else "lucky"
         return "wrong" if self.result.status == "ok" else "failed"
@@ -710,7 +713,8 @@ class Program:
         return [(self.reply,)]
 
     def __str__(self) -> str:
-        return f"{self.reply}\nsolve({as_argument(self.problem)!r}): {self.answer} ({self.result.status}) {self.result.error}"
+        call = f"solve({as_argument(self.problem)!r})"
+        return f"{self.reply}\n{call}: {self.answer} ({self.result.status}) {self.result.error}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -724,9 +728,10 @@ class CodeConfig:
 
 
 class CodeModel(nn.Module):
-    """A causal language model with LoRA (Hu et al. 2021, arXiv:2106.09685). Raises UserError when it is not to be had.
+    """A causal language model with LoRA (Hu et al. 2021, arXiv:2106.09685).
 
-    Its base is in bf16 on a GPU that computes in it, the adapter in fp32. No code of the model's is run.
+    Its base is in bf16 on a GPU that computes in it, the adapter in fp32. No code of the model's own is run.
+    Raises UserError when it cannot be loaded.
     """
     solves = Program.solves
 
@@ -742,17 +747,19 @@ class CodeModel(nn.Module):
             base = transformers.AutoModelForCausalLM.from_pretrained(
                 c.base, dtype=torch.bfloat16 if bf16 else torch.float32, **options)
         except (ImportError, KeyError, OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"--model {c.base}: no directory that holds a model with its tokenizer, and the hub does not "
-                            f"give it ({' '.join(str(e).split())[:150]})") from None
+            raise UserError(f"--model {c.base}: no directory that holds a model with its tokenizer, and the hub "
+                            f"does not give it ({' '.join(str(e).split())[:150]})") from None
+        # Where its files are missing, transformers makes an empty tokenizer.
         if self.tokenizer.decode(self.tokenizer("solve").input_ids, skip_special_tokens=True) != "solve":
-            raise UserError(f"--model {c.base}: it has no tokenizer that can write")  # where files are missing, an empty one
+            raise UserError(f"--model {c.base}: it has no tokenizer that can write")
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"--model {c.base}: its tokenizer has no token that ends a text")
         found = fingerprint(base)
         if c.fingerprint not in ("", found):
             raise UserError(f"--model {c.base}: its weights are not those that the adapter was trained with")
         targets = c.lora_targets if c.lora_targets == "all-linear" else c.lora_targets.split(",")
-        adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=c.lora_rank, lora_alpha=2 * c.lora_rank, target_modules=targets)
+        adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=c.lora_rank, lora_alpha=2 * c.lora_rank,
+                                  target_modules=targets)
         stops = base.generation_config.eos_token_id
         self.stops = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
         base.generation_config = transformers.GenerationConfig()  # a model brings its own penalties and cut-offs
@@ -787,7 +794,9 @@ class CodeModel(nn.Module):
     def corpus(self, rng: np.random.Generator, n: int, kinds: Sequence[str]) -> list[Example]:
         return []
 
-    def solve(self, problems: Sequence[Problem], temperature: float = 0.0, seed: Sequence[int] = (0,)) -> list[Program]:
+    def solve(self, problems: Sequence[Problem], temperature: float = 0.0,
+              seed: Sequence[int] = (0,)) -> list[Program]:
+        """Ask for a program for each problem, and run it on its cases."""
         replies = self.write(problems, temperature, seed)
         jobs = [(code_in(reply), "solve", [(as_argument(p),) for p in cases_of(problem)])
                 for problem, (reply, _) in zip(problems, replies, strict=True)]
@@ -796,7 +805,8 @@ class CodeModel(nn.Module):
                 results = [*progress(box.run_all(jobs), total=len(jobs), desc="run", leave=False, disable=None)]
         except SandboxError as e:
             raise UserError(e) from None
-        return [Program(problem, *reply, result) for problem, reply, result in zip(problems, replies, results, strict=True)]
+        return [Program(problem, *reply, result)
+                for problem, reply, result in zip(problems, replies, results, strict=True)]
 
     def write(self, problems: Sequence[Problem], temperature: float, seed: Sequence[int]) -> list[tuple[str, bool]]:
         """A reply to each question, and whether it came to its end."""
@@ -805,7 +815,7 @@ class CodeModel(nn.Module):
         prompts = [self.prompt(p.kind, p.line) for p in problems]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         pad, device = self.tokenizer.eos_token_id, next(self.lm.parameters()).device
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         settings = GenerationConfig(max_new_tokens=MAX_NEW, pad_token_id=pad, eos_token_id=[*self.stops], **how)
         with eval_mode(self):
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -814,8 +824,8 @@ class CodeModel(nn.Module):
                 P = max(len(prompts[i]) for i in rows)
                 x = torch.tensor([[pad] * (P - len(prompts[i])) + prompts[i] for i in rows], device=device)
                 seen = torch.tensor([[0] * (P - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=device)
-                new = self.lm.generate(input_ids=x, attention_mask=seen, generation_config=settings)[:, P:].tolist()
-                for i, tokens in zip(rows, new, strict=True):
+                new = self.lm.generate(input_ids=x, attention_mask=seen, generation_config=settings)[:, P:]
+                for i, tokens in zip(rows, new.tolist(), strict=True):
                     n = next((n for n, token in enumerate(tokens) if token in self.stops), None)
                     out[i] = self.tokenizer.decode(tokens[:n], skip_special_tokens=True), n is not None
         return out
@@ -845,7 +855,10 @@ def fingerprint(base: nn.Module) -> str:
     return out.hexdigest()[:16]
 
 
-def make_model(config: dict, device: torch.device) -> Rewriter | CodeModel:
+Model, Attempt = Rewriter | CodeModel, Trace | Program
+
+
+def make_model(config: dict, device: torch.device) -> Model:
     """The model of a Config or CodeConfig, as a dict. Raises UserError, TypeError for fields that are not known."""
     return CodeModel(CodeConfig(**config), device) if "base" in config else Rewriter(Config(**config)).to(device)
 
@@ -859,7 +872,7 @@ def batches_of(some: list[Example], size: int, rng: np.random.Generator) -> list
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def batch_loss(model: Rewriter | CodeModel, batch: list[Example]) -> torch.Tensor:
+def batch_loss(model: Model, batch: list[Example]) -> torch.Tensor:
     """Mean cross-entropy in nats of the tokens behind the prompts, the one that ends a text among them."""
     T, device = max(len(tokens) for tokens, _ in batch), next(model.parameters()).device
     x = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens, _ in batch], device=device)      # (B, T)
@@ -869,7 +882,7 @@ def batch_loss(model: Rewriter | CodeModel, batch: list[Example]) -> torch.Tenso
     return F.cross_entropy(model(x[:, :-1])[asked].float(), x[:, 1:][asked])
 
 
-def update(model: Rewriter | CodeModel, optimizer: torch.optim.Optimizer, batches: list[list[Example]],
+def update(model: Model, optimizer: torch.optim.Optimizer, batches: list[list[Example]],
            lrs: Iterable[float]) -> float:
     """An optimizer step for each batch; returns the mean loss. Raises UserError when it is not finite."""
     total = 0.0
@@ -924,7 +937,7 @@ class Solution:
     iteration: int
 
 
-def sample(model: Rewriter | CodeModel, frontier: dict[str, int], args: flags.Flags, step: int) -> list[Trace | Program]:
+def sample(model: Model, frontier: dict[str, int], args: flags.Flags, step: int) -> list[Attempt]:
     """--k solutions of each of the new training problems of an iteration."""
     problems = []
     for i, kind in enumerate(args.kinds):
@@ -938,7 +951,7 @@ def sample(model: Rewriter | CodeModel, frontier: dict[str, int], args: flags.Fl
     return model.solve(several, args.temperature, (args.seed, SAMPLE, step))
 
 
-def keep(traces: Sequence[Trace | Program], args: flags.Flags, step: int) -> tuple[list[Solution], dict]:
+def keep(traces: Sequence[Attempt], args: flags.Flags, step: int) -> tuple[list[Solution], dict]:
     """Those that pass, each once, and figures of the iteration."""
     verdicts = [t.verdict for t in traces]
     passed = [t for t, verdict in zip(traces, verdicts, strict=True) if verdict in KEPT[args.control]]
@@ -950,7 +963,7 @@ def keep(traces: Sequence[Trace | Program], args: flags.Flags, step: int) -> tup
                  "share_distinct": len(new) / len(passed) if passed else None}
 
 
-def lesson(model: Rewriter | CodeModel, pool: list[Solution], args: flags.Flags, step: int) -> list[list[Example]]:
+def lesson(model: Model, pool: list[Solution], args: flags.Flags, step: int) -> list[list[Example]]:
     """The batches of an iteration: steps of own solutions, as many of each kind, and of the corpus."""
     rng, n = np.random.default_rng([args.seed, UPDATE, step]), args.updates * args.batch_size
     kinds = [kind for kind in args.kinds if any(s.kind == kind for s in pool)]
@@ -975,10 +988,10 @@ def config_of(args: argparse.Namespace) -> Config | CodeConfig:
 
 # ---- Evaluation
 
-Cells = dict[tuple[str, int], list[int]]  # right and all, by kind and difficulty
+Cells = dict[str, list[int]]  # right and all of a kind and difficulty, like `rpn 4`
 
 
-def problem_sets(args: argparse.Namespace, model: Rewriter | CodeModel) -> dict[str, list[Problem]]:
+def problem_sets(args: argparse.Namespace, model: Model) -> dict[str, list[Problem]]:
     """train, val and test: problems of each kind and difficulty, the same for all seeds.
 
     test has all ten difficulties; the others, for the gate and for comparison, have 3 up to the last that is
@@ -998,11 +1011,11 @@ def problem_sets(args: argparse.Namespace, model: Rewriter | CodeModel) -> dict[
     return sets
 
 
-def count(traces: Iterable[Trace | Program]) -> Cells:
+def count(traces: Iterable[Attempt]) -> Cells:
     """Solutions that are right, by kind and difficulty."""
     cells: Cells = {}
     for trace in traces:
-        cell = cells.setdefault((trace.problem.kind, trace.problem.difficulty), [0, 0])
+        cell = cells.setdefault(f"{trace.problem.kind} {trace.problem.difficulty}", [0, 0])
         cell[0] += trace.verdict in trace.solves
         cell[1] += 1
     return cells
@@ -1014,8 +1027,8 @@ def constant_baseline(problems: Sequence[Problem], kind: str) -> float:
     return max(answers.values()) / answers.total()
 
 
-def passes(model: Rewriter | CodeModel, problems: Sequence[Problem], args: flags.Flags, step: int) -> dict[str, float]:
-    """pass@1 and pass@k on every second test problem of difficulty 3-7: does training widen the reach, or sharpen?"""
+def passes(model: Model, problems: Sequence[Problem], args: flags.Flags, step: int) -> dict[str, float]:
+    """pass@1 and pass@k on every second test problem of 3-7: does training widen what is reached, or sharpen it?"""
     some = [p for p in problems if p.difficulty in MIDDLE][::2]
     traces = model.solve([p for p in some for _ in range(PASS_K)], args.temperature, (args.seed, PASS, step))
     right = np.array([t.verdict in t.solves for t in traces]).reshape(len(some), PASS_K).sum(1)
@@ -1024,7 +1037,8 @@ def passes(model: Rewriter | CodeModel, problems: Sequence[Problem], args: flags
 
 def total(cells: Cells, difficulties: Iterable[int], kind: str | None = None) -> tuple[int, int]:
     """Right and all of these difficulties, of one kind or all."""
-    some = [cell for (k, d), cell in cells.items() if d in difficulties and kind in (None, k)]
+    names = [f"{k} {d}" for k in KINDS if kind in (None, k) for d in difficulties]
+    some = [cells[name] for name in names if name in cells]
     return sum(right for right, _ in some), sum(n for _, n in some)
 
 
@@ -1038,17 +1052,19 @@ def accuracy(cells: Cells, difficulties: Iterable[int], kind: str | None = None)
 def train(args: flags.Flags) -> dict:
     """Bootstrap, then improve; returns the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
-    args, saved = run.restore(args, SCRIPT, model=dict, optimizer=dict, config=dict, frontier=dict, pool=list, best=float)
+    args, saved = run.restore(args, SCRIPT, model=dict, config=dict, optimizer=dict, frontier=dict, pool=list,
+                              best=float)
     device = devices.get_device(args.device)
     args.device = str(device)
     torch.manual_seed(args.seed)
     model = make_model(asdict(config_of(args)), device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.98), weight_decay=0.01)
     sets, pool, best, first = problem_sets(args, model), [], 0.0, None
     frontier = dict.fromkeys(args.kinds, args.difficulty[0])
     if saved:
         with files.refuse_damaged(args.resume):
-            model = load_into(model, saved, args.resume)
+            load_into(model, saved, args.resume)
             optimizer.load_state_dict(saved["optimizer"])
             pool = [Solution(**{**x, "lines": [*map(tuple, x["lines"])], "written": [*map(tuple, x["written"])]})
                     for x in saved["pool"]]
@@ -1072,7 +1088,7 @@ def train(args: flags.Flags) -> dict:
             due, last = r.due(step) or bool(ended), r.last(step) or bool(ended)
             if due:
                 cells = {split: count(model.solve(problems)) for split, problems in sets.items()}
-                first = first or {"cells": by_name(cells["test"]), **passes(model, sets["test"], args, step)}
+                first = first or {"cells": cells["test"], **passes(model, sets["test"], args, step)}
                 log(r, step, cells, figures, frontier, args)
                 val = accuracy(cells["val"], MIDDLE)
                 weights = {"model": model.state(), "config": asdict(model.config)}
@@ -1097,7 +1113,7 @@ def train(args: flags.Flags) -> dict:
         return finish(r, model, sets, first, ended, args)
 
 
-def describe(model: Rewriter | CodeModel, sets: dict[str, list[Problem]], device: torch.device, args: flags.Flags,
+def describe(model: Model, sets: dict[str, list[Problem]], device: torch.device, args: flags.Flags,
              folder: Path) -> None:
     """The first lines of a run."""
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in sets.items())
@@ -1111,7 +1127,7 @@ def describe(model: Rewriter | CodeModel, sets: dict[str, list[Problem]], device
         f"{kind} {100 * constant_baseline(sets['test'], kind):.0f}%" for kind in args.kinds), flush=True)
 
 
-def improve(model: Rewriter | CodeModel, optimizer: torch.optim.Optimizer, pool: list[Solution],
+def improve(model: Model, optimizer: torch.optim.Optimizer, pool: list[Solution],
             frontier: dict[str, int], args: flags.Flags, step: int, folder: Path) -> dict:
     """One iteration: sample, verify, train. Changes model and pool; returns its figures."""
     figures = {}
@@ -1132,10 +1148,10 @@ def improve(model: Rewriter | CodeModel, optimizer: torch.optim.Optimizer, pool:
     return {**figures, "loss": update(model, optimizer, batches, lrs) if batches else None}
 
 
-def examples(traces: Sequence[Trace | Program]) -> str:
+def examples(traces: Sequence[Attempt]) -> str:
     """The first solution of each kind and verdict, as text."""
     first = {(t.problem.kind, t.verdict): t for t in reversed(traces)}
-    return "\n\n".join(f"# {kind}, {verdict}\n{t}" for (kind, verdict), t in sorted(first.items(), key=lambda x: x[0])) + "\n"
+    return "".join(f"# {kind}, {verdict}\n{first[kind, verdict]}\n\n" for kind, verdict in sorted(first))
 
 
 def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier: dict[str, int],
@@ -1152,16 +1168,7 @@ def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier:
     r.record({**row, **{name: figures.get(name) for name in names}})
 
 
-def by_name(cells: Cells) -> dict[str, list[int]]:
-    """Cells as JSON has them: `rpn 4` is the name of one."""
-    return {f"{kind} {d}": cell for (kind, d), cell in cells.items()}
-
-
-def by_cell(names: dict[str, list[int]]) -> Cells:
-    return {(name.split()[0], int(name.split()[1])): cell for name, cell in names.items()}
-
-
-def finish(r: run.Run, model: Rewriter | CodeModel, sets: dict[str, list[Problem]], first: dict, ended: str,
+def finish(r: run.Run, model: Model, sets: dict[str, list[Problem]], first: dict, ended: str,
            args: flags.Flags) -> dict:
     """summary.json, the pictures, and the result on the test problems."""
     problems, rows = sets["test"], metrics.read(r.folder)
@@ -1169,7 +1176,7 @@ def finish(r: run.Run, model: Rewriter | CodeModel, sets: dict[str, list[Problem
     grok = grokking(*curves, n_val=sum(p.difficulty in MIDDLE for p in sets["val"]))
     traces = model.solve(problems)
     cells, verdicts = count(traces), Counter(t.verdict for t in traces if t.problem.difficulty in MIDDLE)
-    before, after = total(by_cell(first["cells"]), MIDDLE), total(cells, MIDDLE)
+    before, after = total(first["cells"], MIDDLE), total(cells, MIDDLE)
     samples = passes(model, problems, args, r.step)
     summary = r.summary(
         n_params=count_parameters(model), control=args.control, ended=ended or None, n_test=after[1],
@@ -1178,7 +1185,7 @@ def finish(r: run.Run, model: Rewriter | CodeModel, sets: dict[str, list[Problem
         easy_accuracy=accuracy(cells, EASY), ood_accuracy=accuracy(cells, HARD),
         constant_baseline={kind: constant_baseline(problems, kind) for kind in args.kinds},
         grokking=grok, pass_before={k: x for k, x in first.items() if k != "cells"}, pass_now=samples,
-        test_cells_before=first["cells"], test_cells=by_name(cells))
+        test_cells_before=first["cells"], test_cells=cells)
     draw_pictures(r.folder)
     for k, x in samples.items():
         print(f"{k} at temperature {args.temperature:g}: {100 * first[k]:.1f}% before, {100 * x:.1f}% now")
@@ -1276,25 +1283,25 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return checkpoint.check(checkpoint.read(path), path, SCRIPT, model=dict, config=dict, step=int, args=dict)
 
 
-def load_into(model: Rewriter | CodeModel, saved: dict, path: str | os.PathLike) -> Rewriter | CodeModel:
-    """The model with the weights of a checkpoint of its kind. Raises UserError."""
+def load_into(model: Model, saved: dict, path: str | os.PathLike) -> None:
+    """Give a model the weights of a checkpoint of its kind. Raises UserError."""
     if saved["config"] != asdict(model.config):
         raise UserError(f"{path}: its model is {saved['config']}, not {asdict(model.config)}")
     model.load_state(saved["model"], path)
-    return model
 
 
-def load_model(path: str | os.PathLike, device: str = "cpu") -> tuple[Rewriter | CodeModel, dict]:
+def load_model(path: str | os.PathLike, device: str = "cpu") -> tuple[Model, dict]:
     """The trained model at `path`, of a run folder its best.pt, and the checkpoint. Raises UserError."""
     saved = read_checkpoint(path)
     try:
         model = make_model(saved["config"], devices.get_device(device))
     except (TypeError, UserError) as e:
         raise UserError(f"{path}: its config: {e}") from None
-    return load_into(model, saved, path).eval(), saved
+    load_into(model, saved, path)
+    return model.eval(), saved
 
 
-def problem_of(text: str, kind: str, model: Rewriter | CodeModel) -> Problem:
+def problem_of(text: str, kind: str, model: Model) -> Problem:
     """The problem in a line like `3 4 + 2 *`. Raises UserError."""
     line, known = tuple(text.split()), isinstance(model, CodeModel) or set(text.split()) <= {*model.ids}
     answer = value(kind, line) if known else None
@@ -1344,7 +1351,7 @@ def evaluate_checkpoint(path: str | os.PathLike, args: argparse.Namespace) -> di
     return {"script": SCRIPT, "n_params": count_parameters(model), "step": saved["step"],
             "model": saved["args"]["model"], "max_value": getattr(model.config, "max_value", 10**9),
             "test": [*middle], "test_accuracy": middle[0] / middle[1], "test_interval": [*wilson(*middle)],
-            "easy": [*total(cells, EASY)], "ood": [*total(cells, HARD)], "cells": by_name(cells)}
+            "easy": [*total(cells, EASY)], "ood": [*total(cells, HARD)], "cells": cells}
 
 
 def format_evaluation(out: dict) -> str:
