@@ -50,7 +50,6 @@ from common.flags import integer, path, real
 from common.sandbox import Result, Sandbox, SandboxError, same
 
 SCRIPT = Path(__file__).name
-KINDS = ("arithmetic", "rpn", "brackets")
 OPERATORS = ("+", "-", "*", "//")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "//": 2, "%": 2}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -151,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate this model, or a run's best one")
     g.add_argument("--solve", metavar="LINE",
                    help="let --checkpoint work out one line, with spaces between its tokens")
-    g.add_argument("--kind", choices=KINDS, default="arithmetic", help="of the line to --solve")
+    g.add_argument("--kind", choices=[*KINDS], default="arithmetic", help="of the line to --solve")
     g.add_argument("--export", type=path, metavar="DIR", help="write --checkpoint, a model of Hugging Face, with its "
                    "adapter merged")
     g.add_argument("--plot", type=path, nargs="+", metavar="RUN", help="draw the picture of this run again, or of the "
@@ -185,6 +184,16 @@ class Problem:
     line: Line
     answer: str       # a number; yes or no for brackets
     difficulty: int
+
+    @property
+    def argument(self) -> str:
+        """What a program is called with."""
+        return KINDS[self.kind].between.join(self.line)
+
+    @property
+    def result(self) -> int | bool:
+        """What a program must return."""
+        return self.answer == "yes" if self.answer in ("yes", "no") else int(self.answer)
 
 
 def apply(operator: str, a: int, b: int) -> int | None:
@@ -234,22 +243,21 @@ def random_brackets(rng: np.random.Generator, d: int, types: int = 3) -> list[st
             *random_brackets(rng, d - 1 - inside, types)]
 
 
-def as_problem(rng: np.random.Generator, kind: str, d: int, drawn: tuple | list[str]) -> Problem:
-    """Of a tree or a balanced line. Half of the lines get one bracket changed, so that both answers look alike."""
-    if kind == "brackets":
-        if rng.integers(2):
-            return Problem(kind, tuple(drawn), "yes", d)
-        i, others = int(rng.integers(len(drawn))), [*CLOSING, *CLOSING.values()]
-        others.remove(drawn[i])
-        drawn[i] = others[int(rng.integers(len(others)))]
-        return Problem(kind, tuple(drawn), "no", d)
-    return Problem(kind, tuple(as_rpn(drawn) if kind == "rpn" else as_infix(drawn)), str(drawn[0]), d)
+def balanced_or_not(rng: np.random.Generator, line: list[str]) -> Line:
+    """Half of the lines get one bracket changed, so that those that fail look like the others."""
+    if not rng.integers(2):
+        i, others = int(rng.integers(len(line))), [*CLOSING, *CLOSING.values()]
+        others.remove(line[i])
+        line[i] = others[int(rng.integers(len(others)))]
+    return tuple(line)
 
 
-def random_problem(rng: np.random.Generator, kind: str, d: int, limit: int) -> Problem:
-    """One of d operations or pairs, for the tiny model."""
-    return as_problem(rng, kind, d, random_brackets(rng, d) if kind == "brackets" else
-                      random_tree(rng, d, min(limit, 9), limit))
+def draw_brackets(rng: np.random.Generator, d: int, limit: int) -> Line:
+    return balanced_or_not(rng, random_brackets(rng, d))
+
+
+def draw_expression(written: Callable[[tuple], list[str]], rng: np.random.Generator, d: int, limit: int) -> Line:
+    return tuple(written(random_tree(rng, d, min(limit, 9), limit)))
 
 
 # For programs, as axiom-rl has them, at difficulty 1-2, 3-4 and so on: operands from and to, operators, the largest
@@ -259,12 +267,15 @@ LEVELS = [(2, 2, ("+", "-"), 10, 2, 4, 1), (3, 4, ("+", "-", "*"), 50, 4, 7, 2),
           (7, 10, (*PRECEDENCE,), 200, 15, 25, 3)]
 
 
-def program_problem(rng: np.random.Generator, kind: str, d: int) -> Problem:
-    """The line that a program is asked for with, and the kind of lines that it must work out; values to 10^9."""
-    lo, hi, operators, largest, fewest, most, types = LEVELS[(d - 1) // 2]
-    return as_problem(rng, kind, d, random_brackets(rng, int(rng.integers(fewest, most + 1)), types)
-                      if kind == "brackets" else
-                      random_tree(rng, int(rng.integers(lo, hi + 1)) - 1, largest, 10**9, operators))
+def draw_long_brackets(rng: np.random.Generator, d: int) -> Line:
+    *_, lo, hi, types = LEVELS[(d - 1) // 2]
+    return balanced_or_not(rng, random_brackets(rng, int(rng.integers(lo, hi + 1)), types))
+
+
+def draw_long_expression(written: Callable[[tuple], list[str]], rng: np.random.Generator, d: int) -> Line:
+    """All values within 10^9."""
+    lo, hi, operators, largest, *_ = LEVELS[(d - 1) // 2]
+    return tuple(written(random_tree(rng, int(rng.integers(lo, hi + 1)) - 1, largest, 10**9, operators)))
 
 
 def split_of(problem: Problem) -> str:
@@ -293,30 +304,18 @@ def is_number(token: str) -> bool:
     return token.lstrip("-").isdigit()
 
 
-def value(kind: str, line: Line) -> str | None:
-    """The answer of a line; None if it is none of the grammar, or divides by zero."""
-    if kind == "brackets":
-        if line in (("yes",), ("no",)):
-            return line[0]
-        if not line or any(x not in CLOSING and x not in CLOSING.values() for x in line):
-            return None
-        return "no" if reduced(line) else "yes"
-    if kind == "rpn":
-        stack = []
-        for token in line:
-            if is_number(token):
-                stack.append(int(token))
-            elif token in PRECEDENCE and len(stack) > 1:
-                b, a = stack.pop(), stack.pop()
-                stack.append(apply(token, a, b))
-            else:
-                return None
-            if stack[-1] is None:
-                return None
-        return str(stack[0]) if len(stack) == 1 else None
+def is_answer(line: Line) -> bool:
+    return len(line) == 1 and (is_number(line[0]) or line[0] in ("yes", "no"))
+
+
+def operations(line: Line) -> int:
+    return sum(token in PRECEDENCE for token in line)
+
+
+def arithmetic_value(line: Line) -> str | None:
     try:
         number, rest = infix_value(line, 1)
-    except (IndexError, TypeError):
+    except (IndexError, TypeError):  # behind the end, or a division by zero
         return None
     return None if rest or number is None else str(number)
 
@@ -339,6 +338,39 @@ def infix_value(line: Line, least: int) -> tuple[int | None, Line]:
     return number, line
 
 
+def arithmetic_part(line: Line) -> tuple[int, int, str]:
+    """Of an operation that binds more tightly than the one before it, and no less than the one behind."""
+    for i in range(1, len(line) - 1):
+        if line[i] in PRECEDENCE and is_number(line[i - 1]) and is_number(line[i + 1]):
+            before = line[i - 2] if i > 1 else ""
+            after = line[i + 2] if i + 2 < len(line) else ""
+            if PRECEDENCE.get(before, 0) < PRECEDENCE[line[i]] >= PRECEDENCE.get(after, 0):
+                number = str(apply(line[i], int(line[i - 1]), int(line[i + 1])))
+                enclosed = before == "(" and after == ")"
+                return i - 1 - enclosed, i + 2 + enclosed, number
+    raise ValueError(f"no part of {line} can be worked out")
+
+
+def rpn_value(line: Line) -> str | None:
+    stack = []
+    for token in line:
+        if is_number(token):
+            stack.append(int(token))
+        elif token in PRECEDENCE and len(stack) > 1:
+            b, a = stack.pop(), stack.pop()
+            stack.append(apply(token, a, b))
+        else:
+            return None
+        if stack[-1] is None:
+            return None
+    return str(stack[0]) if len(stack) == 1 else None
+
+
+def rpn_part(line: Line) -> tuple[int, int, str]:
+    i = next(i for i, token in enumerate(line) if token in PRECEDENCE)
+    return i - 2, i + 1, str(apply(line[i], int(line[i - 2]), int(line[i - 1])))
+
+
 def reduced(line: Line) -> list[str]:
     """The brackets that are left when matched neighbours are taken out."""
     stack: list[str] = []
@@ -350,47 +382,64 @@ def reduced(line: Line) -> list[str]:
     return stack
 
 
-def parts(kind: str, line: Line) -> int:
-    """Steps that are left: operations; for brackets matched pairs, and one more to say no."""
-    if kind != "brackets":
-        return sum(token in PRECEDENCE for token in line)
+def brackets_value(line: Line) -> str | None:
+    if line in (("yes",), ("no",)):
+        return line[0]
+    if not line or any(x not in CLOSING and x not in CLOSING.values() for x in line):
+        return None
+    return "no" if reduced(line) else "yes"
+
+
+def pairs(line: Line) -> int:
+    """Matched pairs, and one step more to say no."""
     if line in (("yes",), ("no",)):
         return 0
     rest = reduced(line)
     return (len(line) - len(rest)) // 2 + bool(rest)
 
 
-def is_answer(line: Line) -> bool:
-    return len(line) == 1 and (is_number(line[0]) or line[0] in ("yes", "no"))
+def brackets_part(line: Line) -> tuple[int, int, str]:
+    for i in range(len(line) - 1):
+        if CLOSING.get(line[i]) == line[i + 1]:
+            return i, i + 2, "yes" if len(line) == 2 else "_"
+    return 0, len(line), "no"
 
 
-def next_part(kind: str, line: Line) -> tuple[int, int, str]:
-    """The first part that can be worked out, line[i:j], and the token that replaces it; _ is nothing."""
-    n = len(line)
-    if kind == "rpn":
-        i = next(i for i, token in enumerate(line) if token in PRECEDENCE)
-        return i - 2, i + 1, str(apply(line[i], int(line[i - 2]), int(line[i - 1])))
-    if kind == "brackets":
-        for i in range(n - 1):
-            if CLOSING.get(line[i]) == line[i + 1]:
-                return i, i + 2, "yes" if n == 2 else "_"
-        return 0, n, "no"
-    for i in range(1, n - 1):
-        if line[i] in PRECEDENCE and is_number(line[i - 1]) and is_number(line[i + 1]):
-            before = line[i - 2] if i > 1 else ""
-            after = line[i + 2] if i + 2 < n else ""
-            if PRECEDENCE.get(before, 0) < PRECEDENCE[line[i]] >= PRECEDENCE.get(after, 0):
-                number = str(apply(line[i], int(line[i - 1]), int(line[i + 1])))
-                enclosed = before == "(" and after == ")"
-                return i - 1 - enclosed, i + 2 + enclosed, number
-    raise ValueError(f"no part of {line} can be worked out")
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problems: generators and a checker. Of difficulty d it has d parts, but for programs as in LEVELS."""
+    draw: Callable[[np.random.Generator, int, int], Line]   # of difficulty d, values within a limit, for the tiny model
+    draw_long: Callable[[np.random.Generator, int], Line]   # of difficulty d, for programs
+    value: Callable[[Line], str | None]                     # the answer; None of a line that is not in the grammar
+    parts: Callable[[Line], int]                            # steps that are left
+    next_part: Callable[[Line], tuple[int, int, str]]       # line[i:j], and what replaces it, where _ is nothing
+    task: str                                               # what a program does
+    between: str = " "                                      # tokens, in a program's argument
+
+
+PYTHONS = "; // and % are those of Python, and tokens are separated by spaces"
+KINDS = {
+    "arithmetic": Kind(partial(draw_expression, as_infix), partial(draw_long_expression, as_infix),
+                       arithmetic_value, operations, arithmetic_part,
+                       "returns the value of an expression of integers with + - * // % and brackets" + PYTHONS),
+    "rpn": Kind(partial(draw_expression, as_rpn), partial(draw_long_expression, as_rpn),
+                rpn_value, operations, rpn_part,
+                "returns the value of an expression of integers in reverse Polish notation with + - * // %" + PYTHONS),
+    "brackets": Kind(draw_brackets, draw_long_brackets, brackets_value, pairs, brackets_part,
+                     "returns True if every bracket of a string of ()[]{} is closed by its own kind, in the right "
+                     "order, and False if not", between=""),
+}
+
+
+def as_problem(kind: str, line: Line, d: int) -> Problem:
+    return Problem(kind, line, KINDS[kind].value(line), d)
 
 
 # ---- Rewriting: what the model writes, and what the harness makes of it
 
 def write_step(kind: str, line: Line, marks: bool) -> Line:
     """What a teacher writes behind a line: its next part in < >, then the value; without marks the new line."""
-    i, j, token = next_part(kind, line)
+    i, j, token = KINDS[kind].next_part(line)
     if marks:
         return (*line[:i], "<", *line[i:j], ">", token, *line[j:])
     return tuple(x for x in (*line[:i], token, *line[j:]) if x != "_")
@@ -420,9 +469,9 @@ class Trace:
             return "truncated" if self.written and not self.written[-1] else "failed"
         if self.lines[-1] != (self.problem.answer,):
             return "wrong"
-        kind = self.problem.kind
-        left = [parts(kind, line) for line in self.lines]
-        kept = all(value(kind, line) == self.problem.answer for line in self.lines)
+        kind = KINDS[self.problem.kind]
+        left = [kind.parts(line) for line in self.lines]
+        kept = all(kind.value(line) == self.problem.answer for line in self.lines)
         return "strict" if kept and all(a - b == 1 for a, b in pairwise(left)) else "lucky"
 
     @property
@@ -553,7 +602,7 @@ class Rewriter(nn.Module):
     # What the loop asks of a model; CodeModel has the same.
 
     def problem(self, rng: np.random.Generator, kind: str, d: int) -> Problem:
-        return random_problem(rng, kind, d, self.config.max_value)
+        return as_problem(kind, KINDS[kind].draw(rng, d, self.config.max_value), d)
 
     def example(self, kind: str, line: Line, written: Line) -> Example:
         prompt = [self.ids[token] for token in (kind, *line, "=")]
@@ -588,7 +637,7 @@ class Rewriter(nn.Module):
     def guess(self, kind: str, line: Line) -> list[int]:
         """Of what will be written: the teacher's step, or nothing where a line has none."""
         try:
-            written = write_step(kind, line, self.config.marks) if value(kind, line) else ()
+            written = write_step(kind, line, self.config.marks) if KINDS[kind].value(line) else ()
         except ValueError:  # ( 3 ) has a value, and no part
             written = ()
         return [self.ids.get(token, 0) for token in (*written, ";")]
@@ -642,24 +691,11 @@ class Rewriter(nn.Module):
 
 CASES = 8      # lines that a program must work out; the first is that of its question
 MAX_NEW = 300  # tokens of a reply
-PYTHONS = "; // and % are those of Python, and tokens are separated by spaces"
-TASKS = {"arithmetic": "returns the value of an expression of integers with + - * // % and brackets" + PYTHONS,
-         "rpn": "returns the value of an expression of integers in reverse Polish notation with + - * // %" + PYTHONS,
-         "brackets": "returns True if every bracket of a string of ()[]{} is closed by its own kind, in the "
-                     "right order, and False if not"}
-
-
-def as_argument(problem: Problem) -> str:
-    return ("" if problem.kind == "brackets" else " ").join(problem.line)
-
-
-def as_result(problem: Problem) -> int | bool:
-    return problem.answer == "yes" if problem.kind == "brackets" else int(problem.answer)
 
 
 def question(problem: Problem) -> str:
-    return (f"Write a Python function solve(s) that {TASKS[problem.kind]}. For example, "
-            f"solve({as_argument(problem)!r}) is {as_result(problem)!r}. Answer with the function in a code block.")
+    return (f"Write a Python function solve(s) that {KINDS[problem.kind].task}. For example, "
+            f"solve({problem.argument!r}) is {problem.result!r}. Answer with the function in a code block.")
 
 
 @cache
@@ -668,7 +704,8 @@ def cases_of(problem: Problem) -> tuple[Problem, ...]:
     text = hashlib.sha256(question(problem).encode()).digest()
     rng, found = np.random.default_rng([*text]), {problem.line: problem}
     while len(found) < CASES:
-        other = program_problem(rng, problem.kind, problem.difficulty)
+        line = KINDS[problem.kind].draw_long(rng, problem.difficulty)
+        other = as_problem(problem.kind, line, problem.difficulty)
         if sum(p.answer == other.answer for p in found.values()) < CASES // 2:
             found.setdefault(other.line, other)
     return tuple(found.values())
@@ -695,7 +732,7 @@ class Program:
         if not self.ended:
             return "truncated"
         cases = cases_of(self.problem)
-        right = [same(a, as_result(b)) for a, b in zip(self.result.values, cases, strict=False)]
+        right = [same(a, b.result) for a, b in zip(self.result.values, cases, strict=False)]
         if right and right[0]:
             return "strict" if len(right) == CASES and all(right) else "lucky"
         return "wrong" if self.result.status == "ok" else "failed"
@@ -713,7 +750,7 @@ class Program:
         return [(self.reply,)]
 
     def __str__(self) -> str:
-        call = f"solve({as_argument(self.problem)!r})"
+        call = f"solve({self.problem.argument!r})"
         return f"{self.reply}\n{call}: {self.answer} ({self.result.status}) {self.result.error}".rstrip()
 
 
@@ -775,11 +812,11 @@ class CodeModel(nn.Module):
         return self.lm(input_ids=tokens, use_cache=False).logits
 
     def problem(self, rng: np.random.Generator, kind: str, d: int) -> Problem:
-        return program_problem(rng, kind, d)
+        return as_problem(kind, KINDS[kind].draw_long(rng, d), d)
 
     def prompt(self, kind: str, line: Line) -> list[int]:
         """Tokens of the question, in the form of a chat where the model has one."""
-        text = question(Problem(kind, line, value(kind, line), 1))
+        text = question(as_problem(kind, line, 1))
         if self.tokenizer.chat_template is None:
             return self.tokenizer(text + "\n").input_ids
         chat = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
@@ -798,7 +835,7 @@ class CodeModel(nn.Module):
               seed: Sequence[int] = (0,)) -> list[Program]:
         """Ask for a program for each problem, and run it on its cases."""
         replies = self.write(problems, temperature, seed)
-        jobs = [(code_in(reply), "solve", [(as_argument(p),) for p in cases_of(problem)])
+        jobs = [(code_in(reply), "solve", [(p.argument,) for p in cases_of(problem)])
                 for problem, (reply, _) in zip(problems, replies, strict=True)]
         try:
             with Sandbox(workers=max(1, (os.cpu_count() or 1) // 2)) as box:
@@ -1003,7 +1040,7 @@ def problem_sets(args: argparse.Namespace, model: Model) -> dict[str, list[Probl
         for kind in args.kinds:
             lo, *_, hi = sorted({3, *args.difficulty})
             for d in range(1, 11) if split == "test" else range(lo, hi + 1):
-                rng = np.random.default_rng([SPLIT, KINDS.index(kind), d])
+                rng = np.random.default_rng([SPLIT, [*KINDS].index(kind), d])
                 some = draw(rng, split, partial(model.problem, kind=kind, d=d), n)
                 if len(some) < n and d not in EASY:
                     raise UserError(f"--n-test {args.n_test}: {kind} of difficulty {d} has {len(some)} {split} problems")
@@ -1304,11 +1341,11 @@ def load_model(path: str | os.PathLike, device: str = "cpu") -> tuple[Model, dic
 def problem_of(text: str, kind: str, model: Model) -> Problem:
     """The problem in a line like `3 4 + 2 *`. Raises UserError."""
     line, known = tuple(text.split()), isinstance(model, CodeModel) or set(text.split()) <= {*model.ids}
-    answer = value(kind, line) if known else None
-    if answer is None or parts(kind, line) == 0:
+    answer = KINDS[kind].value(line) if known else None
+    if answer is None or KINDS[kind].parts(line) == 0:
         raise UserError(f"--solve {text[:60]!r}: expected a line of kind {kind} with spaces between its tokens" + (
             "" if isinstance(model, CodeModel) else f", numbers within +-{model.config.max_value}"))
-    return Problem(kind, line, answer, min(parts(kind, line), 10))
+    return Problem(kind, line, answer, min(KINDS[kind].parts(line), 10))
 
 
 def load(path: str | os.PathLike):

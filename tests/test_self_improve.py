@@ -21,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", S.KINDS)
 
 def problems(kind, d, n, seed=0, limit=20):
     rng = np.random.default_rng(seed)
-    return [S.random_problem(rng, kind, d, limit) for _ in range(n)]
+    return [S.as_problem(kind, S.KINDS[kind].draw(rng, d, limit), d) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def model():
 @pytest.mark.parametrize("d", [1, 3, 6, 10])
 def test_the_answers_are_pythons_own(d):
     for p in problems("arithmetic", d, 200):
-        assert S.value("arithmetic", p.line) == p.answer == str(eval(" ".join(p.line)))
-        assert S.parts("arithmetic", p.line) == d
+        assert S.KINDS["arithmetic"].value(p.line) == p.answer == str(eval(" ".join(p.line)))
+        assert S.KINDS["arithmetic"].parts(p.line) == d
     for p in problems("rpn", d, 200):
         stack = []
         for token in p.line:
             stack.append(token if S.is_number(token) else f"({stack.pop(-2)} {token} {stack.pop()})")
-        assert S.value("rpn", p.line) == p.answer == str(eval(stack[0])) and S.parts("rpn", p.line) == d
+        assert S.KINDS["rpn"].value(p.line) == p.answer == str(eval(stack[0])) and S.KINDS["rpn"].parts(p.line) == d
 
 
 def test_brackets_are_half_balanced_and_the_others_look_alike():
@@ -68,7 +68,7 @@ def test_brackets_are_half_balanced_and_the_others_look_alike():
         text = "".join(p.line)
         for _ in range(5):
             text = text.replace("()", "").replace("[]", "").replace("{}", "")
-        assert (text == "") == (p.answer == "yes") == (S.value("brackets", p.line) == "yes") and len(p.line) == 10
+        assert (text == "") == (p.answer == "yes") == (S.KINDS["brackets"].value(p.line) == "yes") and len(p.line) == 10
 
 
 @every_kind
@@ -88,12 +88,12 @@ def test_the_evaluator_takes_what_python_takes_but_for_signs(line):
         want = None if signs or touching else str(eval(" ".join(line)))
     except (SyntaxError, ZeroDivisionError, TypeError):
         want = None
-    assert S.value("arithmetic", line) == (want if want != "()" else None)
+    assert S.KINDS["arithmetic"].value(line) == (want if want != "()" else None)
 
 
 @every_kind
 def test_splits_have_no_common_problem_and_small_spaces_are_respected(kind):
-    sets = [S.draw(np.random.default_rng(i), split, lambda rng: S.random_problem(rng, kind, 2, 20), 400)
+    sets = [S.draw(np.random.default_rng(i), split, lambda rng: S.as_problem(kind, S.KINDS[kind].draw(rng, 2, 20), 2), 400)
             for i, split in enumerate(("train", "val", "test"))]
     texts = [{p.line for p in some} for some in sets]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
@@ -105,7 +105,7 @@ def test_splits_have_no_common_problem_and_small_spaces_are_respected(kind):
 def test_corpus_and_fresh_problems_are_of_the_training_split_alone(model, monkeypatch):
     seen = []
     monkeypatch.setattr(S, "teach", lambda p, marks: (seen.append(p), S.Trace(p, [("1",)], [p.line]))[1])
-    model.corpus(np.random.default_rng(0), 300, S.KINDS)
+    model.corpus(np.random.default_rng(0), 300, [*S.KINDS])
     assert {S.split_of(p) for p in seen} == {"train"} and {p.difficulty for p in seen} == {1, 2, 3}
     monkeypatch.setattr(model, "solve", lambda some, *rest: seen.extend(some))
     S.sample(model, dict.fromkeys(S.KINDS, 6), S.parse_args(SMALL), 1)
@@ -119,7 +119,7 @@ def test_corpus_and_fresh_problems_are_of_the_training_split_alone(model, monkey
 def test_a_clean_solution_is_strict_and_has_a_step_for_each_part(kind, marks):
     for p in problems(kind, 6, 100):
         trace = S.teach(p, marks)
-        assert trace.verdict == "strict" and len(trace.written) == S.parts(kind, p.line)
+        assert trace.verdict == "strict" and len(trace.written) == S.KINDS[kind].parts(p.line)
 
 
 @pytest.mark.parametrize("kind, lines, verdict", [
@@ -139,7 +139,7 @@ def test_a_clean_solution_is_strict_and_has_a_step_for_each_part(kind, marks):
     ("brackets", ["( ) ( ]", "( ]", "no"], "strict")])
 def test_strict_means_that_every_line_has_the_value_and_one_part_less(kind, lines, verdict):
     lines = [tuple(x.split()) for x in lines]
-    problem = S.Problem(kind, lines[0], S.value(kind, lines[0]), 1)
+    problem = S.Problem(kind, lines[0], S.KINDS[kind].value(lines[0]), 1)
     assert S.Trace(problem, lines[1:], lines).verdict == verdict
 
 

@@ -27,7 +27,7 @@ SMALL = ["--steps", "2", "--problems", "3", "--k", "2", "--updates", "3", "--bat
 
 def problems(kind, d, n, seed=0):
     rng = np.random.default_rng(seed)
-    return [S.program_problem(rng, kind, d) for _ in range(n)]
+    return [S.as_problem(kind, S.KINDS[kind].draw_long(rng, d), d) for _ in range(n)]
 
 
 SOME = [p for kind in S.KINDS for d in (1, 4, 7) for p in problems(kind, d, 3)]
@@ -92,18 +92,18 @@ def run(directory, tmp_path_factory):
 def test_a_programs_cases_are_pythons_own_and_no_constant_passes():
     for p in SOME:
         cases = S.cases_of(p)
-        answers = [S.as_result(x) for x in cases]
+        answers = [x.result for x in cases]
         assert cases[0] == p and len({x.line for x in cases}) == S.CASES and cases == S.cases_of.__wrapped__(p)
         assert max(answers.count(x) for x in answers) <= S.CASES // 2
         namespace = {}
         exec(RIGHT[p.kind], namespace)
-        assert [namespace["solve"](S.as_argument(x)) for x in cases] == answers
+        assert [namespace["solve"](x.argument) for x in cases] == answers
 
 
 def test_the_documents_difficulties():
     for d, operands in ((1, {2}), (4, {3, 4}), (6, {4, 5}), (8, {5, 6, 7}), (10, {7, 8, 9, 10})):
         some = problems("rpn", d, 300)
-        assert {S.parts("rpn", p.line) + 1 for p in some} == operands
+        assert {S.KINDS["rpn"].parts(p.line) + 1 for p in some} == operands
         assert ("%" in {t for p in some for t in p.line}) == (d > 4) and all(abs(int(p.answer)) <= 10**9 for p in some)
     assert {len(p.line) for p in problems("brackets", 1, 100)} == {4, 6, 8}
     assert {t for p in problems("brackets", 2, 200) if p.answer == "yes" for t in p.line} == {"(", ")"}
@@ -120,9 +120,9 @@ def test_code_is_taken_out_of_fenced_replies(reply, code):
 @pytest.mark.parametrize("kind", S.KINDS)
 def test_verdicts_of_programs(kind):
     problem = problems(kind, 4, 1)[0]
-    constant = f"def solve(s): return {S.as_result(problem)!r}"
-    wrong = f"def solve(s): return {S.as_result(problem)!r} * 2 + 7"  # 9 is not True
-    cases = [(S.as_argument(p),) for p in S.cases_of(problem)]
+    constant = f"def solve(s): return {problem.result!r}"
+    wrong = f"def solve(s): return {problem.result!r} * 2 + 7"  # 9 is not True
+    cases = [(p.argument,) for p in S.cases_of(problem)]
     with Sandbox() as box:
         for code, ended, verdict in ((RIGHT[kind], True, "strict"), (constant, True, "lucky"), (wrong, True, "wrong"),
                                      ("def solve(s): return 1 / 0", True, "failed"), ("def other(s): pass", True, "failed"),
@@ -293,14 +293,14 @@ def test_a_model_that_is_right_by_half_improves_by_its_strict_solutions_and_not_
     for step in range(400):
         batch = []
         for _ in range(16):
-            p = S.program_problem(rng, str(rng.choice(S.KINDS)), int(rng.integers(1, 8)))
-            code = RIGHT[p.kind] if rng.random() < 0.5 else f"def solve(s):\n    return {S.as_result(p)!r}"
+            p = model.problem(rng, str(rng.choice([*S.KINDS])), int(rng.integers(1, 8)))
+            code = RIGHT[p.kind] if rng.random() < 0.5 else f"def solve(s):\n    return {p.result!r}"
             batch.append(model.example(p.kind, p.line, (fenced(code),)))
         S.update(model, optimizer, [batch], [3e-3 * min(1, (400 - step) / 200)])
     lm.save_pretrained(base)
     out = {}
     for control in ("off", "outcome"):
-        out[control] = S.main(["--model", base, "--steps", "3", "--problems", "10", "--updates", "30", "--lr", "2e-3", "--device", "cpu",
+        out[control] = S.main(["--model", base, "--steps", "3", "--problems", "10", "--updates", "30", "--lr", "2e-3", "--device", "cpu", "--threads", "1",
                                "--control", control, "--out-dir", str(tmp_path / control)])
     print({name: (x["test_accuracy_before"], x["test_accuracy"], x["test_verdicts"], x["pass_before"], x["pass_now"]) for name, x in out.items()})
     assert out["off"]["test_accuracy"] > 0.9 and out["off"]["pass_now"]["pass@1"] > out["off"]["pass_before"]["pass@1"] + 0.2
