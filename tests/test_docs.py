@@ -67,3 +67,19 @@ def test_a_wrong_command_would_be_noticed():
         parse(shlex.split("modal run --detach train_modal.py --args '--no-such-flag'"))
     with pytest.raises(TypeError):
         parse(shlex.split("modal run train_modal.py --no-such-flag 3"))
+
+
+def test_the_worked_kind_of_problems_trains(tmp_path, monkeypatch):
+    import self_improve as S
+    code = re.search(r"below `KINDS`:\n\n```python\n(.*?)```", (ROOT / "logs" / "self_improve.md").read_text(), re.S)[1]
+    monkeypatch.setattr(S, "KINDS", dict(S.KINDS))
+    exec(code, namespace := dict(vars(S)))
+    assert namespace["maximum_value"](("3", "9", "7")) == "9"
+    problem = S.as_problem("maximum", ("3", "9", "7"), 2)
+    trace = S.teach(problem, marks=True)
+    assert trace.verdict == "strict" and trace.lines == [("3", "9", "7"), ("9", "7"), ("9",)]
+    assert {len(p.line) for p in S.cases_of(S.as_problem("maximum", ("300", "9"), 1))} == {2}
+    out = S.main(["--kinds", "maximum", "--width", "32", "--layers", "2", "--bootstrap-steps", "60", "--lr", "4e-3", "--steps", "1", "--k", "2",
+                  "--problems", "6", "--updates", "4", "--batch-size", "32", "--n-test", "4", "--device", "cpu", "--threads", "1",
+                  "--cache-dir", str(tmp_path / "cache"), "--out-dir", str(tmp_path / "run")])
+    assert {name.split()[0] for name in out["test_cells"]} == {"maximum"}
