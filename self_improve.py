@@ -1,6 +1,6 @@
 """Can a model teach itself harder problems, from nothing but its own solutions that pass a check?
 
-    python self_improve.py                                   # 0.5 M parameters, about 5 min on two cores
+    python self_improve.py                                   # 0.5 M parameters, 5 to 7 min on two cores
     python self_improve.py --compare                         # the loop beside its controls, in one picture
     python self_improve.py --difficulty 4-10 --steps 60      # as far as it goes
     python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/seed101
@@ -59,6 +59,8 @@ EASY, MIDDLE, HARD = range(1, 4), range(3, 8), range(8, 11)       # of the corpu
 VERDICTS = ("strict", "lucky", "wrong", "failed", "truncated")
 KEPT = {"off": ("strict",), "none": (), "outcome": ("strict", "lucky"), "unverified": ("strict", "lucky", "wrong"),
         "corpus": ()}                                             # verdicts that are trained on, by --control
+LABELS = {"off": "verified solutions", "none": "no training", "outcome": "right answers",
+          "unverified": "all answers", "corpus": "more of the corpus"}
 REMEMBERED = 4                                                    # iterations whose solutions are trained on
 IDLE = 3                                                          # iterations without a solution that end a run
 PASS_K = 8                                                        # samples of a test problem for pass@k
@@ -66,7 +68,9 @@ FALL = 0.05                                                       # of validatio
 POSITIONS = ("coupled", "plain", "rope", "none")
 TINY_FLAGS = ("max_value", "width", "layers", "positions", "marks", "bootstrap_steps", "replay", "cache_dir")
 LORA_FLAGS = ("revision", "lora_rank", "lora_targets")
-CODE_DEFAULTS = {"difficulty": [*range(3, 8)], "n_test": 4, "problems": 20, "k": 4, "updates": 60, "batch_size": 8,
+LOOP_FLAGS = ("steps", "problems", "k", "fixed", "temperature", "control", "compare", "gate", "updates", "replay",
+              "difficulty", "n_test", "eval_every", "cache_dir")  # all others may matter to the bootstrap
+CODE_DEFAULTS = {"difficulty": [3, 7], "n_test": 4, "problems": 20, "k": 4, "updates": 60, "batch_size": 8,
                  "lr": 2e-4, "replay": 0.0}                       # of --model other than tiny, where no flag is given
 
 Line = tuple[str, ...]
@@ -83,22 +87,20 @@ def kind_list(text: str) -> list[str]:
 
 
 def difficulties(text: str) -> list[int]:
-    """An argparse type: 4-7, or 4,5,6,7."""
-    if not re.fullmatch(r"[0-9]+(-[0-9]+|(,[0-9]+)*)", text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected difficulties like 4-7")
-    numbers = [int(x) for x in re.findall("[0-9]+", text)]
-    lo, hi = numbers[0], numbers[-1]
+    """An argparse type: 4-7, from and to."""
+    found = re.fullmatch("([0-9]+)[-,]([0-9]+)", text)  # with a comma, as checkpoints are read
+    lo, hi = map(int, found.groups()) if found else (0, 0)
     if not 1 <= lo <= hi <= 10:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: difficulties are 1 to 10, the lower one first")
-    return [*range(lo, hi + 1)]
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected two of 1 to 10, the lower one first, like 4-7")
+    return [lo, hi]
 
 
 def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("data")
     g.add_argument("--kinds", type=kind_list, default=[*KINDS], metavar="A,B",
-                   help="of problems (default: all three)")
-    g.add_argument("--difficulty", type=difficulties, default=[*range(4, 8)], metavar="A-B",
+                   help="of problems (default: all)")
+    g.add_argument("--difficulty", type=difficulties, default=[4, 7], metavar="A-B",
                    help="from A to the last that is learned (default: 4-7)")
     g.add_argument("--max-value", type=integer(9, 999), default=20,
                    help="all values are at most this, one token each")
@@ -119,16 +121,17 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "the position of its source; plain: positions count on; rope: plain, all of each head turns, and "
                    "as slowly as usual; none")
     g.add_argument("--no-marks", dest="marks", action="store_false",
-                   help="tiny: it writes the new line, marking nothing")
+                   help="tiny: it writes the new line, marking nothing "
+                   "(default: with marks)")
     g.add_argument("--bootstrap-steps", type=integer(1), default=1000, help="tiny: optimizer steps on the corpus: "
                    "clean solutions of difficulty 1-3")
-    g.add_argument("--cache-dir", type=path, default=os.path.expanduser("~/.cache/stalled-experiments"),
+    g.add_argument("--cache-dir", type=path, default="~/.cache/stalled-experiments",
                    help="where bootstrapped models are kept, by a hash of script and flags")
 
     g = p.add_argument_group("loop")
     g.add_argument("--steps", "--iterations", type=integer(1), default=12, help="iterations")
-    g.add_argument("--problems", type=integer(2), default=200, help="new ones an iteration and kind: half of the "
-                   "difficulty that is learned now, half of those before it")
+    g.add_argument("--problems", type=integer(2), default=200, help="new ones an iteration and kind: at least "
+                   "half of the difficulty that is learned now, the others of those before it, as many of each")
     g.add_argument("--k", type=integer(1, 1000), default=2, help="solutions sampled of each")
     g.add_argument("--fixed", action="store_true", help="the same problems of a difficulty in every iteration")
     g.add_argument("--temperature", type=real(0, 10), default=1.0, help="of sampling")
@@ -140,10 +143,11 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--gate", type=real(0, 1), default=0.7,
                    help="validation accuracy from which the next difficulty is learned")
     g.add_argument("--updates", type=integer(1), default=120, help="optimizer steps an iteration")
-    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=96, help="steps of solutions in a batch")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=96, help="examples: a line and what is written behind it")
     g.add_argument("--lr", type=real(0, 1, above=True), default=1e-3, help="learning rate, falling to a tenth in "
                    "each iteration; the bootstrap has twice as much")
-    g.add_argument("--replay", type=real(0, 1), default=0.4, help="tiny: share of the corpus in a batch")
+    g.add_argument("--replay", type=real(0, 1), default=0.4, help="tiny: share of the corpus in the examples of "
+                   "an iteration")
 
     g = p.add_argument_group("evaluation, or instead of training")
     g.add_argument("--eval-every", type=integer(1), default=1, help="iterations between evaluations and saves")
@@ -170,6 +174,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                 raise UserError(f"--{name.replace('_', '-')}: only {only} has it")
         if args.model != "tiny" and args.control == "corpus":
             raise UserError("--control corpus: only the tiny model has a corpus")
+        if args.compare and (args.resume or "control" in args.given):
+            raise UserError("--compare runs all controls, and goes on with what is there: without --resume and --control")
     except UserError as e:
         p.error(str(e))
     return args
@@ -252,14 +258,6 @@ def balanced_or_not(rng: np.random.Generator, line: list[str]) -> Line:
     return tuple(line)
 
 
-def draw_brackets(rng: np.random.Generator, d: int, limit: int) -> Line:
-    return balanced_or_not(rng, random_brackets(rng, d))
-
-
-def draw_expression(written: Callable[[tuple], list[str]], rng: np.random.Generator, d: int, limit: int) -> Line:
-    return tuple(written(random_tree(rng, d, min(limit, 9), limit)))
-
-
 # For programs, as axiom-rl has them, at difficulty 1-2, 3-4 and so on: operands from and to, operators, the largest
 # operand; pairs of brackets from and to, types of them.
 LEVELS = [(2, 2, ("+", "-"), 10, 2, 4, 1), (3, 4, ("+", "-", "*"), 50, 4, 7, 2),
@@ -267,15 +265,16 @@ LEVELS = [(2, 2, ("+", "-"), 10, 2, 4, 1), (3, 4, ("+", "-", "*"), 50, 4, 7, 2),
           (7, 10, (*PRECEDENCE,), 200, 15, 25, 3)]
 
 
-def draw_long_brackets(rng: np.random.Generator, d: int) -> Line:
-    *_, lo, hi, types = LEVELS[(d - 1) // 2]
+def draw_brackets(rng: np.random.Generator, d: int, limit: int | None) -> Line:
+    lo, hi, types = (d, d, 3) if limit else LEVELS[(d - 1) // 2][4:]
     return balanced_or_not(rng, random_brackets(rng, int(rng.integers(lo, hi + 1)), types))
 
 
-def draw_long_expression(written: Callable[[tuple], list[str]], rng: np.random.Generator, d: int) -> Line:
-    """All values within 10^9."""
-    lo, hi, operators, largest, *_ = LEVELS[(d - 1) // 2]
-    return tuple(written(random_tree(rng, int(rng.integers(lo, hi + 1)) - 1, largest, 10**9, operators)))
+def draw_expression(written: Callable[[tuple], list[str]], rng: np.random.Generator, d: int,
+                    limit: int | None) -> Line:
+    """All values are within the limit; for programs within 10^9."""
+    lo, hi, operators, largest = (d + 1, d + 1, OPERATORS, min(limit, 9)) if limit else LEVELS[(d - 1) // 2][:4]
+    return tuple(written(random_tree(rng, int(rng.integers(lo, hi + 1)) - 1, largest, limit or 10**9, operators)))
 
 
 def split_of(problem: Problem) -> str:
@@ -301,7 +300,7 @@ def draw(rng: np.random.Generator, split: str, make: Callable[[np.random.Generat
 # ---- Grammar: what a line is worth, and how many parts it has left
 
 def is_number(token: str) -> bool:
-    return token.lstrip("-").isdigit()
+    return re.fullmatch("-?[0-9]+", token) is not None
 
 
 def is_answer(line: Line) -> bool:
@@ -313,29 +312,16 @@ def operations(line: Line) -> int:
 
 
 def arithmetic_value(line: Line) -> str | None:
-    try:
-        number, rest = infix_value(line, 1)
-    except (IndexError, TypeError):  # behind the end, or a division by zero
+    """By Python, which has this grammar; but numbers and operators must alternate: no sign, call or tuple."""
+    ends = [False, *(is_number(token) or token == ")" for token in line)]
+    starts = [is_number(token) or token == "(" for token in line]
+    known = all(is_number(token) or token in (*PRECEDENCE, "(", ")") for token in line)
+    if not (line and known and all(a != b for a, b in zip(ends, starts, strict=False))):
         return None
-    return None if rest or number is None else str(number)
-
-
-def infix_value(line: Line, least: int) -> tuple[int | None, Line]:
-    """Value of the longest expression at the start whose operators bind at least so tightly, and the rest."""
-    if line[0] == "(":
-        number, line = infix_value(line[1:], 1)
-        if line[0] != ")":
-            raise IndexError
-        line = line[1:]
-    elif is_number(line[0]):
-        number, line = int(line[0]), line[1:]
-    else:
-        raise IndexError
-    while line and PRECEDENCE.get(line[0], 0) >= least:
-        operator = line[0]
-        right, line = infix_value(line[1:], PRECEDENCE[operator] + 1)
-        number = apply(operator, number, right)
-    return number, line
+    try:
+        return str(eval(" ".join(line)))
+    except (SyntaxError, ZeroDivisionError):
+        return None
 
 
 def arithmetic_part(line: Line) -> tuple[int, int, str]:
@@ -407,9 +393,8 @@ def brackets_part(line: Line) -> tuple[int, int, str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problems: generators and a checker. Of difficulty d it has d parts, but for programs as in LEVELS."""
-    draw: Callable[[np.random.Generator, int, int], Line]   # of difficulty d, values within a limit, for the tiny model
-    draw_long: Callable[[np.random.Generator, int], Line]   # of difficulty d, for programs
+    """A kind of problems: a generator and a checker. Of difficulty d it has d parts, but for programs as in LEVELS."""
+    draw: Callable[[np.random.Generator, int, int | None], Line]  # of difficulty d, values within a limit; None: for programs
     value: Callable[[Line], str | None]                     # the answer; None of a line that is not in the grammar
     parts: Callable[[Line], int]                            # steps that are left
     next_part: Callable[[Line], tuple[int, int, str]]       # line[i:j], and what replaces it, where _ is nothing
@@ -419,13 +404,11 @@ class Kind:
 
 PYTHONS = "; // and % are those of Python, and tokens are separated by spaces"
 KINDS = {
-    "arithmetic": Kind(partial(draw_expression, as_infix), partial(draw_long_expression, as_infix),
-                       arithmetic_value, operations, arithmetic_part,
+    "arithmetic": Kind(partial(draw_expression, as_infix), arithmetic_value, operations, arithmetic_part,
                        "returns the value of an expression of integers with + - * // % and brackets" + PYTHONS),
-    "rpn": Kind(partial(draw_expression, as_rpn), partial(draw_long_expression, as_rpn),
-                rpn_value, operations, rpn_part,
+    "rpn": Kind(partial(draw_expression, as_rpn), rpn_value, operations, rpn_part,
                 "returns the value of an expression of integers in reverse Polish notation with + - * // %" + PYTHONS),
-    "brackets": Kind(draw_brackets, draw_long_brackets, brackets_value, pairs, brackets_part,
+    "brackets": Kind(draw_brackets, brackets_value, pairs, brackets_part,
                      "returns True if every bracket of a string of ()[]{} is closed by its own kind, in the right "
                      "order, and False if not", between=""),
 }
@@ -456,7 +439,10 @@ def read_step(written: Line, marks: bool) -> Line:
 
 @dataclass
 class Trace:
-    """A solution: what the model wrote at each step, and the lines that this gave (the problem's first)."""
+    """A solution: what the model wrote at each step, () where it did not end, and the lines that this gave.
+
+    The first line is the problem's; one that cannot be read from what was written is ().
+    """
     problem: Problem
     written: list[Line]
     lines: list[Line]
@@ -475,12 +461,16 @@ class Trace:
         return "strict" if kept and all(a - b == 1 for a, b in pairwise(left)) else "lucky"
 
     @property
+    def steps(self) -> list[tuple[Line, Line]]:
+        """Pairs of a line and what was written behind it: what is trained on."""
+        return [*zip(self.lines, self.written, strict=False)]
+
+    @property
     def answer(self) -> str | None:
         return self.lines[-1][0] if is_answer(self.lines[-1]) else None
 
     def __str__(self) -> str:
-        steps = [f"{' '.join(a)}  =  {' '.join(b) or '(nothing that ends)'}" for a, b in
-                 zip(self.lines, self.written, strict=False)]
+        steps = [f"{' '.join(a)}  =  {' '.join(b) or '(nothing that ends)'}" for a, b in self.steps]
         return "\n".join([*steps, f"answer: {self.answer or 'none'}"])
 
 
@@ -559,8 +549,6 @@ class Rewriter(nn.Module):
     Coupled positions restart at `=`, and <, > and the value behind it do not advance them: each token that is
     copied has the position of its source, so copying needs no counting. A prior, and named as one.
     """
-    solves = Trace.solves
-
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
@@ -580,7 +568,10 @@ class Rewriter(nn.Module):
                 nn.init.normal_(p, std=0.08)  # with the usual 0.02 the loss stood still for 500 steps
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Position of each token (B, T) in the line that it belongs to."""
+        """Position of each token (B, T) in the line that it belongs to: rpn 3 4 + = < 3 4 + > 7 ; has
+
+        0 1 2 3 0 0 1 2 3 3 3 4, so that each copied token, and the end, finds its source, or what follows it.
+        """
         if self.config.positions != "coupled":
             return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         marks = (tokens == self.ids["<"]) | (tokens == self.ids[">"])
@@ -614,8 +605,7 @@ class Rewriter(nn.Module):
         while len(out) < n:
             problem = self.problem(rng, str(rng.choice(kinds)), int(rng.choice(EASY)))
             if split_of(problem) == "train":
-                trace = teach(problem, self.config.marks)
-                out += [self.example(problem.kind, *x) for x in zip(trace.lines, trace.written, strict=False)]
+                out += [self.example(problem.kind, *step) for step in teach(problem, self.config.marks).steps]
         return out[:n]
 
     def solve(self, problems: Sequence[Problem], temperature: float = 0.0,
@@ -635,7 +625,10 @@ class Rewriter(nn.Module):
         return traces
 
     def guess(self, kind: str, line: Line) -> list[int]:
-        """Of what will be written: the teacher's step, or nothing where a line has none."""
+        """A first guess of what will be written: the teacher's step, or nothing where a line has none.
+
+        It decides how soon an answer is there (five times sooner for a good model), never what it is.
+        """
         try:
             written = write_step(kind, line, self.config.marks) if KINDS[kind].value(line) else ()
         except ValueError:  # ( 3 ) has a value, and no part
@@ -658,7 +651,7 @@ class Rewriter(nn.Module):
         for lo in range(0, len(order), 64):
             rows = torch.tensor(order[lo:lo + 64])
             P = max(len(prompts[i]) for i in rows)
-            M = P + 4  # a line with its marks is no longer
+            M = P + 4  # the line, <, >, a value and the end are two tokens longer than the prompt
             x = torch.tensor([prompts[i] + [0] * (P + M - len(prompts[i])) for i in rows], device=device)
             starts = torch.tensor([[len(prompts[i])] for i in rows], device=device)
             place = starts + torch.arange(M, device=device)                                # (n, M)
@@ -673,7 +666,7 @@ class Rewriter(nn.Module):
                 own = (logits + noise).argmax(-1)                                          # (n, M)
                 certain = F.pad((own == guess)[:, :-1], (1, 0), value=True).cumprod(1)
                 ended = certain * (own == end)
-                done = ended.any(1) | certain.all(1)
+                done = ended.any(1) | certain.all(1)  # or there is no end within M tokens
                 lengths = ended[done].argmax(1).tolist()
                 for i, tokens, n in zip(rows[done.cpu()].tolist(), own[done].tolist(), lengths, strict=True):
                     out[i] = tuple(self.vocabulary[t] for t in tokens[:n]) if tokens[n] == end else ()
@@ -701,10 +694,10 @@ def question(problem: Problem) -> str:
 @cache
 def cases_of(problem: Problem) -> tuple[Problem, ...]:
     """The problem and others like it, always the same; no constant is right on more than half of them."""
-    text = hashlib.sha256(question(problem).encode()).digest()
+    text = hashlib.sha256(f"{problem.kind} {problem.difficulty} {problem.argument}".encode()).digest()
     rng, found = np.random.default_rng([*text]), {problem.line: problem}
     while len(found) < CASES:
-        line = KINDS[problem.kind].draw_long(rng, problem.difficulty)
+        line = KINDS[problem.kind].draw(rng, problem.difficulty, None)
         other = as_problem(problem.kind, line, problem.difficulty)
         if sum(p.answer == other.answer for p in found.values()) < CASES // 2:
             found.setdefault(other.line, other)
@@ -742,12 +735,8 @@ class Program:
         return ascii(self.result.values[0])[:80] if self.result.values else None
 
     @property
-    def lines(self) -> list[Line]:
-        return [self.problem.line]
-
-    @property
-    def written(self) -> list[Line]:
-        return [(self.reply,)]
+    def steps(self) -> list[tuple[Line, Line]]:
+        return [(self.problem.line, (self.reply,))]
 
     def __str__(self) -> str:
         call = f"solve({self.problem.argument!r})"
@@ -770,8 +759,6 @@ class CodeModel(nn.Module):
     Its base is in bf16 on a GPU that computes in it, the adapter in fp32. No code of the model's own is run.
     Raises UserError when it cannot be loaded.
     """
-    solves = Program.solves
-
     def __init__(self, c: CodeConfig, device: torch.device):
         super().__init__()
         import peft
@@ -795,6 +782,9 @@ class CodeModel(nn.Module):
         if c.fingerprint not in ("", found):
             raise UserError(f"--model {c.base}: its weights are not those that the adapter was trained with")
         targets = c.lora_targets if c.lora_targets == "all-linear" else c.lora_targets.split(",")
+        modules = {name.split(".")[-1] for name, _ in base.named_modules()} | {"all-linear"}
+        if unknown := {*c.lora_targets.split(",")} - modules:
+            raise UserError(f"--lora-targets {c.lora_targets}: {c.base} has no module {min(unknown)}")
         adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=c.lora_rank, lora_alpha=2 * c.lora_rank,
                                   target_modules=targets)
         stops = base.generation_config.eos_token_id
@@ -802,7 +792,7 @@ class CodeModel(nn.Module):
         base.generation_config = transformers.GenerationConfig()  # a model brings its own penalties and cut-offs
         try:
             self.lm = peft.get_peft_model(base, adapter)
-        except ValueError as e:
+        except ValueError as e:  # of a module that is no linear map
             raise UserError(f"--lora-targets {c.lora_targets}: {' '.join(str(e).split())[:150]}") from None
         self.config = replace(c, fingerprint=found)
         self.to(device)
@@ -812,7 +802,7 @@ class CodeModel(nn.Module):
         return self.lm(input_ids=tokens, use_cache=False).logits
 
     def problem(self, rng: np.random.Generator, kind: str, d: int) -> Problem:
-        return as_problem(kind, KINDS[kind].draw_long(rng, d), d)
+        return as_problem(kind, KINDS[kind].draw(rng, d, None), d)
 
     def prompt(self, kind: str, line: Line) -> list[int]:
         """Tokens of the question, in the form of a chat where the model has one."""
@@ -939,11 +929,11 @@ def update(model: Model, optimizer: torch.optim.Optimizer, batches: list[list[Ex
 
 def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Flags, r: run.Run) -> None:
     """Train on the corpus, or take the model that this very script made with the same flags before."""
-    names = ("seed", "kinds", "bootstrap_steps", "lr", "batch_size", "threads", "device")
-    made_by = {**asdict(model.config), **{name: getattr(args, name) for name in names}}
+    free = {*flags.FREE_ON_RESUME, *LOOP_FLAGS} - {"device"}
+    made_by = {name: value for name, value in vars(args).items() if name not in free}
     made_by["source"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # an edited model is another one
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
-    file = Path(args.cache_dir) / f"bootstrap-{digest}.pt"
+    file = Path(args.cache_dir).expanduser() / f"bootstrap-{digest}.pt"
     if file.is_file():
         saved = checkpoint.read(file)
         with files.refuse_damaged(file):
@@ -955,23 +945,13 @@ def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Fla
     for lo in progress(range(0, n, 25), desc="bootstrap", unit="25 steps", leave=False, disable=None):
         rng = np.random.default_rng([args.seed, CORPUS, lo])
         batches = batches_of(model.corpus(rng, 25 * args.batch_size, args.kinds), args.batch_size, rng)[:n - lo]
-        steps = range(lo, lo + len(batches))  # a line up, then level, and in the second half a line down
-        lrs = [2 * args.lr * min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in steps]
-        update(model, optimizer, batches, lrs)
+        # A line up over 100 steps, then level, and in the second half a line down to a twentieth.
+        shares = [min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in range(lo, lo + len(batches))]
+        update(model, optimizer, batches, [2 * args.lr * share for share in shares])
         if r.stopped_by:
             raise KeyboardInterrupt  # there is nothing to save yet
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(file, {"model": model.state(), "optimizer": optimizer.state_dict(), "made_by": made_by})
-
-
-@dataclass
-class Solution:
-    """A solution that passed and is trained on. weight: larger for a problem that was seldom solved."""
-    kind: str
-    lines: list[Line]
-    written: list[Line]
-    weight: float
-    iteration: int
 
 
 def sample(model: Model, frontier: dict[str, int], args: flags.Flags, step: int) -> list[Attempt]:
@@ -988,31 +968,32 @@ def sample(model: Model, frontier: dict[str, int], args: flags.Flags, step: int)
     return model.solve(several, args.temperature, (args.seed, SAMPLE, step))
 
 
-def keep(traces: Sequence[Attempt], args: flags.Flags, step: int) -> tuple[list[Solution], dict]:
-    """Those that pass, each once, and figures of the iteration."""
+def keep(traces: Sequence[Attempt], args: flags.Flags, step: int) -> tuple[list[dict], dict]:
+    """Those that pass, each once, for training; and figures of the iteration."""
     verdicts = [t.verdict for t in traces]
     passed = [t for t, verdict in zip(traces, verdicts, strict=True) if verdict in KEPT[args.control]]
     solved = Counter(t.problem for t in passed)
-    distinct = {(t.problem, *t.written): t for t in passed}.values()
-    new = [Solution(t.problem.kind, t.lines, t.written, 1.1 - solved[t.problem] / args.k, step) for t in distinct]
+    distinct = {(t.problem, *(written for _, written in t.steps)): t for t in passed}.values()
+    new = [{"kind": t.problem.kind, "steps": t.steps, "iteration": step,  # what is seldom solved weighs more
+            "weight": 1.1 - solved[t.problem] / args.k} for t in distinct]
     return new, {"sampled": len(traces), **{name: verdicts.count(name) for name in VERDICTS}, "kept": len(new),
                  "share_truncated": verdicts.count("truncated") / len(traces),
                  "share_distinct": len(new) / len(passed) if passed else None}
 
 
-def lesson(model: Model, pool: list[Solution], args: flags.Flags, step: int) -> list[list[Example]]:
+def lesson(model: Model, pool: list[dict], args: flags.Flags, step: int) -> list[list[Example]]:
     """The batches of an iteration: steps of own solutions, as many of each kind, and of the corpus."""
     rng, n = np.random.default_rng([args.seed, UPDATE, step]), args.updates * args.batch_size
-    kinds = [kind for kind in args.kinds if any(s.kind == kind for s in pool)]
+    kinds = [kind for kind in args.kinds if any(s["kind"] == kind for s in pool)]
     n_own = int(n * (1 - args.replay)) if kinds and args.control != "corpus" else 0
     own: list[Example] = []
     for kind in kinds if n_own else ():
-        some = [s for s in pool if s.kind == kind]
-        weight = np.array([s.weight for s in some])
+        some = [s for s in pool if s["kind"] == kind]
+        weight = np.array([s["weight"] for s in some])
         wanted = len(own) + n_own // len(kinds)
         while len(own) < wanted:
             s = some[rng.choice(len(some), p=weight / weight.sum())]
-            own += [model.example(kind, *x) for x in zip(s.lines, s.written, strict=False)]
+            own += [model.example(kind, *x) for x in s["steps"]]
     return batches_of(own + model.corpus(rng, n - len(own), args.kinds), args.batch_size, rng)[:args.updates]
 
 
@@ -1038,8 +1019,8 @@ def problem_sets(args: argparse.Namespace, model: Model) -> dict[str, list[Probl
     sets: dict[str, list[Problem]] = {split: [] for split in sizes}
     for split, n in sizes.items():
         for kind in args.kinds:
-            lo, *_, hi = sorted({3, *args.difficulty})
-            for d in range(1, 11) if split == "test" else range(lo, hi + 1):
+            lo, hi = args.difficulty
+            for d in range(1, 11) if split == "test" else range(min(3, lo), max(3, hi) + 1):
                 rng = np.random.default_rng([SPLIT, [*KINDS].index(kind), d])
                 some = draw(rng, split, partial(model.problem, kind=kind, d=d), n)
                 if len(some) < n and d not in EASY:
@@ -1103,9 +1084,7 @@ def train(args: flags.Flags) -> dict:
         with files.refuse_damaged(args.resume):
             load_into(model, saved, args.resume)
             optimizer.load_state_dict(saved["optimizer"])
-            pool = [Solution(**{**x, "lines": [*map(tuple, x["lines"])], "written": [*map(tuple, x["written"])]})
-                    for x in saved["pool"]]
-            frontier, best, first = saved["frontier"], saved["best"], saved["first"]
+            frontier, pool, best, first = (saved[name] for name in ("frontier", "pool", "best", "first"))
     elif args.init_from:
         load_into(model, read_checkpoint(args.init_from), args.init_from)
 
@@ -1120,34 +1099,38 @@ def train(args: flags.Flags) -> dict:
         (r.folder / "checkpoints").mkdir(exist_ok=True)
         figures, ended = {}, ""
         for step in range(r.start, args.steps + 1):
-            if KEPT[args.control] and step - 1 - max((s.iteration for s in pool), default=-1) >= IDLE:
+            if KEPT[args.control] and step - 1 - max((s["iteration"] for s in pool), default=-1) >= IDLE:
                 ended = f"no solution passed in {IDLE} iterations"
             due, last = r.due(step) or bool(ended), r.last(step) or bool(ended)
             if due:
                 cells = {split: count(model.solve(problems)) for split, problems in sets.items()}
                 first = first or {"cells": cells["test"], **passes(model, sets["test"], args, step)}
                 log(r, step, cells, figures, frontier, args)
-                val = accuracy(cells["val"], MIDDLE)
-                weights = {"model": model.state(), "config": asdict(model.config)}
-                r.save(f"checkpoints/iter_{step}.pt", **weights)
-                if val >= best:
-                    best = val
-                    r.save("best.pt", **weights)
-                elif val < best - FALL and not last:
-                    print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
-                    load_into(model, read_checkpoint(r.folder / "best.pt"), r.folder / "best.pt")
+                best = keep_best(r, model, accuracy(cells["val"], MIDDLE), best)
                 for kind in args.kinds:
                     passed = accuracy(cells["val"], [frontier[kind]], kind) >= args.gate
                     frontier[kind] = min(frontier[kind] + passed, args.difficulty[-1])
             if due or last:
                 r.save("last.pt", model=model.state(), config=asdict(model.config), ema=None, first=first,
-                       optimizer=optimizer.state_dict(), frontier=frontier, pool=[vars(s) for s in pool], best=best)
+                       optimizer=optimizer.state_dict(), frontier=frontier, pool=pool, best=best)
             if last:
                 break
             if args.control != "none":
                 figures = improve(model, optimizer, pool, frontier, args, step, r.folder)
         r.leave_if_stopped()
         return finish(r, model, sets, first, ended, args)
+
+
+def keep_best(r: run.Run, model: Model, val: float, best: float) -> float:
+    """Save the iteration, as best.pt too if it is; where validation fell far from its best, go back to that."""
+    weights = {"model": model.state(), "config": asdict(model.config)}
+    r.save(f"checkpoints/iter_{r.step}.pt", **weights)
+    if val >= best:
+        r.save("best.pt", **weights)
+    elif val < best - FALL:  # the optimizer goes on with its averages
+        print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
+        load_into(model, read_checkpoint(r.folder / "best.pt"), r.folder / "best.pt")
+    return max(val, best)
 
 
 def describe(model: Model, sets: dict[str, list[Problem]], device: torch.device, args: flags.Flags,
@@ -1164,7 +1147,7 @@ def describe(model: Model, sets: dict[str, list[Problem]], device: torch.device,
         f"{kind} {100 * constant_baseline(sets['test'], kind):.0f}%" for kind in args.kinds), flush=True)
 
 
-def improve(model: Model, optimizer: torch.optim.Optimizer, pool: list[Solution],
+def improve(model: Model, optimizer: torch.optim.Optimizer, pool: list[dict],
             frontier: dict[str, int], args: flags.Flags, step: int, folder: Path) -> dict:
     """One iteration: sample, verify, train. Changes model and pool; returns its figures."""
     figures = {}
@@ -1172,12 +1155,11 @@ def improve(model: Model, optimizer: torch.optim.Optimizer, pool: list[Solution]
         traces = sample(model, frontier, args, step)
         new, figures = keep(traces, args, step)
         (folder / "solutions").mkdir(exist_ok=True)
-        rows = [{"kind": s.kind, "lines": [" ".join(x) for x in s.lines],
-                 "written": [" ".join(x) for x in s.written], "weight": s.weight} for s in new]
+        rows = [{**s, "steps": [[" ".join(x) for x in pair] for pair in s["steps"]]} for s in new]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         files.write_atomic(folder / "solutions" / f"iter_{step + 1}.jsonl", text.encode())
         files.write_atomic(folder / "examples.txt", examples(traces).encode("utf-8", "backslashreplace"))
-        pool[:] = [s for s in pool if s.iteration > step - REMEMBERED] + new
+        pool[:] = [s for s in pool if s["iteration"] > step - REMEMBERED] + new
         if not new:
             print(f"iteration {step + 1}: no solution passed", flush=True)
     batches = lesson(model, pool, args, step)
@@ -1197,10 +1179,9 @@ def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier:
     row = {"step": step, "loss": figures.get("loss"), "train_accuracy": accuracy(cells["train"], MIDDLE),
            "val_accuracy": accuracy(cells["val"], MIDDLE), "test_accuracy": accuracy(cells["test"], MIDDLE),
            "easy_accuracy": accuracy(cells["test"], EASY), "ood_accuracy": accuracy(cells["test"], HARD)}
-    r.show({**row, **{f"d_{kind}": d for kind, d in frontier.items()}})
-    for kind in args.kinds:
-        row[f"test_{kind}"] = accuracy(cells["test"], MIDDLE, kind)
-        row[f"frontier_{kind}"] = frontier[kind]
+    row |= {f"frontier_{kind}": d for kind, d in frontier.items()}
+    r.show(row)
+    row |= {f"test_{kind}": accuracy(cells["test"], MIDDLE, kind) for kind in args.kinds}
     names = ("sampled", *VERDICTS, "kept", "share_truncated", "share_distinct")
     r.record({**row, **{name: figures.get(name) for name in names}})
 
@@ -1223,7 +1204,7 @@ def finish(r: run.Run, model: Model, sets: dict[str, list[Problem]], first: dict
         constant_baseline={kind: constant_baseline(problems, kind) for kind in args.kinds},
         grokking=grok, pass_before={k: x for k, x in first.items() if k != "cells"}, pass_now=samples,
         test_cells_before=first["cells"], test_cells=cells)
-    draw_pictures(r.folder)
+    draw_picture(r.folder)
     for k, x in samples.items():
         print(f"{k} at temperature {args.temperature:g}: {100 * first[k]:.1f}% before, {100 * x:.1f}% now")
     lucky, right = verdicts["lucky"], verdicts["lucky"] + verdicts["strict"]
@@ -1238,32 +1219,42 @@ def finish(r: run.Run, model: Model, sets: dict[str, list[Problem]], first: dict
 
 # ---- Pictures
 
-def draw_pictures(folder: str | os.PathLike) -> list[Path]:
-    """Draw accuracy.png of a run from its metrics.csv and summary.json."""
-    folder = Path(folder)
-    summary, rows = files.read_json(folder / "summary.json"), metrics.read(folder)
+def read_summary(folder: Path) -> dict:
+    """Raises UserError when the run is not finished, or not of this script."""
+    summary = files.read_json(folder / "summary.json")
     if summary.get("script") != SCRIPT:
         raise UserError(f"{folder}: a run of {summary.get('script')!r:.40}, not of {SCRIPT}")
+    return summary
+
+
+def draw_picture(folder: Path) -> Path:
+    """Draw accuracy.png of a run from its metrics.csv and summary.json."""
+    summary, rows = read_summary(folder), metrics.read(folder)
     fig, (left, right) = plots.new_figure(1, 2)
     names = {"train_accuracy": "train", "val_accuracy": "validation", "test_accuracy": "test, difficulty 3-7",
-             "easy_accuracy": "test, 1-3", "ood_accuracy": "test, 8-10, never trained on"}
+             "easy_accuracy": "test, 1-3", "ood_accuracy": "test, 8-10"}
     for name, label in names.items():
         x, y = metrics.points(rows, "step", name)
         left.plot(x, [100 * v for v in y], marker=".", label=label)
         if name == "test_accuracy":
             band = [wilson(round(v * summary["n_test"]), summary["n_test"]) for v in y]
             left.fill_between(x, [100 * lo for lo, _ in band], [100 * hi for _, hi in band], alpha=0.2, color="C2")
-    left.set(xlabel="iteration", ylabel="right answers, %", ylim=(-3, 103), title=f"control: {summary['control']}")
+    left.set(xlabel="iteration", ylabel="right answers, %", ylim=(-3, 103), title=LABELS[summary["control"]])
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False, fontsize=8)
-    for name, style, when in (("test_cells_before", ":", "bootstrap"), ("test_cells", "-", "end")):
+    for name, style, when in (("test_cells_before", ":", "before"), ("test_cells", "-", "end")):
         for i, kind in enumerate(KINDS):
-            cells = [(int(x.split()[1]), right_of) for x, right_of in summary[name].items() if x.split()[0] == kind]
+            cells = [(int(d), *cell) for label, cell in summary[name].items() for k, d in [label.split()] if k == kind]
             if cells:
-                x, y = zip(*((d, 100 * k / n) for d, (k, n) in cells), strict=True)
-                right.plot(x, y, style, marker=".", color=f"C{i}", label=f"{kind}, {when}")
+                x, right_of, n = zip(*cells, strict=True)
+                y = [k / of for k, of in zip(right_of, n, strict=True)]
+                right.plot(x, [100 * v for v in y], style, marker=".", color=f"C{i}", label=f"{kind}, {when}")
+                if when == "end":
+                    band = [wilson(k, of) for k, of in zip(right_of, n, strict=True)]
+                    right.fill_between(x, *([100 * v for v in side] for side in zip(*band, strict=True)), alpha=0.1, color=f"C{i}")
     right.set(xlabel="difficulty", ylabel="right answers on test, %", ylim=(-3, 103), xticks=range(1, 11))
     right.legend(frameon=False, fontsize=8)
-    return [plots.save_figure(fig, folder / "accuracy.png")]
+    return plots.save_figure(fig, folder / "accuracy.png")
 
 
 def compare(args: flags.Flags) -> dict:
@@ -1277,11 +1268,12 @@ def compare(args: flags.Flags) -> dict:
         one.control, one.compare, one.name, one.out_dir = control, False, None, str(folder)
         one.started = time.monotonic(), time.process_time()
         print(f"# control: {control}, {folder}", flush=True)
-        if (folder / "summary.json").is_file():
-            out[control] = files.read_json(folder / "summary.json")
-            continue
         one.resume = str(folder) if (folder / "last.pt").is_file() else None
-        out[control] = train(one)
+        if (folder / "summary.json").is_file():
+            run.restore(one, SCRIPT)  # an error where it was run with other flags
+            out[control] = read_summary(folder)
+        else:
+            out[control] = train(one)
     print(draw_comparison([base]))
     return out
 
@@ -1294,18 +1286,16 @@ def draw_comparison(bases: Sequence[str]) -> Path:
     if not Path(f"{bases[0]}-off").is_dir():
         raise UserError(f"{bases[0]}: no finished run, and no comparison: there is no {bases[0]}-off")
     fig, ax = plots.new_figure()
-    labels = {"off": "verified solutions", "none": "no training", "outcome": "right answers",
-              "unverified": "all answers", "corpus": "more of the corpus"}
     for i, control in enumerate(KEPT):
         runs = [folder for base in bases if (folder := Path(f"{base}-{control}")).is_dir()]
         if not runs:
             continue
         curves = [metrics.points(metrics.read(folder), "step", "test_accuracy") for folder in runs]
-        n = files.read_json(runs[0] / "summary.json")["n_test"]
+        n = [read_summary(folder) for folder in runs][0]["n_test"]
         x = min((x for x, _ in curves), key=len)
         y = np.array([y[:len(x)] for _, y in curves])
         band = np.array([wilson(round(v * n), n) for v in y[0]]).T if len(y) == 1 else (y.min(0), y.max(0))
-        ax.plot(x, 100 * y.mean(0), "-" if control == "off" else "--", marker=".", color=f"C{i}", label=labels[control])
+        ax.plot(x, 100 * y.mean(0), "-" if control == "off" else "--", marker=".", color=f"C{i}", label=LABELS[control])
         ax.fill_between(x, 100 * band[0], 100 * band[1], alpha=0.15, color=f"C{i}")
     ax.set(xlabel="iteration", ylabel="right on test, difficulty 3-7, %", ylim=(-3, 103))
     ax.legend(frameon=False)
@@ -1412,12 +1402,12 @@ def main(argv: list[str] | None = None) -> dict | None:
                 raise UserError(f"--{name}: of which model? give its --checkpoint")
         if args.plot:
             flags.only(args, "plot")
-            for path in args.plot:
-                with files.refuse_damaged(path):
-                    if (Path(path) / "summary.json").is_file():
-                        print(*draw_pictures(path), sep="\n")
-            if not (Path(args.plot[0]) / "summary.json").is_file():
-                print(draw_comparison(args.plot))
+            runs = [path for path in args.plot if (Path(path) / "summary.json").is_file()]
+            with files.refuse_damaged(args.plot[0]):
+                if 0 < len(runs) < len(args.plot):
+                    raise UserError(f"--plot: either runs, like {runs[0]}, or comparisons; not both")
+                for picture in map(draw_picture, map(Path, runs)) if runs else [draw_comparison(args.plot)]:
+                    print(picture)
             return None
         if args.solve is not None:
             flags.only(args, "solve", "kind", "checkpoint", "device")

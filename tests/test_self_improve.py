@@ -304,6 +304,26 @@ def test_a_fall_of_validation_brings_the_best_weights_back(run, tmp_path, cache,
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))        # what iteration 2 starts from is that of 1
 
 
+def test_a_run_that_is_stopped_where_validation_fell_goes_on_as_one_that_is_not(tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(S, "FALL", -1.0)                                     # not to rise is to fall
+    flags = [*SMALL, "--steps", "4", "--cache-dir", str(cache), "--control", "unverified", "--out-dir"]
+    S.main([*flags, str(tmp_path / "whole")])
+    fell = capsys.readouterr().out.count("validation fell")
+    improve = S.improve
+
+    def stop(model, optimizer, pool, frontier, args, step, folder):
+        signal.raise_signal(signal.SIGINT)
+        return improve(model, optimizer, pool, frontier, args, step, folder)
+    for _ in range(4):
+        monkeypatch.setattr(S, "improve", stop)
+        with pytest.raises(SystemExit):
+            S.main(["--resume", str(tmp_path / "run")] if (tmp_path / "run").exists() else [*flags, str(tmp_path / "run")])
+    monkeypatch.setattr(S, "improve", improve)
+    S.main(["--resume", str(tmp_path / "run")])
+    rows = [[line.rsplit(",", 1)[0] for line in (tmp_path / name / "metrics.csv").read_text().splitlines()] for name in ("whole", "run")]
+    assert fell >= 2 and rows[0] == rows[1] and len(rows[0]) == 6
+
+
 def test_fixed_problems_are_the_same_in_every_iteration_and_fresh_ones_are_not(model, monkeypatch):
     drawn = []
     monkeypatch.setattr(model, "solve", lambda some, *rest: drawn.append([p.line for p in some]))
@@ -319,6 +339,8 @@ def test_compare_runs_every_arm_from_one_bootstrap_and_goes_on_where_it_was(tmp_
     firsts = [metrics.read(tmp_path / f"arms-{control}")[0] for control in S.KEPT]
     assert [*out] == [*S.KEPT] and len({row["test_accuracy"] for row in firsts}) == 1
     assert (tmp_path / "arms-off" / "compare.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="--k is 3 here and 2 in"):
+        S.main([*flags, "--k", "3"])
     (tmp_path / "arms-corpus" / "summary.json").unlink()
     assert S.main(flags)["corpus"]["test_cells"] == out["corpus"]["test_cells"]
     assert [row["step"] for row in metrics.read(tmp_path / "arms-corpus")] == [0, 1, 2]
@@ -327,9 +349,9 @@ def test_compare_runs_every_arm_from_one_bootstrap_and_goes_on_where_it_was(tmp_
 def test_own_solutions_are_trained_on_as_they_were_written(model, monkeypatch):
     args = S.parse_args([*SMALL, "--replay", "0", "--updates", "50"])
     trace = S.teach(problems("rpn", 4, 1)[0], True)
-    pool = [S.Solution("rpn", trace.lines, trace.written, 1.0, 0)]
+    pool = [{"kind": "rpn", "steps": trace.steps, "weight": 1.0, "iteration": 0}]
     batches = S.lesson(model, pool, args, 3)
-    wanted = {(tuple(model.example("rpn", *x)[0])) for x in zip(trace.lines, trace.written, strict=False)}
+    wanted = {(tuple(model.example("rpn", *x)[0])) for x in trace.steps}
     assert {tuple(tokens) for batch in batches for tokens, _ in batch} == wanted and len(batches) == 50
     args.control = "corpus"
     longest = max(wanted, key=len)                                           # of four operations: no step of the corpus
@@ -351,7 +373,7 @@ def test_a_saved_model_answers_as_the_trained_one_and_shows_its_lines(run, capsy
 
 @pytest.mark.parametrize("flags, named", [
     ("--kinds rpn,roman", "--kinds"), ("--k 0", "--k"), ("--temperature -1", "--temperature"), ("--temperature 0", "--temperature"),
-    ("--width 30", "width"), ("--difficulty 0-5", "--difficulty"), ("--difficulty 7-4", "--difficulty"), ("--difficulty 4-11", "--difficulty"), ("--problems 1", "--problems"), ("--resume ''", "empty"),
+    ("--width 30", "width"), ("--difficulty 0-5", "--difficulty"), ("--difficulty 7-4", "--difficulty"), ("--difficulty 4-11", "--difficulty"), ("--difficulty 4", "--difficulty"), ("--compare --resume RUN", "--compare"), ("--plot RUN nowhere", "not both"), ("--problems 1", "--problems"), ("--resume ''", "empty"),
     ("--solve 1 --checkpoint RUN", "--solve"), ("--solve '1 + 2'", "--checkpoint"), ("--solve '1 + 99' --checkpoint RUN", "+-20"),
     ("--solve '1 + + 2' --checkpoint RUN", "--solve"), ("--checkpoint nowhere.pt", "nowhere.pt"), ("--plot nowhere", "nowhere"),
     ("--out-dir RUN", "holds a run"), ("--resume RUN --lr 0.5", "--lr"), ("--checkpoint RUN --lr 0.1", "--lr")])

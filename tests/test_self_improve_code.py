@@ -27,7 +27,7 @@ SMALL = ["--steps", "2", "--problems", "3", "--k", "2", "--updates", "3", "--bat
 
 def problems(kind, d, n, seed=0):
     rng = np.random.default_rng(seed)
-    return [S.as_problem(kind, S.KINDS[kind].draw_long(rng, d), d) for _ in range(n)]
+    return [S.as_problem(kind, S.KINDS[kind].draw(rng, d, None), d) for _ in range(n)]
 
 
 SOME = [p for kind in S.KINDS for d in (1, 4, 7) for p in problems(kind, d, 3)]
@@ -98,6 +98,13 @@ def test_a_programs_cases_are_pythons_own_and_no_constant_passes():
         namespace = {}
         exec(RIGHT[p.kind], namespace)
         assert [namespace["solve"](x.argument) for x in cases] == answers
+
+
+def test_the_cases_do_not_depend_on_the_words_of_the_question(monkeypatch):
+    cases = S.cases_of(SOME[0])
+    S.cases_of.cache_clear()
+    monkeypatch.setattr(S, "question", lambda problem: "otherwise")
+    assert S.cases_of(SOME[0]) == cases
 
 
 def test_the_documents_difficulties():
@@ -198,7 +205,7 @@ def test_what_passes_is_trained_on_and_changes_the_model(directory, tmp_path, mo
     first, last = (torch.load(tmp_path / "run" / "checkpoints" / f"iter_{i}.pt", weights_only=True)["model"] for i in (0, 2))
     assert all(not torch.equal(first[name], last[name]) for name in first)
     kept = [json.loads(x) for x in (tmp_path / "run" / "solutions" / "iter_1.jsonl").read_text().splitlines()]
-    assert {x["written"][0] for x in kept} == {fenced(code) for code in RIGHT.values()}
+    assert {x["steps"][0][1] for x in kept} == {fenced(code) for code in RIGHT.values()}
 
 
 def test_resume_is_bit_exact(run, directory, tmp_path):
@@ -252,7 +259,7 @@ def test_an_adapter_is_refused_with_a_missing_key_or_another_base(run, directory
 
 @pytest.mark.parametrize("flags, named", [
     ("--model MODEL --width 32", "--width"), ("--lora-rank 4", "--lora-rank"), ("--model MODEL --control corpus", "corpus"),
-    ("--model ''", "empty"), ("--model MODEL --lora-targets wings", "--lora-targets"), ("--model nowhere/at/all", "--model nowhere/at/all"),
+    ("--model ''", "empty"), ("--model MODEL --lora-targets wings,q_proj", "no module wings"), ("--model MODEL --lora-targets norm", "--lora-targets"), ("--model nowhere/at/all", "--model nowhere/at/all"),
     ("--model BARE", "--model"), ("--model ENDLESS", "ends a text"), ("--export x --checkpoint TINY", "adapter to merge"),
     ("--export x", "--checkpoint"), ("--model MODEL --resume RUN", None), ("--resume RUN --model tiny", "--model"),
     ("--init-from TINY --model MODEL", "its model is")])
