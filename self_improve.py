@@ -29,6 +29,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -47,7 +48,7 @@ from common import checkpoint, devices, metrics, plots, run
 from common.evaluation import count_parameters, eval_mode, format_rate, grokking, pass_at_k, wilson
 from common.files import UserError
 from common.flags import integer, path, real
-from common.sandbox import Result, Sandbox, SandboxError, same
+from common.sandbox import Result, Sandbox, same
 
 SCRIPT = Path(__file__).name
 OPERATORS = ("+", "-", "*", "//")
@@ -88,7 +89,7 @@ def kind_list(text: str) -> list[str]:
 
 def difficulties(text: str) -> list[int]:
     """An argparse type: 4-7, from and to."""
-    found = re.fullmatch("([0-9]+)[-,]([0-9]+)", text)  # with a comma, as checkpoints are read
+    found = re.fullmatch("([0-9]{1,2})[-,]([0-9]{1,2})", text)  # with a comma, as checkpoints are read
     lo, hi = map(int, found.groups()) if found else (0, 0)
     if not 1 <= lo <= hi <= 10:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected two of 1 to 10, the lower one first, like 4-7")
@@ -140,7 +141,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "more of the corpus")
     g.add_argument("--compare", action="store_true", help="run the loop and its controls from one bootstrap, into "
                    "OUT-DIR-off and so on, and draw them in one picture; what is there already is gone on with")
-    g.add_argument("--gate", type=real(0, 1), default=0.7,
+    g.add_argument("--gate", type=real(0, 1), default=0.75,
                    help="validation accuracy from which the next difficulty is learned")
     g.add_argument("--updates", type=integer(1), default=120, help="optimizer steps an iteration")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=96, help="examples: a line and what is written behind it")
@@ -169,7 +170,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
         if args.temperature == 0 and args.k > 1:
             raise UserError("--temperature: at 0 all --k samples are the same")
         for name in TINY_FLAGS if args.model != "tiny" else LORA_FLAGS:
-            if name in args.given:
+            if name in args.given and not args.resume:
                 only = "the tiny model" if name in TINY_FLAGS else "a --model of Hugging Face"
                 raise UserError(f"--{name.replace('_', '-')}: only {only} has it")
         if args.model != "tiny" and args.control == "corpus":
@@ -250,11 +251,15 @@ def random_brackets(rng: np.random.Generator, d: int, types: int = 3) -> list[st
 
 
 def balanced_or_not(rng: np.random.Generator, line: list[str]) -> Line:
-    """Half of the lines get one bracket changed, so that those that fail look like the others."""
-    if not rng.integers(2):
+    """Half of the lines are spoilt, and look like the others: one bracket is changed, or two change places."""
+    spoilt = int(rng.integers(4))
+    if spoilt == 0:
         i, others = int(rng.integers(len(line))), [*CLOSING, *CLOSING.values()]
         others.remove(line[i])
         line[i] = others[int(rng.integers(len(others)))]
+    while spoilt == 1 and not reduced(tuple(line)):  # counting brackets does not tell these
+        i, j = rng.integers(len(line), size=2)
+        line[i], line[j] = line[j], line[i]
     return tuple(line)
 
 
@@ -300,7 +305,7 @@ def draw(rng: np.random.Generator, split: str, make: Callable[[np.random.Generat
 # ---- Grammar: what a line is worth, and how many parts it has left
 
 def is_number(token: str) -> bool:
-    return re.fullmatch("-?[0-9]+", token) is not None
+    return re.fullmatch("-?[0-9]{1,18}", token) is not None
 
 
 def is_answer(line: Line) -> bool:
@@ -320,7 +325,7 @@ def arithmetic_value(line: Line) -> str | None:
         return None
     try:
         return str(eval(" ".join(line)))
-    except (SyntaxError, ZeroDivisionError):
+    except (MemoryError, RecursionError, SyntaxError, ZeroDivisionError):  # two of them: nested too deeply
         return None
 
 
@@ -651,7 +656,7 @@ class Rewriter(nn.Module):
         for lo in range(0, len(order), 64):
             rows = torch.tensor(order[lo:lo + 64])
             P = max(len(prompts[i]) for i in rows)
-            M = P + 4  # the line, <, >, a value and the end are two tokens longer than the prompt
+            M = P + 4  # the line, <, >, a value and the end are two tokens more than the prompt
             x = torch.tensor([prompts[i] + [0] * (P + M - len(prompts[i])) for i in rows], device=device)
             starts = torch.tensor([[len(prompts[i])] for i in rows], device=device)
             place = starts + torch.arange(M, device=device)                                # (n, M)
@@ -665,8 +670,9 @@ class Rewriter(nn.Module):
                 logits = self(x).gather(1, (place - 1)[:, :, None].expand_as(noise))
                 own = (logits + noise).argmax(-1)                                          # (n, M)
                 certain = F.pad((own == guess)[:, :-1], (1, 0), value=True).cumprod(1)
-                ended = certain * (own == end)
-                done = ended.any(1) | certain.all(1)  # or there is no end within M tokens
+                in_time = place - place[:, :1] < place[:, :1] + 4  # as for a prompt that is alone
+                ended = certain * (own == end) * in_time
+                done = ended.any(1) | (certain.bool() | ~in_time).all(1)
                 lengths = ended[done].argmax(1).tolist()
                 for i, tokens, n in zip(rows[done.cpu()].tolist(), own[done].tolist(), lengths, strict=True):
                     out[i] = tuple(self.vocabulary[t] for t in tokens[:n]) if tokens[n] == end else ()
@@ -682,7 +688,7 @@ class Rewriter(nn.Module):
 
 # ---- Models of Hugging Face, which answer with a program
 
-CASES = 8      # lines that a program must work out; the first is that of its question
+CASES = 16     # lines that a program must work out; the first is that of its question
 MAX_NEW = 300  # tokens of a reply
 
 
@@ -767,35 +773,37 @@ class CodeModel(nn.Module):
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         options = {"revision": c.revision, "trust_remote_code": False}
         try:
+            with Sandbox():  # to know now that there can be one
+                pass
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(c.base, **options)
-            base = transformers.AutoModelForCausalLM.from_pretrained(
-                c.base, dtype=torch.bfloat16 if bf16 else torch.float32, **options)
-        except (ImportError, KeyError, OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"--model {c.base}: no directory that holds a model with its tokenizer, and the hub "
-                            f"does not give it ({' '.join(str(e).split())[:150]})") from None
-        # Where its files are missing, transformers makes an empty tokenizer.
-        if self.tokenizer.decode(self.tokenizer("solve").input_ids, skip_special_tokens=True) != "solve":
-            raise UserError(f"--model {c.base}: it has no tokenizer that can write")
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(f"--model {c.base}: its tokenizer has no token that ends a text")
-        found = fingerprint(base)
-        if c.fingerprint not in ("", found):
-            raise UserError(f"--model {c.base}: its weights are not those that the adapter was trained with")
-        targets = c.lora_targets if c.lora_targets == "all-linear" else c.lora_targets.split(",")
-        modules = {name.split(".")[-1] for name, _ in base.named_modules()} | {"all-linear"}
-        if unknown := {*c.lora_targets.split(",")} - modules:
-            raise UserError(f"--lora-targets {c.lora_targets}: {c.base} has no module {min(unknown)}")
-        adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=c.lora_rank, lora_alpha=2 * c.lora_rank,
-                                  target_modules=targets)
-        stops = base.generation_config.eos_token_id
-        self.stops = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-        base.generation_config = transformers.GenerationConfig()  # a model brings its own penalties and cut-offs
-        try:
-            self.lm = peft.get_peft_model(base, adapter)
-        except ValueError as e:  # of a module that is no linear map
-            raise UserError(f"--lora-targets {c.lora_targets}: {' '.join(str(e).split())[:150]}") from None
+            base, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                c.base, dtype=torch.bfloat16 if bf16 else torch.float32, output_loading_info=True, **options)
+            if loaded["missing_keys"]:  # transformers would go on with random ones
+                raise UserError(f"its weights are not whole: {min(loaded['missing_keys'])} is missing")
+            # Where its files are missing, transformers makes an empty tokenizer.
+            if self.tokenizer.decode(self.tokenizer("solve").input_ids, skip_special_tokens=True) != "solve":
+                raise UserError("it has no tokenizer that can write")
+            if self.tokenizer.eos_token_id is None:
+                raise UserError("its tokenizer has no token that ends a text")
+            found = fingerprint(base)
+            if c.fingerprint not in ("", found):
+                raise UserError("its weights are not those that the adapter was trained with")
+            modules = {name.split(".")[-1] for name, _ in base.named_modules()} | {"all-linear"}
+            if unknown := {*c.lora_targets.split(",")} - modules:
+                raise UserError(f"it has no module {min(unknown)} for --lora-targets")
+            stops = base.generation_config.eos_token_id
+            self.stops = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+            self.generation = base.generation_config
+            base.generation_config = transformers.GenerationConfig()  # not the penalties and cut-offs that it brings
+            self.lm = peft.get_peft_model(base, peft.LoraConfig(
+                task_type="CAUSAL_LM", r=c.lora_rank, lora_alpha=2 * c.lora_rank,
+                target_modules=c.lora_targets if c.lora_targets == "all-linear" else c.lora_targets.split(",")))
+            self.to(device)
+            if not self(torch.tensor([self.prompt("rpn", ("1", "2", "+"))], device=device)).isfinite().all():
+                raise UserError("its logits are not finite")
+        except Exception as e:  # what others wrote fails in a dozen ways, of torch, safetensors, jinja2 and the hub
+            raise UserError(f"--model {c.base}: cannot be used: {' '.join(str(e).split())[:200]}") from None
         self.config = replace(c, fingerprint=found)
-        self.to(device)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, T) -> logits (B, T, V) of the tokens behind. Padding on the right is never looked at."""
@@ -827,11 +835,8 @@ class CodeModel(nn.Module):
         replies = self.write(problems, temperature, seed)
         jobs = [(code_in(reply), "solve", [(p.argument,) for p in cases_of(problem)])
                 for problem, (reply, _) in zip(problems, replies, strict=True)]
-        try:
-            with Sandbox(workers=max(1, (os.cpu_count() or 1) // 2)) as box:
-                results = [*progress(box.run_all(jobs), total=len(jobs), desc="run", leave=False, disable=None)]
-        except SandboxError as e:
-            raise UserError(e) from None
+        with Sandbox(workers=max(1, (os.cpu_count() or 1) // 2)) as box:
+            results = [*progress(box.run_all(jobs), total=len(jobs), desc="run", leave=False, disable=None)]
         return [Program(problem, *reply, result)
                 for problem, reply, result in zip(problems, replies, results, strict=True)]
 
@@ -877,7 +882,7 @@ def fingerprint(base: nn.Module) -> str:
     """Of names, shapes and a few weights of each tensor, the same in fp32 and bf16."""
     out = hashlib.sha256()
     for name, x in sorted(base.state_dict().items()):
-        some = x.flatten()[:64].to(torch.bfloat16).view(torch.int16)
+        some = x.flatten()[::max(1, x.numel() // 64)].to(torch.bfloat16).view(torch.int16)
         out.update(f"{name} {tuple(x.shape)} {some.tolist()}".encode())
     return out.hexdigest()[:16]
 
@@ -923,7 +928,7 @@ def update(model: Model, optimizer: torch.optim.Optimizer, batches: list[list[Ex
         optimizer.step()
         total += loss.item()
     if not math.isfinite(total):
-        raise UserError("the loss is not finite; a lower --lr may help. last.pt holds the iteration before")
+        raise UserError("the loss is not finite; a lower --lr may help. last.pt, if there is one, is of the iteration before")
     return total / len(batches)
 
 
@@ -935,12 +940,15 @@ def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Fla
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     file = Path(args.cache_dir).expanduser() / f"bootstrap-{digest}.pt"
     if file.is_file():
-        saved = checkpoint.read(file)
-        with files.refuse_damaged(file):
-            model.load_state(saved["model"], file)
-            optimizer.load_state_dict(saved["optimizer"])
-        print(f"bootstrapped before: {file}", flush=True)
-        return
+        try:
+            saved = checkpoint.read(file)
+            with files.refuse_damaged(file):
+                model.load_state(saved["model"], file)
+                optimizer.load_state_dict(saved["optimizer"])
+            print(f"bootstrapped before: {file}", flush=True)
+            return
+        except UserError as e:
+            print(f"bootstrapping anew: {e}", flush=True)
     n = args.bootstrap_steps
     for lo in progress(range(0, n, 25), desc="bootstrap", unit="25 steps", leave=False, disable=None):
         rng = np.random.default_rng([args.seed, CORPUS, lo])
@@ -949,9 +957,11 @@ def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Fla
         shares = [min(1, (t + 1) / 100, max(0.05, 2 - 2 * t / n)) for t in range(lo, lo + len(batches))]
         update(model, optimizer, batches, [2 * args.lr * share for share in shares])
         if r.stopped_by:
-            raise KeyboardInterrupt  # there is nothing to save yet
-    file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(file, {"model": model.state(), "optimizer": optimizer.state_dict(), "made_by": made_by})
+            print("stopped in the bootstrap: there is nothing to go on from", flush=True)
+            sys.exit(128 + r.stopped_by)
+    own = file.with_name(f"{file.name}.{os.getpid()}")  # two runs may make the same model at once
+    checkpoint.save(own, {"model": model.state(), "optimizer": optimizer.state_dict(), "made_by": made_by})
+    os.replace(own, file)
 
 
 def sample(model: Model, frontier: dict[str, int], args: flags.Flags, step: int) -> list[Attempt]:
@@ -976,7 +986,10 @@ def keep(traces: Sequence[Attempt], args: flags.Flags, step: int) -> tuple[list[
     distinct = {(t.problem, *(written for _, written in t.steps)): t for t in passed}.values()
     new = [{"kind": t.problem.kind, "steps": t.steps, "iteration": step,  # what is seldom solved weighs more
             "weight": 1.1 - solved[t.problem] / args.k} for t in distinct]
+    right = Counter(t.problem for t in traces if t.verdict in t.solves)
+    problems = dict.fromkeys(t.problem for t in traces)
     return new, {"sampled": len(traces), **{name: verdicts.count(name) for name in VERDICTS}, "kept": len(new),
+                 "sampled_pass@1": right.total() / len(traces), "sampled_pass@k": len(right) / len(problems),
                  "share_truncated": verdicts.count("truncated") / len(traces),
                  "share_distinct": len(new) / len(passed) if passed else None}
 
@@ -1053,14 +1066,14 @@ def passes(model: Model, problems: Sequence[Problem], args: flags.Flags, step: i
     return {f"pass@{k}": float(np.mean([pass_at_k(PASS_K, int(c), k) for c in right])) for k in (1, PASS_K)}
 
 
-def total(cells: Cells, difficulties: Iterable[int], kind: str | None = None) -> tuple[int, int]:
+def total(cells: Cells, difficulties: Iterable[int] = range(1, 11), kind: str | None = None) -> tuple[int, int]:
     """Right and all of these difficulties, of one kind or all."""
     names = [f"{k} {d}" for k in KINDS if kind in (None, k) for d in difficulties]
     some = [cells[name] for name in names if name in cells]
     return sum(right for right, _ in some), sum(n for _, n in some)
 
 
-def accuracy(cells: Cells, difficulties: Iterable[int], kind: str | None = None) -> float:
+def accuracy(cells: Cells, difficulties: Iterable[int] = range(1, 11), kind: str | None = None) -> float:
     right, n = total(cells, difficulties, kind)
     return right / n if n else math.nan
 
@@ -1071,23 +1084,26 @@ def train(args: flags.Flags) -> dict:
     """Bootstrap, then improve; returns the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
     args, saved = run.restore(args, SCRIPT, model=dict, config=dict, optimizer=dict, frontier=dict, pool=list,
-                              best=float)
+                              val=float, best=float)
     device = devices.get_device(args.device)
     args.device = str(device)
     torch.manual_seed(args.seed)
     model = make_model(asdict(config_of(args)), device)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.98), weight_decay=0.01)
-    sets, pool, best, first = problem_sets(args, model), [], 0.0, None
+    sets, pool, val, best, first = problem_sets(args, model), [], 0.0, 0.0, None
     frontier = dict.fromkeys(args.kinds, args.difficulty[0])
     if saved:
         with files.refuse_damaged(args.resume):
             load_into(model, saved, args.resume)
             optimizer.load_state_dict(saved["optimizer"])
-            frontier, pool, best, first = (saved[name] for name in ("frontier", "pool", "best", "first"))
+            names = ("frontier", "pool", "val", "best", "first")
+            frontier, pool, val, best, first = (saved[name] for name in names)
     elif args.init_from:
         load_into(model, read_checkpoint(args.init_from), args.init_from)
 
+    if isinstance(model, Rewriter):
+        Path(args.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)
     with run.Run(args, SCRIPT, __file__, saved) as r:
         describe(model, sets, device, args, r.folder)
         if not saved:
@@ -1101,36 +1117,35 @@ def train(args: flags.Flags) -> dict:
         for step in range(r.start, args.steps + 1):
             if KEPT[args.control] and step - 1 - max((s["iteration"] for s in pool), default=-1) >= IDLE:
                 ended = f"no solution passed in {IDLE} iterations"
-            due, last = r.due(step) or bool(ended), r.last(step) or bool(ended)
+            again = saved is not None and step == r.start
+            due, last = r.due(step) or (ended != "" and not again), r.last(step) or ended != ""
             if due:
                 cells = {split: count(model.solve(problems)) for split, problems in sets.items()}
                 first = first or {"cells": cells["test"], **passes(model, sets["test"], args, step)}
                 log(r, step, cells, figures, frontier, args)
-                best = keep_best(r, model, accuracy(cells["val"], MIDDLE), best)
+                val = accuracy(cells["val"])
+                weights = {"model": model.state(), "config": asdict(model.config)}
+                r.save(f"checkpoints/iter_{step}.pt", **weights)
+                if val >= best:
+                    best = val
+                    r.save("best.pt", **weights)
                 for kind in args.kinds:
                     passed = accuracy(cells["val"], [frontier[kind]], kind) >= args.gate
                     frontier[kind] = min(frontier[kind] + passed, args.difficulty[-1])
             if due or last:
                 r.save("last.pt", model=model.state(), config=asdict(model.config), ema=None, first=first,
-                       optimizer=optimizer.state_dict(), frontier=frontier, pool=pool, best=best)
+                       optimizer=optimizer.state_dict(), frontier=frontier, pool=pool, val=val,
+                       best=best)
             if last:
                 break
+            if val < best - FALL:
+                print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
+                load_into(model, read_checkpoint(r.folder), r.folder)  # the optimizer goes on with its averages
+                val = best
             if args.control != "none":
                 figures = improve(model, optimizer, pool, frontier, args, step, r.folder)
         r.leave_if_stopped()
         return finish(r, model, sets, first, ended, args)
-
-
-def keep_best(r: run.Run, model: Model, val: float, best: float) -> float:
-    """Save the iteration, as best.pt too if it is; where validation fell far from its best, go back to that."""
-    weights = {"model": model.state(), "config": asdict(model.config)}
-    r.save(f"checkpoints/iter_{r.step}.pt", **weights)
-    if val >= best:
-        r.save("best.pt", **weights)
-    elif val < best - FALL:  # the optimizer goes on with its averages
-        print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
-        load_into(model, read_checkpoint(r.folder / "best.pt"), r.folder / "best.pt")
-    return max(val, best)
 
 
 def describe(model: Model, sets: dict[str, list[Problem]], device: torch.device, args: flags.Flags,
@@ -1176,13 +1191,13 @@ def examples(traces: Sequence[Attempt]) -> str:
 def log(r: run.Run, step: int, cells: dict[str, Cells], figures: dict, frontier: dict[str, int],
         args: flags.Flags) -> None:
     """A row of metrics.csv, and a log line."""
-    row = {"step": step, "loss": figures.get("loss"), "train_accuracy": accuracy(cells["train"], MIDDLE),
-           "val_accuracy": accuracy(cells["val"], MIDDLE), "test_accuracy": accuracy(cells["test"], MIDDLE),
+    row = {"step": step, "loss": figures.get("loss"), "train_accuracy": accuracy(cells["train"]),
+           "val_accuracy": accuracy(cells["val"]), "test_accuracy": accuracy(cells["test"], MIDDLE),
            "easy_accuracy": accuracy(cells["test"], EASY), "ood_accuracy": accuracy(cells["test"], HARD)}
     row |= {f"frontier_{kind}": d for kind, d in frontier.items()}
     r.show(row)
     row |= {f"test_{kind}": accuracy(cells["test"], MIDDLE, kind) for kind in args.kinds}
-    names = ("sampled", *VERDICTS, "kept", "share_truncated", "share_distinct")
+    names = ("sampled", *VERDICTS, "sampled_pass@1", "sampled_pass@k", "kept", "share_truncated", "share_distinct")
     r.record({**row, **{name: figures.get(name) for name in names}})
 
 
@@ -1191,13 +1206,15 @@ def finish(r: run.Run, model: Model, sets: dict[str, list[Problem]], first: dict
     """summary.json, the pictures, and the result on the test problems."""
     problems, rows = sets["test"], metrics.read(r.folder)
     curves = [[row.get(name) for row in rows] for name in ("step", "train_accuracy", "val_accuracy")]
-    grok = grokking(*curves, n_val=sum(p.difficulty in MIDDLE for p in sets["val"]))
+    grok = grokking(*curves, n_val=len(sets["val"]))
     traces = model.solve(problems)
     cells, verdicts = count(traces), Counter(t.verdict for t in traces if t.problem.difficulty in MIDDLE)
     before, after = total(first["cells"], MIDDLE), total(cells, MIDDLE)
     samples = passes(model, problems, args, r.step)
+    n = {"train_accuracy": len(sets["train"]), "val_accuracy": len(sets["val"]), "test_accuracy": after[1],
+         "easy_accuracy": total(cells, EASY)[1], "ood_accuracy": total(cells, HARD)[1]}
     summary = r.summary(
-        n_params=count_parameters(model), control=args.control, ended=ended or None, n_test=after[1],
+        n_params=count_parameters(model), control=args.control, ended=ended or None, n=n, n_test=after[1],
         test_accuracy_before=before[0] / before[1], test_accuracy=after[0] / after[1],
         test_interval=wilson(*after), test_verdicts={name: verdicts[name] for name in VERDICTS},
         easy_accuracy=accuracy(cells, EASY), ood_accuracy=accuracy(cells, HARD),
@@ -1236,9 +1253,9 @@ def draw_picture(folder: Path) -> Path:
     for name, label in names.items():
         x, y = metrics.points(rows, "step", name)
         left.plot(x, [100 * v for v in y], marker=".", label=label)
-        if name == "test_accuracy":
-            band = [wilson(round(v * summary["n_test"]), summary["n_test"]) for v in y]
-            left.fill_between(x, [100 * lo for lo, _ in band], [100 * hi for _, hi in band], alpha=0.2, color="C2")
+        n = summary["n"][name]
+        band = [wilson(round(v * n), n) for v in y]
+        left.fill_between(x, [100 * lo for lo, _ in band], [100 * hi for _, hi in band], alpha=0.12)
     left.set(xlabel="iteration", ylabel="right answers, %", ylim=(-3, 103), title=LABELS[summary["control"]])
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False, fontsize=8)
@@ -1259,35 +1276,42 @@ def draw_picture(folder: Path) -> Path:
 
 def compare(args: flags.Flags) -> dict:
     """A run for each control, from one bootstrap; compare.png. Returns their summaries."""
-    name = args.name or f"compare-s{args.seed}"
-    base, out = args.out_dir or f"logs/{Path(SCRIPT).stem}/{name}", {}
-    for control in KEPT:
-        if control == "corpus" and args.model != "tiny":
-            continue
-        one, folder = copy.copy(args), Path(f"{base}-{control}")
+    base = Path(args.out_dir or f"logs/{Path(SCRIPT).stem}/{args.name or f'compare-s{args.seed}'}")
+    arms = {}
+    for control in KEPT if args.model == "tiny" else [*KEPT][:-1]:
+        one, folder = copy.copy(args), base.with_name(f"{base.name}-{control}")
         one.control, one.compare, one.name, one.out_dir = control, False, None, str(folder)
-        one.started = time.monotonic(), time.process_time()
-        print(f"# control: {control}, {folder}", flush=True)
         one.resume = str(folder) if (folder / "last.pt").is_file() else None
-        if (folder / "summary.json").is_file():
-            run.restore(one, SCRIPT)  # an error where it was run with other flags
-            out[control] = read_summary(folder)
-        else:
+        arms[control] = one
+        before = files.read_json(folder / "args.json") if one.resume else vars(one)
+        for name in {*vars(one)} - {*flags.FREE_ON_RESUME}:
+            if before.get(name) != getattr(one, name):
+                raise UserError(f"{folder}: was run with --{name.replace('_', '-')} {before.get(name)}; "
+                                "choose another --name or --out-dir")
+    out = {}
+    for control, one in arms.items():
+        print(f"# control: {control}, {one.out_dir}", flush=True)
+        one.started = time.monotonic(), time.process_time()
+        summary = Path(one.out_dir) / "summary.json"
+        out[control] = read_summary(summary.parent) if summary.is_file() else {"stopped_early": True, "ended": None}
+        if out[control]["stopped_early"] and not out[control]["ended"]:
             out[control] = train(one)
     print(draw_comparison([base]))
     return out
 
 
-def draw_comparison(bases: Sequence[str]) -> Path:
+def draw_comparison(bases: Sequence[str | Path]) -> Path:
     """Test accuracy over the iterations of the arms of comparisons: compare.png beside those of the first.
 
     Lines are means over the comparisons, bands their ranges; of a single one, its 95 % Wilson interval.
     """
-    if not Path(f"{bases[0]}-off").is_dir():
-        raise UserError(f"{bases[0]}: no finished run, and no comparison: there is no {bases[0]}-off")
+    paths = [Path(base) for base in bases]
+    for base in paths:
+        if not base.with_name(f"{base.name}-off").is_dir():
+            raise UserError(f"{base}: no finished run, and no comparison: there is no {base}-off")
     fig, ax = plots.new_figure()
     for i, control in enumerate(KEPT):
-        runs = [folder for base in bases if (folder := Path(f"{base}-{control}")).is_dir()]
+        runs = [folder for base in paths if (folder := base.with_name(f"{base.name}-{control}")).is_dir()]
         if not runs:
             continue
         curves = [metrics.points(metrics.read(folder), "step", "test_accuracy") for folder in runs]
@@ -1299,7 +1323,7 @@ def draw_comparison(bases: Sequence[str]) -> Path:
         ax.fill_between(x, 100 * band[0], 100 * band[1], alpha=0.15, color=f"C{i}")
     ax.set(xlabel="iteration", ylabel="right on test, difficulty 3-7, %", ylim=(-3, 103))
     ax.legend(frameon=False)
-    return plots.save_figure(fig, Path(f"{bases[0]}-off/compare.png"))
+    return plots.save_figure(fig, paths[0].with_name(f"{paths[0].name}-off") / "compare.png")
 
 
 # ---- Use of a trained model
@@ -1364,7 +1388,9 @@ def export(args: flags.Flags) -> None:
         raise UserError(f"--export: {args.checkpoint} is a tiny model; only one of Hugging Face has an adapter to merge")
     if Path(args.export).exists():
         raise UserError(f"--export {args.export}: it exists")
-    model.lm.merge_and_unload().save_pretrained(args.export)
+    merged = model.lm.merge_and_unload()
+    merged.generation_config = model.generation  # with it, others know where its texts end
+    merged.save_pretrained(args.export)
     model.tokenizer.save_pretrained(args.export)
     print(args.export)
 
