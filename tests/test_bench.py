@@ -11,6 +11,7 @@ import torch
 
 import addition_train
 import collatz
+import self_improve
 from common import sandbox
 
 pytestmark = pytest.mark.bench
@@ -143,3 +144,32 @@ def test_sandbox_against_a_fresh_interpreter_for_each_program():
     one, eight, plain = (max(column) for column in zip(*rates, strict=True))
     print(f"\nsandbox with {', '.join(box.protections)}: {one:.0f} programs/s, {8 * eight:.0f} cases/s with 8 a program; "
           f"fresh interpreter {plain:.0f}/s: {one / plain:.1f} times")
+
+
+def test_writing_of_self_improve_against_one_token_at_a_time(monkeypatch):
+    model, _ = self_improve.load_model("logs/kept/self_improve/seed101")
+    rng = np.random.default_rng(0)
+    some = [model.problem(rng, kind, d) for kind in self_improve.KINDS for d in (4, 7) for _ in range(20)]
+    traces = [self_improve.Trace(p, [], [p.line]) for p in some]
+
+    @torch.no_grad()
+    def one_at_a_time():
+        for lo in range(0, len(traces), 64):
+            prompts = [model.example(t.problem.kind, t.lines[-1], ())[0][:-1] for t in traces[lo:lo + 64]]
+            place = torch.tensor([len(x) for x in prompts])
+            x = torch.zeros(len(prompts), 2 * int(place.max()) + 4, dtype=torch.long)
+            for row, tokens in zip(x, prompts, strict=True):
+                row[:len(tokens)] = torch.tensor(tokens)
+            for _ in range(int(place.max()) + 4):
+                each = torch.arange(len(x))
+                x[each, place] = model(x[:, :int(place.max())])[each, place - 1].argmax(-1)
+                place += 1
+
+    @torch.no_grad()
+    def ours():
+        model.write(traces, 0.0, torch.Generator())
+    plain, guessed = cpu_seconds(one_at_a_time, repeats=2), cpu_seconds(ours)
+    monkeypatch.setattr(model, "guess", lambda kind, line: [])
+    alone = cpu_seconds(ours)
+    print(f"\nself_improve: {len(traces) / guessed:.0f} steps/CPU-s; one token at a time, in batches, uncached, {len(traces) / plain:.0f}: "
+          f"{plain / guessed:.0f} times; without the teacher's guess {plain / alone:.0f} times")
