@@ -6,13 +6,13 @@
     python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/seed101
     python self_improve.py --model Qwen/Qwen2.5-Coder-1.5B-Instruct     # LoRA on a code model: wants a GPU
 
-Each iteration the model solves new problems, its solutions are checked, and it is trained on those that pass; a
-kind of problem goes on to the next difficulty when it passes a gate on validation problems. The tiny model rewrites
-a line: it marks the next part that can be worked out and writes its value, and is asked again with the shorter
-line until an answer is left; it is bootstrapped on clean solutions of difficulty 1-3. A model of Hugging Face
-writes a Python function, which runs in common/sandbox.py. A run writes logs/self_improve/NAME/: the usual files
-(step is the iteration), checkpoints/, solutions/, examples.txt and pictures. Descends from canivel/axiom-rl, whose
-loop never trained.
+Each iteration the model solves new problems, its solutions are checked, and it is trained on those that pass;
+a kind of problem goes on to the next difficulty when it passes a gate on validation problems. The tiny model
+rewrites a line: it marks the next part that can be worked out and writes its value, and is asked again with
+the shorter line until an answer is left; it is bootstrapped on clean solutions of difficulty 1-3. A model of
+Hugging Face writes a Python function, which runs in common/sandbox.py. A run writes logs/self_improve/NAME/:
+the usual files (step is the iteration), checkpoints/, solutions/, examples.txt and pictures. Descends from
+canivel/axiom-rl, whose loop never trained.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import os
 
 from common import files, flags  # before torch: a Ctrl-C while that loads is one line then
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read by torch: threads that wait longer leave a busy CPU to others
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads then leave a busy CPU to others
 
 # isort: split
 import argparse
@@ -63,16 +63,16 @@ KEPT = {"off": ("strict",), "none": (), "outcome": ("strict", "lucky"), "unverif
 LABELS = {"off": "verified solutions", "none": "no training", "outcome": "right answers",
           "unverified": "all answers", "corpus": "more of the corpus"}
 REMEMBERED = 4                                                    # iterations whose solutions are trained on
-IDLE = 3                                                          # iterations without a solution that end a run
+IDLE = 3                                                          # iterations without a solution, then it ends
 PASS_K = 8                                                        # samples of a test problem for pass@k
-FALL = 0.05                                                       # of validation, that brings the best weights back
+FALL = 0.05                                                       # of validation: back to the best weights
 POSITIONS = ("coupled", "plain", "rope", "none")
 TINY_FLAGS = ("max_value", "width", "layers", "positions", "marks", "bootstrap_steps", "replay", "cache_dir")
 LORA_FLAGS = ("revision", "lora_rank", "lora_targets")
 LOOP_FLAGS = ("steps", "problems", "k", "fixed", "temperature", "control", "compare", "gate", "updates", "replay",
               "difficulty", "n_test", "eval_every", "cache_dir")  # all others may matter to the bootstrap
 CODE_DEFAULTS = {"difficulty": [3, 7], "n_test": 4, "problems": 20, "k": 4, "updates": 60, "batch_size": 8,
-                 "lr": 2e-4, "replay": 0.0}                       # of --model other than tiny, where no flag is given
+                 "lr": 2e-4, "replay": 0.0}                       # of another --model, where no flag is given
 
 Line = tuple[str, ...]
 
@@ -92,7 +92,7 @@ def difficulties(text: str) -> list[int]:
     found = re.fullmatch("([0-9]{1,2})[-,]([0-9]{1,2})", text)  # with a comma, as checkpoints are read
     lo, hi = map(int, found.groups()) if found else (0, 0)
     if not 1 <= lo <= hi <= 10:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected two of 1 to 10, the lower one first, like 4-7")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected two of 1 to 10, the lower first, like 4-7")
     return [lo, hi]
 
 
@@ -114,8 +114,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in CODE_DEFAULTS.items() if k != "difficulty")
                    + " --difficulty 3-7")
     g.add_argument("--revision", type=path, default="main", help="of the --model on the hub")
-    g.add_argument("--lora-rank", type=integer(1, 4096), default=16, help="of the adapter; its alpha is twice that")
-    g.add_argument("--lora-targets", type=path, default="all-linear", metavar="A,B", help="modules with an adapter")
+    g.add_argument("--lora-rank", type=integer(1, 4096), default=16, help="of the adapter; alpha is twice that")
+    g.add_argument("--lora-targets", type=path, default="all-linear", metavar="A,B", help="modules that get one")
     g.add_argument("--width", type=integer(8, 4096), default=128, help="tiny: of the residual stream")
     g.add_argument("--layers", type=integer(1, 64), default=3, help="tiny: blocks, of four heads")
     g.add_argument("--positions", choices=POSITIONS, default="coupled", help="tiny: coupled: a copied token has "
@@ -134,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--problems", type=integer(2), default=200, help="new ones an iteration and kind: at least "
                    "half of the difficulty that is learned now, the others of those before it, as many of each")
     g.add_argument("--k", type=integer(1, 1000), default=2, help="solutions sampled of each")
-    g.add_argument("--fixed", action="store_true", help="the same problems of a difficulty in every iteration")
+    g.add_argument("--fixed", action="store_true", help="the same problems of a difficulty each time")
     g.add_argument("--temperature", type=real(0, 10), default=1.0, help="of sampling")
     g.add_argument("--control", choices=[*KEPT], default="off", help="off: train on strict solutions; none: no "
                    "training; outcome: on all that end right; unverified: on all that end in an answer; corpus: on "
@@ -144,14 +144,14 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--gate", type=real(0, 1), default=0.75,
                    help="validation accuracy from which the next difficulty is learned")
     g.add_argument("--updates", type=integer(1), default=120, help="optimizer steps an iteration")
-    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=96, help="examples: a line and what is written behind it")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=96, help="examples: a line, what is written behind")
     g.add_argument("--lr", type=real(0, 1, above=True), default=1e-3, help="learning rate, falling to a tenth in "
                    "each iteration; the bootstrap has twice as much")
     g.add_argument("--replay", type=real(0, 1), default=0.4, help="tiny: share of the corpus in the examples of "
                    "an iteration")
 
     g = p.add_argument_group("evaluation, or instead of training")
-    g.add_argument("--eval-every", type=integer(1), default=1, help="iterations between evaluations and saves")
+    g.add_argument("--eval-every", type=integer(1), default=1, help="iterations from evaluation to evaluation")
     g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate this model, or a run's best one")
     g.add_argument("--solve", metavar="LINE",
                    help="let --checkpoint work out one line, with spaces between its tokens")
@@ -176,7 +176,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
         if args.model != "tiny" and args.control == "corpus":
             raise UserError("--control corpus: only the tiny model has a corpus")
         if args.compare and (args.resume or "control" in args.given):
-            raise UserError("--compare runs all controls, and goes on with what is there: without --resume and --control")
+            raise UserError("--compare runs all controls and goes on by itself: not with --resume, --control")
     except UserError as e:
         p.error(str(e))
     return args
@@ -212,7 +212,7 @@ def apply(operator: str, a: int, b: int) -> int | None:
 
 def random_tree(rng: np.random.Generator, d: int, largest: int, limit: int,
                 operators: Sequence[str] = OPERATORS) -> tuple:
-    """(value,) or (value, operator, a, b): d operations on numbers from 1 to `largest`, all values within `limit`."""
+    """(value,) or (value, operator, a, b): d operations on 1 to `largest`, all values within `limit`."""
     if d == 0:
         return (int(rng.integers(1, largest + 1)),)
     while True:
@@ -251,7 +251,7 @@ def random_brackets(rng: np.random.Generator, d: int, types: int = 3) -> list[st
 
 
 def balanced_or_not(rng: np.random.Generator, line: list[str]) -> Line:
-    """Half of the lines are spoilt, and look like the others: one bracket is changed, or two change places."""
+    """Half of the lines are spoilt and look like the others: one bracket is changed, or two change places."""
     spoilt = int(rng.integers(4))
     if spoilt == 0:
         i, others = int(rng.integers(len(line))), [*CLOSING, *CLOSING.values()]
@@ -263,8 +263,8 @@ def balanced_or_not(rng: np.random.Generator, line: list[str]) -> Line:
     return tuple(line)
 
 
-# For programs, as axiom-rl has them, at difficulty 1-2, 3-4 and so on: operands from and to, operators, the largest
-# operand; pairs of brackets from and to, types of them.
+# For programs, as axiom-rl has them, at difficulty 1-2, 3-4 and so on: operands from and to, operators, the
+# largest operand; pairs of brackets from and to, types of them.
 LEVELS = [(2, 2, ("+", "-"), 10, 2, 4, 1), (3, 4, ("+", "-", "*"), 50, 4, 7, 2),
           (4, 5, (*PRECEDENCE,), 100, 7, 11, 3), (5, 7, (*PRECEDENCE,), 100, 10, 17, 3),
           (7, 10, (*PRECEDENCE,), 200, 15, 25, 3)]
@@ -398,13 +398,17 @@ def brackets_part(line: Line) -> tuple[int, int, str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problems: a generator and a checker. Of difficulty d it has d parts, but for programs as in LEVELS."""
-    draw: Callable[[np.random.Generator, int, int | None], Line]  # of difficulty d, values within a limit; None: for programs
-    value: Callable[[Line], str | None]                     # the answer; None of a line that is not in the grammar
-    parts: Callable[[Line], int]                            # steps that are left
-    next_part: Callable[[Line], tuple[int, int, str]]       # line[i:j], and what replaces it, where _ is nothing
-    task: str                                               # what a program does
-    between: str = " "                                      # tokens, in a program's argument
+    """A kind of problems: a generator and a checker.
+
+    draw: generator, difficulty d, limit -> a line of d parts with values within the limit; with None for a limit
+    one for programs, as in LEVELS. next_part: i, j, token: line[i:j] can be worked out, and token replaces it.
+    """
+    draw: Callable[[np.random.Generator, int, int | None], Line]
+    value: Callable[[Line], str | None]                # the answer; None of a line that is not in the grammar
+    parts: Callable[[Line], int]                       # steps that are left
+    next_part: Callable[[Line], tuple[int, int, str]]  # _ is nothing
+    task: str                                          # what a program does
+    between: str = " "                                 # tokens, in a program's argument
 
 
 PYTHONS = "; // and % are those of Python, and tokens are separated by spaces"
@@ -426,7 +430,7 @@ def as_problem(kind: str, line: Line, d: int) -> Problem:
 # ---- Rewriting: what the model writes, and what the harness makes of it
 
 def write_step(kind: str, line: Line, marks: bool) -> Line:
-    """What a teacher writes behind a line: its next part in < >, then the value; without marks the new line."""
+    """What a teacher writes behind a line: its next part in < >, and the value; without marks the new line."""
     i, j, token = KINDS[kind].next_part(line)
     if marks:
         return (*line[:i], "<", *line[i:j], ">", token, *line[j:])
@@ -455,7 +459,7 @@ class Trace:
 
     @property
     def verdict(self) -> str:
-        """strict: every line has the problem's value and one part less than the one before. lucky: the answer alone."""
+        """strict: every line has the problem's value, and one part less each time. lucky: the answer alone."""
         if not is_answer(self.lines[-1]):
             return "truncated" if self.written and not self.written[-1] else "failed"
         if self.lines[-1] != (self.problem.answer,):
@@ -488,7 +492,7 @@ def teach(problem: Problem, marks: bool) -> Trace:
     return trace
 
 
-# ---- The tiny model. B lines, T tokens, width D; a position is that of the token in the line that is rewritten
+# ---- The tiny model. B lines, T tokens, width D; a position is that in the line that is rewritten
 
 HEADS = 4
 Example = tuple[list[int], int]  # tokens of a prompt and what is written behind, and how many are the prompt
@@ -565,7 +569,7 @@ class Rewriter(nn.Module):
         half = c.width // HEADS // 2
         if c.positions == "rope":
             frequency = 10_000.0 ** -(torch.arange(half) / half)
-        else:  # Half of each head. All turn fully within a line of the corpus: slower ones meet new angles later.
+        else:  # Half of each head. All turn fully within a line of the corpus: slow ones meet new angles later.
             frequency = 2.0 * 0.2 ** torch.linspace(0, 1, half // 2)
         self.register_buffer("frequency", frequency, persistent=False)
         for p in self.parameters():
@@ -615,7 +619,7 @@ class Rewriter(nn.Module):
 
     def solve(self, problems: Sequence[Problem], temperature: float = 0.0,
               seed: Sequence[int] = (0,)) -> list[Trace]:
-        """Ask again with the new line until an answer is left, or a line that is not shorter, or a strange one."""
+        """Ask again with the new line until an answer is left, or a line that is not shorter or not known."""
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         traces = [Trace(problem, [], [problem.line]) for problem in problems]
         open_ = traces
@@ -641,12 +645,12 @@ class Rewriter(nn.Module):
         return [self.ids.get(token, 0) for token in (*written, ";")]
 
     def write(self, traces: list[Trace], temperature: float, generator: torch.Generator) -> list[Line]:
-        """What is written behind the last line of each, up to the `;`; an empty line where that does not come.
+        """What is written behind the last line of each, up to the `;`; () where that does not come.
 
-        Jacobi decoding (Santilli et al. 2023, arXiv:2305.10427): the model reads a whole guess at once, and what
-        it would have written itself, up to the first difference and one token on, is certain; that is the next
-        guess. A good first guess saves time and changes nothing: the noise of sampling (Gumbel) is drawn before,
-        so each token is a function of the tokens before it.
+        Jacobi decoding (Santilli et al. 2023, arXiv:2305.10427): the model reads a whole guess at once. What it
+        would have written itself is certain up to one token behind the first difference, and is the next guess.
+        A good first guess saves time and changes nothing: the noise of sampling (Gumbel) is drawn before, so
+        each token is a function of those before it.
         """
         out: list[Line] = [()] * len(traces)
         end, device = self.ids[";"], self.embedding.weight.device
@@ -718,7 +722,7 @@ def code_in(reply: str) -> str:
 
 @dataclass
 class Program:
-    """A reply of a model, whether it came to its end, and what its program gave for the cases of the problem."""
+    """A reply of a model, whether it came to its end, and what its program gave for the problem's cases."""
     problem: Problem
     reply: str
     ended: bool
@@ -751,7 +755,7 @@ class Program:
 
 @dataclass(frozen=True)
 class CodeConfig:
-    """A model of Hugging Face and its adapter. fingerprint: of the base's weights, so that no other one is taken."""
+    """A model of Hugging Face and its adapter. fingerprint: of the base's weights; no other base is taken."""
     base: str
     revision: str = "main"
     lora_rank: int = 16
@@ -791,17 +795,18 @@ class CodeModel(nn.Module):
             modules = {name.split(".")[-1] for name, _ in base.named_modules()} | {"all-linear"}
             if unknown := {*c.lora_targets.split(",")} - modules:
                 raise UserError(f"it has no module {min(unknown)} for --lora-targets")
-            stops = base.generation_config.eos_token_id
-            self.stops = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
             self.generation = base.generation_config
-            base.generation_config = transformers.GenerationConfig()  # not the penalties and cut-offs that it brings
+            stops = self.generation.eos_token_id
+            stops = stops if isinstance(stops, list) else [stops]
+            self.stops = {self.tokenizer.eos_token_id, *stops} - {None}
+            base.generation_config = transformers.GenerationConfig()  # without its penalties and cut-offs
             self.lm = peft.get_peft_model(base, peft.LoraConfig(
                 task_type="CAUSAL_LM", r=c.lora_rank, lora_alpha=2 * c.lora_rank,
                 target_modules=c.lora_targets if c.lora_targets == "all-linear" else c.lora_targets.split(",")))
             self.to(device)
             if not self(torch.tensor([self.prompt("rpn", ("1", "2", "+"))], device=device)).isfinite().all():
                 raise UserError("its logits are not finite")
-        except Exception as e:  # what others wrote fails in a dozen ways, of torch, safetensors, jinja2 and the hub
+        except Exception as e:  # foreign files fail in a dozen ways: of torch, safetensors, jinja2, the hub
             raise UserError(f"--model {c.base}: cannot be used: {' '.join(str(e).split())[:200]}") from None
         self.config = replace(c, fingerprint=found)
 
@@ -872,7 +877,7 @@ class CodeModel(nn.Module):
         shapes = [{name: tuple(x.shape) for name, x in adapter.items()} for adapter in (self.state(), state)]
         if shapes[0] != shapes[1]:
             odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
-            raise UserError(f"{path}: not an adapter of {self.config.base}: {odd} is missing, or of another shape")
+            raise UserError(f"{path}: no adapter of {self.config.base}: {odd} is missing, or of another shape")
         if not all(torch.isfinite(x).all() for x in state.values()):
             raise UserError(f"{path}: its weights are not finite")
         set_peft_model_state_dict(self.lm, state)
@@ -891,8 +896,10 @@ Model, Attempt = Rewriter | CodeModel, Trace | Program
 
 
 def make_model(config: dict, device: torch.device) -> Model:
-    """The model of a Config or CodeConfig, as a dict. Raises UserError, TypeError for fields that are not known."""
-    return CodeModel(CodeConfig(**config), device) if "base" in config else Rewriter(Config(**config)).to(device)
+    """The model of a Config or CodeConfig, given as a dict. Raises UserError, TypeError for unknown fields."""
+    if "base" in config:
+        return CodeModel(CodeConfig(**config), device)
+    return Rewriter(Config(**config)).to(device)
 
 
 # ---- Training
@@ -928,7 +935,7 @@ def update(model: Model, optimizer: torch.optim.Optimizer, batches: list[list[Ex
         optimizer.step()
         total += loss.item()
     if not math.isfinite(total):
-        raise UserError("the loss is not finite; a lower --lr may help. last.pt, if there is one, is of the iteration before")
+        raise UserError("the loss is not finite; a lower --lr may help. last.pt, if any, is of the iteration before")
     return total / len(batches)
 
 
@@ -936,7 +943,7 @@ def bootstrap(model: Rewriter, optimizer: torch.optim.Optimizer, args: flags.Fla
     """Train on the corpus, or take the model that this very script made with the same flags before."""
     free = {*flags.FREE_ON_RESUME, *LOOP_FLAGS} - {"device"}
     made_by = {name: value for name, value in vars(args).items() if name not in free}
-    made_by["source"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # an edited model is another one
+    made_by["source"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of an edited script: anew
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
     file = Path(args.cache_dir).expanduser() / f"bootstrap-{digest}.pt"
     if file.is_file():
@@ -1059,7 +1066,7 @@ def constant_baseline(problems: Sequence[Problem], kind: str) -> float:
 
 
 def passes(model: Model, problems: Sequence[Problem], args: flags.Flags, step: int) -> dict[str, float]:
-    """pass@1 and pass@k on every second test problem of 3-7: does training widen what is reached, or sharpen it?"""
+    """pass@1 and pass@k on every second test problem of 3-7: does training widen the reach, or sharpen it?"""
     some = [p for p in problems if p.difficulty in MIDDLE][::2]
     traces = model.solve([p for p in some for _ in range(PASS_K)], args.temperature, (args.seed, PASS, step))
     right = np.array([t.verdict in t.solves for t in traces]).reshape(len(some), PASS_K).sum(1)
@@ -1140,8 +1147,8 @@ def train(args: flags.Flags) -> dict:
                 break
             if val < best - FALL:
                 print(f"validation fell from {best:.4f} to {val:.4f}: back to the best weights", flush=True)
-                load_into(model, read_checkpoint(r.folder), r.folder)  # the optimizer goes on with its averages
-                val = best
+                load_into(model, read_checkpoint(r.folder), r.folder)
+                val = best  # the optimizer goes on with its averages
             if args.control != "none":
                 figures = improve(model, optimizer, pool, frontier, args, step, r.folder)
         r.leave_if_stopped()
@@ -1153,8 +1160,9 @@ def describe(model: Model, sets: dict[str, list[Problem]], device: torch.device,
     """The first lines of a run."""
     sizes = ", ".join(f"{len(problems)} {split}" for split, problems in sets.items())
     values = f"values to {args.max_value}" if args.model == "tiny" else args.model
-    print(f"{devices.describe(device)}, {count_parameters(model)} parameters, {count_parameters(model, trainable=True)} "
-          f"of them learn, {values}, {sizes} problems, {folder}")
+    n_learn = count_parameters(model, trainable=True)
+    print(f"{devices.describe(device)}, {count_parameters(model)} parameters, {n_learn} of them learn, {values}, "
+          f"{sizes} problems, {folder}")
     cells = Counter((p.kind, p.difficulty) for p in sets["test"])
     if few := [f"{kind} {d}: {n}" for (kind, d), n in cells.items() if n < args.n_test]:
         print(f"all test problems that there are: {', '.join(few)}")
@@ -1261,14 +1269,12 @@ def draw_picture(folder: Path) -> Path:
     left.legend(frameon=False, fontsize=8)
     for name, style, when in (("test_cells_before", ":", "before"), ("test_cells", "-", "end")):
         for i, kind in enumerate(KINDS):
-            cells = [(int(d), *cell) for label, cell in summary[name].items() for k, d in [label.split()] if k == kind]
+            cells = [(d, *summary[name][f"{kind} {d}"]) for d in range(1, 11) if f"{kind} {d}" in summary[name]]
             if cells:
-                x, right_of, n = zip(*cells, strict=True)
-                y = [k / of for k, of in zip(right_of, n, strict=True)]
-                right.plot(x, [100 * v for v in y], style, marker=".", color=f"C{i}", label=f"{kind}, {when}")
-                if when == "end":
-                    band = [wilson(k, of) for k, of in zip(right_of, n, strict=True)]
-                    right.fill_between(x, *([100 * v for v in side] for side in zip(*band, strict=True)), alpha=0.1, color=f"C{i}")
+                x, k, n = map(np.array, zip(*cells, strict=True))
+                right.plot(x, 100 * k / n, style, marker=".", color=f"C{i}", label=f"{kind}, {when}")
+                band = 100 * np.array([wilson(int(a), int(b)) for a, b in zip(k, n, strict=True)]).T
+                right.fill_between(x, *band, alpha=0.1, color=f"C{i}")
     right.set(xlabel="difficulty", ylabel="right answers on test, %", ylim=(-3, 103), xticks=range(1, 11))
     right.legend(frameon=False, fontsize=8)
     return plots.save_figure(fig, folder / "accuracy.png")
@@ -1363,7 +1369,7 @@ def problem_of(text: str, kind: str, model: Model) -> Problem:
 
 
 def load(path: str | os.PathLike):
-    """`solve = load(path)`: solve("3 4 + 2 *", "rpn") is the model's answer as text, None if there is none."""
+    """`solve = load(path)`: solve("3 4 + 2 *", "rpn") is the model's answer as text, or None."""
     model, _ = load_model(path)
 
     def answer(text: str, kind: str = "arithmetic") -> str | None:
@@ -1382,10 +1388,10 @@ def show_solution(args: flags.Flags) -> dict:
 
 
 def export(args: flags.Flags) -> None:
-    """Write a model of Hugging Face with its adapter merged, and its tokenizer, into a new folder. Raises UserError."""
+    """Write a model of Hugging Face, its adapter merged, and its tokenizer into a new folder. Raises UserError."""
     model, _ = load_model(args.checkpoint)
     if isinstance(model, Rewriter):
-        raise UserError(f"--export: {args.checkpoint} is a tiny model; only one of Hugging Face has an adapter to merge")
+        raise UserError(f"--export: {args.checkpoint} is a tiny model, which has no adapter to merge")
     if Path(args.export).exists():
         raise UserError(f"--export {args.export}: it exists")
     merged = model.lm.merge_and_unload()

@@ -80,6 +80,7 @@ def model(directory):
 def short_replies():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(S, "MAX_NEW", 24)
+        patch.setattr(S, "PASS_K", 2)
         yield
 
 
@@ -246,7 +247,7 @@ def test_without_a_solution_the_run_ends_early_with_its_reason(directory, tmp_pa
 
 
 def test_export_is_the_trained_model_without_an_adapter(run, tmp_path, capsys):
-    S.main(["--checkpoint", str(run), "--export", str(tmp_path / "merged")])
+    S.main(["--checkpoint", str(run), "--export", str(tmp_path / "merged"), "--threads", "1"])
     trained, _ = S.load_model(run)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -256,13 +257,13 @@ def test_export_is_the_trained_model_without_an_adapter(run, tmp_path, capsys):
     assert merged.generation_config.eos_token_id == [tokenizer.eos_token_id, 5]
     assert not {tokenizer.eos_token_id, 5} & {*short[0, prompt.shape[1]:-1].tolist()}
     with pytest.raises(SystemExit, match="exists"):
-        S.main(["--checkpoint", str(run), "--export", str(tmp_path / "merged")])
+        S.main(["--checkpoint", str(run), "--export", str(tmp_path / "merged"), "--threads", "1"])
 
 
 def test_a_trained_model_is_used_and_evaluated(run, capsys):
-    assert S.main(["--solve", "3 4 + 2 *", "--kind", "rpn", "--checkpoint", str(run)])["verdict"] in S.VERDICTS
+    assert S.main(["--solve", "3 4 + 2 *", "--kind", "rpn", "--checkpoint", str(run), "--threads", "1"])["verdict"] in S.VERDICTS
     assert S.load(run)("( ) ]", "brackets") is None                        # it cannot write a program
-    evaluate_checkpoints.main([str(run)])
+    evaluate_checkpoints.main([str(run), "--threads", "1"])
     assert "difficulty 3-7" in capsys.readouterr().out
 
 
@@ -289,7 +290,7 @@ def test_an_adapter_is_refused_with_a_missing_key_or_another_base(run, directory
 @pytest.mark.parametrize("flags, named", [
     ("--model MODEL --width 32", "--width"), ("--lora-rank 4", "--lora-rank"), ("--model MODEL --control corpus", "corpus"),
     ("--model ''", "empty"), ("--model MODEL --lora-targets wings,q_proj", "no module wings"), ("--model MODEL --lora-targets norm", "Target module"), ("--model nowhere/at/all", "--model nowhere/at/all"),
-    ("--model BARE", "--model"), ("--model ENDLESS", "ends a text"), ("--export x --checkpoint TINY", "adapter to merge"),
+    ("--model BARE", "--model"), ("--model ENDLESS", "ends a text"), ("--export x --checkpoint TINY", "no adapter to merge"),
     ("--export x", "--checkpoint"), ("--model MODEL --resume RUN", None), ("--resume RUN --model tiny", "--model"),
     ("--init-from TINY --model MODEL", "its model is")])
 def test_bad_flags_end_in_one_line(run, directory, tmp_path, capsys, monkeypatch, flags, named):
