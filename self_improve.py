@@ -3,7 +3,7 @@
     python self_improve.py                                   # 0.5 M parameters, 5 to 7 min on two cores
     python self_improve.py --compare                         # the loop beside its controls, in one picture
     python self_improve.py --difficulty 4-10 --steps 60      # as far as it goes
-    python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/seed101
+    python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/compare-s10-off
     python self_improve.py --model Qwen/Qwen2.5-Coder-1.5B-Instruct     # LoRA on a code model: wants a GPU
 
 Each iteration the model solves new problems, its solutions are checked, and it is trained on those that pass;

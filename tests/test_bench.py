@@ -147,7 +147,7 @@ def test_sandbox_against_a_fresh_interpreter_for_each_program():
 
 
 def test_writing_of_self_improve_against_one_token_at_a_time(monkeypatch):
-    model, _ = self_improve.load_model("logs/kept/self_improve/seed101")
+    model, _ = self_improve.load_model("logs/kept/self_improve/compare-s10-off")
     rng = np.random.default_rng(0)
     some = [model.problem(rng, kind, d) for kind in self_improve.KINDS for d in (4, 7) for _ in range(20)]
     traces = [self_improve.Trace(p, [], [p.line]) for p in some]

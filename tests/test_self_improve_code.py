@@ -305,7 +305,7 @@ def test_bad_flags_end_in_one_line(run, directory, tmp_path, capsys, monkeypatch
     fast.eos_token = None
     fast.save_pretrained(tmp_path / "endless")
     monkeypatch.chdir(work)
-    tiny = S.Path(S.__file__).parent / "logs" / "kept" / "self_improve" / "seed101"
+    tiny = S.Path(S.__file__).parent / "logs" / "kept" / "self_improve" / "compare-s10-off"
     for word, to in (("MODEL", directory), ("BARE", tmp_path / "bare"), ("ENDLESS", tmp_path / "endless"), ("RUN", run), ("TINY", tiny)):
         flags = flags.replace(word, str(to))
     if named is None:
