@@ -1,6 +1,6 @@
 """Can a model teach itself harder problems, from nothing but its own solutions that pass a check?
 
-    python self_improve.py                                   # 0.5 M parameters, 5 to 7 min on two cores
+    python self_improve.py                                   # 0.5 M parameters, 6 to 11 min on two cores
     python self_improve.py --compare                         # the loop beside its controls, in one picture
     python self_improve.py --difficulty 4-10 --steps 60      # as far as it goes
     python self_improve.py --solve "3 4 + 2 *" --kind rpn --checkpoint logs/kept/self_improve/compare-s10-off
