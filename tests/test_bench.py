@@ -173,3 +173,87 @@ def test_writing_of_self_improve_against_one_token_at_a_time(monkeypatch):
     alone = cpu_seconds(ours)
     print(f"\nself_improve: {len(traces) / guessed:.0f} steps/CPU-s; one token at a time, in batches, uncached, {len(traces) / plain:.0f}: "
           f"{plain / guessed:.0f} times; without the teacher's guess {plain / alone:.0f} times")
+
+
+class PlainBlock(torch.nn.Module):
+    """As etrm_pretrain.Block, out of torch's own parts: nn.MultiheadAttention, SwiGLU, post-norm. No rotary positions."""
+
+    def __init__(self, D: int, heads: int):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(D, heads, bias=False, batch_first=True)
+        self.gate, self.up = (torch.nn.Linear(D, 3 * D, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(3 * D, D, bias=False)
+        self.norms = torch.nn.ModuleList(torch.nn.RMSNorm(D, eps=1e-5) for _ in range(2))
+
+    def forward(self, x, memory=None, mask=None):
+        memory = x if memory is None else memory
+        x = self.norms[0](x + self.attention(x, memory, memory, key_padding_mask=mask, need_weights=False)[0])
+        return self.norms[1](x + self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x)))
+
+
+class PlainModel(torch.nn.Module):
+    """The source's model in plain parts: each slot encodes its demonstrations, input and output as 2 S tokens."""
+
+    def __init__(self, D: int, heads: int, T: int, h_cycles: int, l_cycles: int):
+        super().__init__()
+        self.embed, self.cycles, self.T = torch.nn.Embedding(12, D), (h_cycles, l_cycles), T
+        self.encoder, self.decoder = (torch.nn.ModuleList(PlainBlock(D, heads) for _ in range(2)) for _ in range(2))
+        self.queries, self.reader, self.head = torch.nn.Parameter(torch.randn(T, D)), PlainBlock(D, heads), torch.nn.Linear(D, 12)
+
+    def net(self, z):
+        for block in self.decoder:
+            z = block(z)
+        return z
+
+    def encode(self, demos, mask):                       # (B, K, 2 S), (B, K)
+        B, K, L = demos.shape
+        x = self.embed(demos.reshape(B * K, L))
+        for block in self.encoder:
+            x = block(x)
+        return self.reader(self.queries.expand(B, -1, -1), x.mean(1).view(B, K, -1), ~mask)
+
+    def decode(self, x, context, z_H, z_L):
+        x = torch.cat([context, self.embed(x)], 1)
+        for cycle in range(self.cycles[0]):
+            with torch.set_grad_enabled(cycle == self.cycles[0] - 1):
+                for _ in range(self.cycles[1]):
+                    z_L = self.net(z_L + z_H + x)
+                z_H = self.net(z_H + z_L)
+        return self.head(z_H[:, self.T:])
+
+
+@pytest.mark.parametrize("what", ["decoder", "whole"])
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_supervision_steps_of_etrm_against_plain_torch_blocks(what, compile):
+    """Hidden 128, a canvas of 100 cells, one thread: decoder alone as published (H3 L4), and encoder and decoder."""
+    import etrm_pretrain as etrm
+    cycles = ("3", "4") if what == "decoder" else ("2", "2")
+    args = etrm.parse_args(["--hidden", "128", "--optimizer", "adamw", "--h-cycles", cycles[0], "--l-cycles", cycles[1], "--compile", compile])
+    tasks = [task for task in etrm.arc_agi_1()[0] if etrm.side(task.grids()) == 10][:32]
+    items = [(query, 0) for query in etrm.queries_of(tasks)][:32]
+    batch = etrm.make_batch(items, 10, torch.device("cpu"), lambda task, i, epoch: (task.pairs[i], 0, 0))
+    torch.manual_seed(0)
+    ours, plain = etrm.Model(etrm.config_of(args)), PlainModel(128, 2, 8, *map(int, cycles))
+    how = etrm.compiled(ours, args)
+    optimizers = etrm.make_optimizers(ours, args), [torch.optim.AdamW(plain.parameters())]
+    carry, demos = ours.fresh(*batch.x.shape), batch.pairs[batch.index].flatten(2)
+    context = torch.zeros(len(items), 8, 128)
+
+    def update(loss, optimizers):
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def our_step():
+        logits = (ours.decoder(batch.x, context, carry.z_H, carry.z_L)[0] if what == "decoder"
+                  else ours(batch, carry).logits)
+        update(etrm.token_loss(logits, batch.y, "softmax").mean(), optimizers[0])
+
+    def plain_step():
+        given = context if what == "decoder" else plain.encode(demos, batch.mask)
+        logits = plain.decode(batch.x, given, carry.z_H, carry.z_L)
+        update(etrm.token_loss(logits, batch.y, "softmax").mean(), optimizers[1])
+    our_step(), plain_step()
+    mine, theirs = (len(items) / cpu_seconds(f, 5) for f in (our_step, plain_step))
+    print(f"\n{what}, {how}: {mine:.1f} sample-steps/CPU-s, plain blocks {theirs:.1f}: {mine / theirs:.2f} times")

