@@ -1402,7 +1402,7 @@ def train(args: flags.Flags) -> dict:
               f"{args.batch_size} slots, {r.folder}", flush=True)
         rows, clock, out, ended = metrics.read(r.folder) if saved else [], (r.seconds(), r.start), None, ""
         for step in range(r.start, args.steps + 1):
-            due = r.due(step)
+            due, last = r.due(step), r.last(step)
             if due or r.due(step, LOG_EVERY):
                 found = validate(model, ema, data, args) if due else {}
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
@@ -1414,7 +1414,7 @@ def train(args: flags.Flags) -> dict:
                     save(r, "best.pt", model, ema, data, best)
                 if due or step in {check.at for check in CHECKS}:
                     ended = examine(rows, args)
-            last = r.last(step) or bool(ended)
+            last = last or bool(ended)
             if due or last:
                 save(r, "last.pt", model, ema, data, best, optimizers=[o.state_dict() for o in optimizers],
                      carry=list(carry), slots=slots.state(), window=window)

@@ -416,6 +416,7 @@ def test_a_run_learns_and_leaves_its_files(run_folder):
                  "num_params", "demo_swap_gap", "all.exact_step4"):
         assert name in rows[-1], name
     assert "train/steps" not in rows[-1] and "ARC/pass@2" not in rows[-1]  # forced steps; one view
+    assert torch.load(run_folder / "best.pt")["step"] in (0, 30, 60)
     for name in ("curves.png", "answers.png", "context.png", "predictions.json", "best.pt", "last.pt", "run.txt"):
         assert (run_folder / name).stat().st_size
     predicted = json.loads((run_folder / "predictions.json").read_text())
