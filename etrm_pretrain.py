@@ -92,9 +92,9 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as Kaggle has them")
     g.add_argument("--skip-bad", action="store_true", help="leave tasks out that cannot be read, and count them")
     g.add_argument("--max-side", type=integer(1, LARGEST), help="leave tasks out whose visible grids are larger "
-                   "(default: 8; with --data 30)")
+                   "(default: 8; with --data or --task-ids 30)")
     g.add_argument("--max-train-groups", type=integer(1), help="the first so many tasks, by id (default: 32; with "
-                   "--data all)")
+                   "--data or --task-ids all)")
     g.add_argument("--max-eval-groups", type=integer(1), help="the same for --eval-data (default: all)")
     g.add_argument("--val-groups", type=integer(0), default=0, help="hold so many training tasks out, by which "
                    "best.pt is chosen; 0: it is chosen by the training queries")
@@ -169,8 +169,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
     args = flags.parse(p, argv)
     flags.use(args, dict(zip(COLUMNS, ENCODERS[args.encoder], strict=True)))
-    own = args.data is not None
-    flags.use(args, {"max_side": LARGEST if own else 8, "max_train_groups": None if own or args.task_ids else 32})
+    chosen = args.data is not None or args.task_ids is not None  # such tasks are not left out unasked
+    flags.use(args, {"max_side": LARGEST if chosen else 8, "max_train_groups": None if chosen else 32})
     try:
         config_of(args)
         check_flags(args)
@@ -1645,7 +1645,7 @@ def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | N
     args = argparse.Namespace(**saved["args"])
     args.views, out = views or args.views, {}
     for task in tasks:
-        queries = queries_of([replace(task, pairs=task.pairs)], known=False)
+        queries = queries_of([task], known=False)
         C = max(saved["canvas"], side(task.visible()))
         out[task.id] = [attempts(entry) for entry in predict(model, queries, C, args)]
     return out

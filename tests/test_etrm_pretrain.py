@@ -134,6 +134,13 @@ def test_the_canvas_does_not_look_at_hidden_outputs_and_what_does_not_fit_is_uns
     assert etrm.score(never, data.evaluated, data.C)["exact_count"] == [0, 1]
 
 
+def test_tasks_that_are_named_are_not_left_out_for_their_size():
+    args = etrm.parse_args(["--task-ids", "0ca9ddb6,007bbfb7,00d62c1b"])
+    assert etrm.load_data(args).ids == ("007bbfb7", "00d62c1b", "0ca9ddb6")  # sides of 9, 20 and 9
+    with pytest.raises(UserError, match="no task nonsense"):
+        etrm.load_data(etrm.parse_args(["--task-ids", "nonsense"]))
+
+
 # ---- Versions
 
 @pytest.mark.parametrize("view", etrm.views_of(12))
