@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--hidden", type=integer(4, 4096), default=96, help="width; as published: 512")
     g.add_argument("--heads", type=integer(1, 64), default=2, help="as published: 8")
     g.add_argument("--layers", type=integer(1, 64), default=2, help="blocks, shared by z_L and z_H")
-    g.add_argument("--h-cycles", type=integer(1, 64), default=2, help="as published: 3")
+    g.add_argument("--h-cycles", type=integer(1, 64), default=1, help="the last has a gradient; as published: 3")
     g.add_argument("--l-cycles", type=integer(1, 64), default=2, help="as published: 4 (README) or 6 (paper)")
     g.add_argument("--rope", choices=["1d", "2d"], default="2d", help="rotary positions; as published: 1d")
     g.add_argument("--init-decoder", type=path, metavar="RUN", help="this run's decoder, its EMA weights")
@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--halt-weight", type=real(0), default=0.5, help="of the halting head's loss")
 
     g = p.add_argument_group("optimization")
-    g.add_argument("--steps", type=integer(1), default=700, help="of the optimizer; a supervision step of all slots")
+    g.add_argument("--steps", type=integer(1), default=600, help="of the optimizer; a supervision step of all slots")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries in work")
     g.add_argument("--loss", choices=["softmax", "stablemax"], default="softmax", help="published: stablemax")
     g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: of the blocks' "
