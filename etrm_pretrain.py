@@ -1066,9 +1066,11 @@ JUDGED, STUCK, ENOUGH = 500, 300, 0.9  # steps; steps without a rise of train/ex
 def health(rows: Sequence[metrics.Row]) -> list[tuple[str, float, str, bool]]:
     """Of each check that is due at the last row: name, value, good | warning | bad, whether it ends the run."""
     out, now = [], rows[-1]["step"]
+    # What has little left to learn has little gradient left.
+    learned = rows[-1].get("train/exact_accuracy", 0.0) >= ENOUGH
     for check in CHECKS:
         steps, values = metrics.points(rows, "step", check.column)
-        if values and now >= check.at:
+        if values and now >= check.at and not (learned and check.column.startswith("grad/")):
             verdict = "good" if values[-1] >= check.good else "bad" if values[-1] < check.bad else "warning"
             stays = all(x < check.bad for step, x in zip(steps, values, strict=True) if step >= check.at)
             out.append((check.column, values[-1], verdict, check.ends and stays and now >= JUDGED))

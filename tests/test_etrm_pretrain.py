@@ -510,9 +510,11 @@ def test_health_calls_starved_and_stuck_runs_bad_and_healthy_ones_good():
         return [{"step": step, "grad/encoder_norm": norm, "train/exact_accuracy": exact(step)} for step in range(0, 601, 10)]
     found = {name: (verdict, ends) for name, _, verdict, ends in etrm.health(rows(0.02, lambda step: 0.3))}
     assert found["grad/encoder_norm"] == ("bad", True) and ("bad", True) in list(found.values())[1:]
-    found = etrm.health(rows(0.4, lambda step: min(1.0, step / 500)))
+    found = etrm.health(rows(0.4, lambda step: step / 700))
     assert [verdict for _, _, verdict, _ in found] == ["good", "good"] and not any(ends for *_, ends in found)
-    assert etrm.health(rows(0.02, lambda step: 1.0)[:2])[0][2:] == ("bad", False)
+    assert etrm.health(rows(0.02, lambda step: 0.1)[:2])[0][2:] == ("bad", False)
+    assert [name for name, *_ in etrm.health(rows(0.02, lambda step: step / 600))] == [
+        "rise of train/exact_accuracy in 300 steps"]  # what has learned has no gradient left, and that is no alarm
 
 
 def test_a_checkpoint_that_is_damaged_or_foreign_is_one_line(run_folder, tmp_path):
