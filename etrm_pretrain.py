@@ -183,8 +183,13 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
     if args.halting == "learned" and args.halt_max_steps == 1:
         raise UserError("--halt-max-steps: with 1 there is nothing for --halting learned to decide")
-    if args.encoder == "embedding" and args.augment:
-        raise UserError("--augment: not with --encoder embedding, whose vectors do not know versions of a task")
+    if args.encoder == "embedding":
+        for name in ("augment", "eval_data", "val_groups"):
+            if getattr(args, name):
+                raise UserError(f"--{name.replace('_', '-')}: not with --encoder embedding, which has a vector for "
+                                "each training task as it is, and for no other")
+        if args.views > 1:
+            raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")
     if args.freeze_decoder and not args.init_decoder:
         raise UserError("--freeze-decoder: of which run? give --init-decoder")
     if args.solutions and not args.data and not args.solve:
@@ -1289,10 +1294,13 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
     best = checkpoint.read(r.folder / "best.pt")
     states = {"last.raw": model.state_dict(), "last.ema": ema,
               "best.raw": best["model"], "best.ema": best["ema"]}
-    sets = {"train": data.val} | ({"eval": data.evaluated} if data.evaluated else {})
+    sets = {"train": data.train, "val": data.val if data.val is not data.train else [], "eval": data.evaluated}
+    sets = {name: queries for name, queries in sets.items() if queries}
     figures = {name: evaluate(model, states, queries, data.C, args) for name, queries in sets.items()}
+    gaps = {f"train_{name}_gap": figures["train"]["last.ema"]["exact_accuracy"] - table["last.ema"]["exact_accuracy"]
+            for name, table in figures.items() if name != "train"}
     with weights(model, ema):
-        queries = data.evaluated or data.val
+        queries = data.evaluated or data.val  # those of greatest interest are drawn, and may be scored again
         found = answer(model, queries, data.C, args)
         predicted = predict(model, queries, data.C, args, found)
         swap = swapped(model, data.val, data.C, args)
@@ -1305,16 +1313,18 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
         precision=args.precision, best_step=best["step"], contaminated=data.contaminated,
         n_queries={name: len(queries) for name, queries in sets.items()},
         baselines={name: baselines(queries, data.C) for name, queries in sets.items()},
-        demo_swap=swap[0], demo_swap_halted=swap[1], figures=figures, **told)
+        demo_swap=swap[0], demo_swap_halted=swap[1], **gaps, figures=figures, **told)
     draw_curves(r.folder, summary)
     draw_examples(queries, predicted, r.folder / "answers.png")
     draw_context(found.context, queries, r.folder / "context.png")
     for name, table in figures.items():
         for which, row in table.items():
             print(f"{name} {which}: {format_figures(row)}")
-    print(f"demonstrations of another task: {100 * swap[0]:.1f}% (all steps), {100 * swap[1]:.1f}% (halting "
-          f"head); {told['ended'] or 'ended'} at step {r.step}, {summary['seconds']:.0f} s, "
-          f"{summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
+    for name, gap in gaps.items():
+        print(f"{name} of exact_accuracy, last.ema: {100 * gap:.1f} points")
+    by_rule = "n/a" if math.isnan(swap[0]) else "{:.1%} (all steps), {:.1%} (halting head)".format(*swap)
+    print(f"demonstrations of another task: {by_rule}; {told['ended'] or 'ended'} at step {r.step}, "
+          f"{summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
     return summary
 
 

