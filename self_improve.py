@@ -16,11 +16,7 @@ canivel/axiom-rl, whose loop never trained.
 """
 from __future__ import annotations
 
-import os
-
 from common import files, flags  # before torch: a Ctrl-C while that loads is one line then
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch's threads then leave a busy CPU to others
 
 # isort: split
 import argparse
@@ -28,6 +24,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
