@@ -2,7 +2,7 @@
 
     python etrm_pretrain.py                             # criterion 1: 32 tasks of ARC-AGI-1, from scratch
     python etrm_pretrain.py --halting learned           # the halting head decides in training, too
-    python etrm_pretrain.py --loo --steps 2500          # any pair of a task may be asked
+    python etrm_pretrain.py --loo --steps 1600          # any pair of a task may be asked
     python etrm_pretrain.py --encoder cross_attention   # one of nine; also --encoder embedding, TRM's own
     python etrm_pretrain.py --show 0ca9ddb6             # draw a task
 
@@ -1408,7 +1408,7 @@ def draw_context(context: np.ndarray, queries: Sequence[Query], out: Path) -> Pa
     fig, ax = plots.new_figure()
     ax.scatter(*at.T, c=[ids.index(query.task.id) for query in queries], cmap="hsv", s=25)
     for (a, b), query in zip(at, queries, strict=True):
-        ax.annotate(query.task.id, (a, b), fontsize=5)
+        ax.annotate(query.task.id, (a, b), xytext=(4, -2), textcoords="offset points", fontsize=5)
     share = (s[:2] ** 2).sum() / max(1e-12, (s ** 2).sum())
     ax.set(xlabel="component 1", ylabel="component 2",
            title=f"context of each query: {100 * share:.0f}% of its variance")
@@ -1508,7 +1508,7 @@ def show(args: flags.Flags) -> Path:
 
 
 def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
-    """Figures of a checkpoint, raw and EMA, on its training queries, or on --eval-data. Raises UserError."""
+    """Figures of a checkpoint, raw and EMA, on the queries that chose it, or on --eval-data. Raises UserError."""
     model, saved = load_model(path)
     own = argparse.Namespace(**saved["args"])
     for name in ("eval_data", "max_eval_groups", "views", "skip_bad"):

@@ -480,6 +480,14 @@ def test_a_decoder_is_taken_frozen_and_refused_when_it_is_another(run_folder, tm
     assert not (tmp_path / "other").exists()
 
 
+def test_the_kept_model_answers_the_queries_of_criterion_1():
+    out = etrm.evaluate_checkpoint("logs/kept/etrm_pretrain/default-s0", etrm.parse_args(["--threads", "1"]))
+    assert out["ema"]["exact_count"][0] >= 36 and out["ema"]["halted_count"][0] >= 36  # 38 where it was trained
+    task = etrm.arc_agi_1()[0][[t.id for t in etrm.arc_agi_1()[0]].index("0d3d703e")]
+    solve = etrm.load("logs/kept/etrm_pretrain/default-s0")
+    assert solve(task)[0] == task.pairs[-1][1].tolist()
+
+
 def test_the_answers_of_a_checkpoint_do_not_depend_on_the_process_seed(run_folder):
     torch.manual_seed(1)
     solve, task = etrm.load(str(run_folder)), small_tasks(1)[0]
