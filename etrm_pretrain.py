@@ -1500,7 +1500,10 @@ def load_model(path: str) -> tuple[Model, dict]:
     saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, config=dict, model=dict, ema=dict, args=dict,
                              step=int, canvas=int, data=str)
     with files.refuse_damaged(path):
-        model = Model(Config(**{**saved["config"], "tasks": tuple(saved["config"]["tasks"])}))
+        try:
+            model = Model(Config(**{**saved["config"], "tasks": tuple(saved["config"]["tasks"])}))
+        except UserError as e:
+            raise UserError(f"{path}: damaged: {e}") from None
     checkpoint.load_weights(model, saved["model"], path)  # looked at, too
     checkpoint.load_weights(model, saved["ema"], path)
     saved["args"] = flags.restored(parse_args([]), saved["args"], path)
