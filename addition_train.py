@@ -965,7 +965,7 @@ def load_model(path: str | os.PathLike) -> tuple[nn.Module, dict]:
         saved = {"script": SCRIPT, "format": checkpoint.FORMAT, "model": saved["model_state"],
                  "step": saved.get("step", -1), "config": {"family": "learned", **saved["model_config"]}}
     kinds = {"seed": int, "args": dict} if "seed" in saved else {}          # not in a published file
-    checkpoint.check(saved, path, SCRIPT, config=dict, model=dict, step=int, **kinds)
+    checkpoint.check(saved, path, SCRIPT, like=Config, config=dict, model=dict, step=int, **kinds)
     module = make_module(stored_config(saved["config"], path))
     checkpoint.load_weights(module, saved["model"], path)
     if module.config.family == "learned" and not torch.equal(*(

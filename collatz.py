@@ -972,7 +972,7 @@ def format_evaluation(figures: dict, others: dict[str, dict] | None = None) -> s
 def load_model(path: str | os.PathLike) -> tuple[Lyapunov, dict]:
     """The model of a checkpoint, on the CPU, and the checkpoint. Raises UserError if it cannot be rebuilt."""
     path = checkpoint.file_of(path)
-    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, step=int, config=dict, args=dict)
+    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, step=int, config=dict, args=dict)
     # two fields of older files are constants now: with another value Config does not know them
     retired = {"tie_break": TIE_BREAK, "features": "window"}
     config = {name: x for name, x in saved["config"].items() if name not in retired or x != retired[name]}

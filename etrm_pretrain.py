@@ -1497,8 +1497,8 @@ def load_model(path: str) -> tuple[Model, dict]:
     Raises UserError: no such checkpoint, damaged, of another script or size.
     """
     path = checkpoint.file_of(path)
-    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, config=dict, model=dict, ema=dict, args=dict,
-                             step=int, canvas=int, data=str)
+    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, config=dict, model=dict, ema=dict,
+                             args=dict, step=int, canvas=int, data=str)
     with files.refuse_damaged(path):
         try:
             model = Model(Config(**{**saved["config"], "tasks": tuple(saved["config"]["tasks"])}))
@@ -1506,7 +1506,8 @@ def load_model(path: str) -> tuple[Model, dict]:
             raise UserError(f"{path}: damaged: {e}") from None
     checkpoint.load_weights(model, saved["model"], path)  # looked at, too
     checkpoint.load_weights(model, saved["ema"], path)
-    saved["args"] = flags.restored(parse_args([]), saved["args"], path)
+    names = () if saved["script"] == SCRIPT else tuple(saved["args"])  # a copy may have flags that its parent has not
+    saved["args"] = flags.restored(parse_args([]), saved["args"], path, names)
     return model, saved
 
 

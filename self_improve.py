@@ -1334,7 +1334,7 @@ def draw_comparison(bases: Sequence[str | Path]) -> Path:
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """The checkpoint at `path`, of a run folder its best.pt. Raises UserError."""
     path = checkpoint.file_of(path)
-    return checkpoint.check(checkpoint.read(path), path, SCRIPT, model=dict, config=dict, step=int, args=dict)
+    return checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, model=dict, config=dict, step=int, args=dict)
 
 
 def load_into(model: Model, saved: dict, path: str | os.PathLike) -> None:

@@ -46,11 +46,16 @@ def read(path: str | os.PathLike) -> dict:
     return saved if isinstance(saved, dict) else {}
 
 
-def check(saved: dict, path: str | os.PathLike, script: str, **kinds: type) -> dict:
-    """The checkpoint itself, if `script` wrote it and its fields are of these kinds. Raises UserError otherwise."""
+def check(saved: dict, path: str | os.PathLike, script: str, like: type | None = None, **kinds: type) -> dict:
+    """The checkpoint itself, if `script` wrote it and its fields are of these kinds. Raises UserError otherwise.
+
+    like: a dataclass; a checkpoint whose config has fields of that alone will do, too: of the script that was copied.
+    """
     if not isinstance(saved.get("script"), str):
         raise UserError(f"{path}: not a checkpoint of this project (no field 'script')")
-    if saved["script"] != script:
+    config = saved.get("config")
+    is_parent = like and isinstance(config, dict) and 0 < len(config.keys() & like.__dataclass_fields__) == len(config)
+    if saved["script"] != script and not is_parent:
         raise UserError(f"{path}: a checkpoint of {saved['script']!r:.40}, not of {script!r}")
     for name, kind in {"format": int, **kinds}.items():
         value = saved.get(name)

@@ -1,4 +1,5 @@
 """evaluate_checkpoints.py: tables of addition models, other experiments, bad checkpoints among good ones."""
+import importlib
 import json
 import math
 import shutil
@@ -159,3 +160,14 @@ def test_a_copy_of_a_script_is_named_by_its_file_and_evaluated_by_its_own_code(t
         torch.save({"script": other}, tmp_path / "b.pt")
         with pytest.raises(UserError, match="no script of this folder"):
             E.script_of(str(tmp_path / "b.pt"))
+
+
+@pytest.mark.parametrize("name, kept", [("addition_train", "rope196"), ("collatz", "window10-s0"),
+                                        ("self_improve", "compare-s10-off"), ("etrm_pretrain", "default-s0")])
+def test_a_copy_of_a_script_takes_models_of_the_script_that_was_copied_and_of_no_other(monkeypatch, name, kept):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "SCRIPT", "mine.py")
+    assert module.load(str(LOGS / name / kept))
+    other = f"{'self_improve/compare-s10-off' if name == 'collatz' else 'collatz/window10-s0'}/best.pt"
+    with pytest.raises(UserError, match="not of 'mine.py'"):
+        module.load(str(LOGS / other))
