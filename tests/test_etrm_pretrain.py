@@ -647,7 +647,7 @@ def test_health_calls_starved_and_stuck_runs_bad_and_healthy_ones_good():
 def test_a_checkpoint_that_is_damaged_or_foreign_is_one_line(run_folder, tmp_path):
     saved = torch.load(run_folder / "last.pt")
     for name, change in (("cut", None), ("config", {"config": {**saved["config"], "hidden": 30}}),
-                         ("script", {"script": "collatz.py"}), ("size", {"config": {**saved["config"], "layers": 3}}),
+                         ("script", {"script": "collatz.py", "config": {"window": 10}}), ("size", {"config": {**saved["config"], "layers": 3}}),
                          ("pooling", {"config": {**saved["config"], "pooling": "meanmax"}}), ("args", {"args": {}}),
                          ("slots", {"args": {**saved["args"], "batch_size": 0}}), ("raw", {"model": {}})):
         path = tmp_path / f"{name}.pt"
