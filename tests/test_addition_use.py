@@ -257,7 +257,7 @@ def refusal(capsys, *argv):
 
 
 @pytest.mark.parametrize("source, change, named", [
-    ("rotary", {"script": "other.py"}, "other.py"),
+    ("rotary", {"script": "other.py", "config": {"flux": 3}}, "other.py"),
     ("rotary", {"config": {"d_model": 10**9}}, "d_model"),
     ("rotary", {"config": {"flux": 3}}, "flux"),
     ("rotary", {"model": {"wq": torch.ones(4, 5)}}, "wq"),

@@ -610,7 +610,7 @@ CONFIG = [{"flux": 3}, {"lookahead": 0}, {"lookahead": "10"}, {"layers": (17,)},
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "pickle", "nan", *CONFIG, {"config": 5}, {"args": None}, {"step": "x"},
-                                    {"script": "addition_train.py"}, {"format": 99}, {"model": {}}, {"model": 5}], ids=str)
+                                    {"script": "addition_train.py", "config": {"d_model": 3}}, {"format": 99}, {"model": {}}, {"model": 5}], ids=str)
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)
     data, saved = (trained / "best.pt").read_bytes(), read(trained / "best.pt")

@@ -483,7 +483,8 @@ def test_bad_flags_end_in_one_line(run, tmp_path, capsys, monkeypatch, flags, na
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"model": {}}, "bad.pt"), ({"config": {"width": "x"}}, "width"), ({"config": {"wings": 2}}, "wings"), ({"script": "x.py"}, "x.py")])
+    ({"model": {}}, "bad.pt"), ({"config": {"width": "x"}}, "width"), ({"config": {"wings": 2}}, "wings"),
+    ({"script": "x.py", "config": {"wings": 2}}, "x.py")])
 def test_a_damaged_checkpoint_is_refused(run, tmp_path, change, named):
     saved = torch.load(run / "best.pt", weights_only=True)
     torch.save({**saved, **change}, tmp_path / "bad.pt")
