@@ -21,12 +21,15 @@ def _cell(value: float | None) -> str:
 
 
 def write(path: Path, row: Row) -> None:
-    """Append a row, None and NaN as empty cells. Raises ValueError when its columns are not those of the first row."""
+    """Append a row, None and NaN as empty cells. Raises UserError when its columns are not those of the first row."""
     header, line = ",".join(row) + "\n", ",".join(map(_cell, row.values())) + "\n"
     if path.is_file() and path.stat().st_size:
         with open(path) as f:
-            if (columns := f.readline()) != header:
-                raise ValueError(f"a row of {header.strip()} does not fit the columns {columns.strip()} of {path}")
+            columns = f.readline()
+        if columns != header:
+            other = sorted({*row}.symmetric_difference(columns.strip().split(","))) or ["their order"]
+            raise UserError(f"{path}: other columns than this script writes ({', '.join(other):.80}); go on with the "
+                            "script that began the run, or start a new one")
         header = ""
     append(path, header + line)
 

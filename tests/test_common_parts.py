@@ -282,8 +282,8 @@ def test_rows_survive_and_what_is_no_number_is_an_empty_cell(tmp_path):
         metrics.write(path, {"step": step, "x": x})
     assert path.read_text().split()[-3:] == ["7,1", "8,0.5", "9,3.0"]
     kept = [repr(float(x)) for x in values[2:]]  # repr tells -0.0 from 0.0
-    for other in ({"step": 1}, {"x": 1, "step": 1}, {"step": 1, "x": 1, "y": 1}):
-        with pytest.raises(ValueError, match="does not fit the columns"):
+    for other, named in (({"step": 1}, "x"), ({"x": 1, "step": 1}, "their order"), ({"step": 1, "x": 1, "y": 1}, "y")):
+        with pytest.raises(UserError, match=rf"other columns than this script writes \({named}\)"):
             metrics.write(path, other)
     assert [repr(row["x"]) for row in metrics.read(tmp_path) if "x" in row] == kept
 
