@@ -234,7 +234,7 @@ def queries_of(tasks: Sequence[Task], loo: bool = False, known: bool = True) -> 
     return out
 
 
-def draw(grid: Grid | None, C: int, row: int = 0, column: int = 0) -> np.ndarray:
+def to_tokens(grid: Grid | None, C: int, row: int = 0, column: int = 0) -> np.ndarray:
     """Tokens (S,) of a grid on a canvas, with EOS below and to the right of it, where there is room."""
     canvas = np.full((C, C), PAD, np.uint8)
     if grid is not None:
@@ -245,7 +245,7 @@ def draw(grid: Grid | None, C: int, row: int = 0, column: int = 0) -> np.ndarray
     return canvas.ravel()
 
 
-def crop(tokens: np.ndarray) -> Grid | None:
+def to_grid(tokens: np.ndarray) -> Grid | None:
     """The largest rectangle of colours from the canvas's first cell on; None where there is no colour."""
     C = math.isqrt(len(tokens))
     is_colour = tokens.reshape(C, C) >= 2
@@ -274,14 +274,14 @@ def make_batch(items: Sequence[tuple[Query, int]], C: int, device: torch.device,
     for query, epoch in items:
         (given, asked), row, column = version(query.task, query.pair, epoch)
         fits = asked is not None and max(asked.shape) <= C
-        x.append(draw(given, C, row, column))
-        y.append(draw(asked if fits else None, C, row, column))
+        x.append(to_tokens(given, C, row, column))
+        y.append(to_tokens(asked if fits else None, C, row, column))
         for k in query.demos:
             key = (query.task.id, k, epoch)
             if key not in seen:
                 seen[key] = len(pairs)
                 demo, row, column = version(query.task, k, epoch)
-                pairs.append([draw(grid, C, row, column) for grid in demo])
+                pairs.append([to_tokens(grid, C, row, column) for grid in demo])
                 sides.append(min(C, 1 + side(demo) + max(row, column)))
         index.append([seen[query.task.id, k, epoch] for k in query.demos])
     K = max(map(len, index))
@@ -310,9 +310,13 @@ def training_version(task: Task, i: int, epoch: int, C: int, seed: int, augment:
 
 # ---- Model. D width, T tokens of context, N = T + S; shapes of attention are (B, heads, N, D / heads)
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """What is needed to rebuild a model. Raises UserError for one that cannot be."""
+    """What is needed to rebuild a model. Raises UserError for one that cannot be.
+
+    A new field needs a default, which older checkpoints then have; one that changes what weights mean without
+    changing their shapes belongs into MEANING, too.
+    """
     encoder: str
     encoder_layers: int
     pooling: str
@@ -354,6 +358,9 @@ class Config:
             raise UserError("--pool-tokens: attention pools with 1 query or more")
         if self.latent != "none" and self.latent_size < 1:
             raise UserError(f"--latent-size: a latent of each {self.latent} has 1 number or more")
+
+
+MEANING = ("heads", "h_cycles", "l_cycles", "rope", "tasks")  # two models that differ here cannot share weights
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -421,11 +428,12 @@ class Block(nn.Module):
         h = attention(q, k, v, mask)
         x = norm(x + self.o(h.transpose(1, 2).reshape(B, N, D)))
         gate, up = self.up(x).chunk(2, -1)
+        # The last block's is also the final norm of what follows: of pairs and context, of z_H and z_L.
         return norm(x + self.down(F.silu(gate) * up))
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax attention (B, heads, N, size). On a CPU written out: torch's own is slow there, most of all backward.
+    """Softmax attention (B, heads, N, size). On a CPU written out, since torch's own is slow there.
 
     mask (B, M): which keys may be seen.
     """
@@ -551,7 +559,10 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """TRM: blocks that are shared by z_L and z_H, a head for the tokens and one for halting."""
+    """TRM: blocks that are shared by z_L and z_H, a head for the tokens and one for halting.
+
+    z_H holds the answer, z_L what is thought between. An H cycle is l_cycles updates of z_L, then one of z_H.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
@@ -599,7 +610,7 @@ class Carry(NamedTuple):
     context: torch.Tensor  # (B, T, D): read on with --carry-encoder, kept with --cache-context
 
 
-class Step(NamedTuple):
+class Output(NamedTuple):
     """What a supervision step gives."""
     logits: torch.Tensor   # (B, S, VOCAB)
     q: torch.Tensor        # (B,) halt if above 0
@@ -609,11 +620,15 @@ class Step(NamedTuple):
 
 
 class Model(nn.Module):
-    """An encoder and a decoder."""
+    """An encoder and a decoder.
+
+    reads_again: whether a query's context may change from step to step. Where it cannot, evaluation saves time
+    and reads the demonstrations once, so an encoder that looks at the step or at z_H must set this.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
-        self.config = c
+        self.config, self.reads_again = c, c.carry_encoder
         self.encoder = (Embedding if c.encoder == "embedding" else Encoder)(c)
         self.decoder = Decoder(c)
 
@@ -625,7 +640,7 @@ class Model(nn.Module):
         return Carry(z_H, z_L, queries.expand(B, -1, -1))
 
     def forward(self, batch: Batch, carry: Carry, noise: torch.Generator | None = None,
-                reuse: torch.Tensor | None = None) -> Step:
+                reuse: torch.Tensor | None = None) -> Output:
         """One supervision step of each query. reuse (B,): these take the context that they carry."""
         if reuse is not None and reuse.all():
             context, kl = carry.context, carry.context.new_zeros(len(reuse))
@@ -635,7 +650,7 @@ class Model(nn.Module):
             context = torch.where(reuse[:, None, None], carry.context, context)
             kl = kl.masked_fill(reuse, 0.0)
         logits, q, z_H, z_L = self.decoder(batch.x, context, carry.z_H, carry.z_L)
-        return Step(logits, q, context, kl, Carry(z_H.detach(), z_L.detach(), context.detach()))
+        return Output(logits, q, context, kl, Carry(z_H.detach(), z_L.detach(), context.detach()))
 
 
 def compiled(model: Model, args: argparse.Namespace) -> str:
@@ -673,7 +688,12 @@ def exact(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ((logits.argmax(-1) == y) | (y == PAD)).all(1)
 
 
-def batch_loss(step: Step, batch: Batch, args: argparse.Namespace
+def fires(q):
+    """The halting rule, in training and in evaluation, of a tensor or array of any shape: whether to stop."""
+    return q > 0
+
+
+def batch_loss(step: Output, batch: Batch, args: argparse.Namespace
                ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a supervision step, and of each query (B,) its terms and what metrics.csv has of it."""
     y = batch.y
@@ -684,7 +704,7 @@ def batch_loss(step: Step, batch: Batch, args: argparse.Namespace
     asked = y != PAD
     each["accuracy"] = ((step.logits.argmax(-1) == y) & asked).sum(1) / asked.sum(1)
     each["exact_accuracy"] = right.float()
-    each["q_halt_accuracy"] = ((step.q > 0) == right).float()
+    each["q_halt_accuracy"] = (fires(step.q) == right).float()
     return loss.mean(), {name: value.detach() for name, value in each.items()}
 
 
@@ -728,7 +748,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon (or AdamW) for the matrices of linear layers but the heads', AdamW without decay for the rest.
 
-    Each optimizer's lr is its peak: `update` multiplies it by `schedule`.
+    The lr of each group of parameters is its peak: `update` multiplies it by `schedule`.
     """
     heads = {model.decoder.head, model.decoder.halt}
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in heads
@@ -741,6 +761,8 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
     elif matrices:
         decays = args.weight_decay
         optimizers.insert(0, torch.optim.AdamW(matrices, betas=(0.9, 0.95), lr=args.lr, weight_decay=decays))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
     return optimizers
 
 
@@ -791,7 +813,7 @@ class Slots:
         rng = np.random.default_rng([args.seed, HALT, step])
         explores = rng.random(len(last)) < args.halt_exploration_prob
         least = np.where(explores, rng.integers(2, args.halt_max_steps + 1, len(last)), 1)
-        return last | ((q > 0).cpu().numpy() & (self.steps >= least))
+        return last | (fires(q).cpu().numpy() & (self.steps >= least))
 
     def state(self) -> dict:
         return {"taken": self.taken.tolist(), "steps": self.steps.tolist(), "new": self.new.tolist(),
@@ -918,9 +940,8 @@ def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namesp
                 others = make_batch([(demos_of[i], 0) for i in some], C, device, version)
                 batch = others._replace(x=batch.x, y=batch.y)
             carry, steps = model.fresh(size, C * C), []
-            # Demonstrations are read once, to save time: without a carried state the same is read again.
-            reads_on = model.config.carry_encoder and not args.cache_context
-            reuse = None if reads_on else torch.ones(size, dtype=torch.bool, device=device)
+            once = args.cache_context or not model.reads_again
+            reuse = torch.ones(size, dtype=torch.bool, device=device) if once else None
             for k in range(args.halt_max_steps):
                 step = model(batch, carry, reuse=reuse if k else None)
                 carry = step.carry
@@ -936,13 +957,13 @@ def targets(queries: Sequence[Query], C: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (n, S) that are asked, and whether (n,) the output is known and fits the canvas."""
     fits = [query.task.pairs[query.pair][1] is not None and side([query.task.pairs[query.pair][1]]) <= C
             for query in queries]
-    return np.stack([draw(query.task.pairs[query.pair][1] if ok else None, C)
+    return np.stack([to_tokens(query.task.pairs[query.pair][1] if ok else None, C)
                      for query, ok in zip(queries, fits, strict=True)]), np.array(fits)
 
 
 def halting_step(q: np.ndarray) -> np.ndarray:
     """The step (n,), from 0 on, at which the halting head q (steps, n) first fires, or the last."""
-    return np.where((q > 0).any(0), (q > 0).argmax(0), len(q) - 1)
+    return np.where(fires(q).any(0), fires(q).argmax(0), len(q) - 1)
 
 
 def score(answers: Answers, queries: Sequence[Query], C: int) -> dict:
@@ -960,7 +981,7 @@ def score(answers: Answers, queries: Sequence[Query], C: int) -> dict:
     rates = {"exact_accuracy": right[-1].mean(), "exact_halted": right[last, columns].mean(),
              "accuracy": accuracy.mean() if fits.any() else math.nan,
              "lm_loss": answers.loss[fits].mean() if fits.any() else math.nan,
-             "q_halt_accuracy": ((q > 0) == right[-1]).mean(),
+             "q_halt_accuracy": (fires(q) == right[-1]).mean(),
              "q_halt_loss": (np.logaddexp(0, q) - q * right[-1]).mean(), "steps": (last + 1).mean()}
     return {**{name: float(rate) for name, rate in rates.items()},
             "exact_count": [int(right[-1].sum()), n], "halted_count": [int(right[last, columns].sum()), n],
@@ -1058,8 +1079,8 @@ def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
             if version in seen[i]:
                 continue
             seen[i].add(version)
-            grids = [crop(tokens) for tokens in answers.tokens[::-1, i]]  # the last step's first
-            entry.setdefault("earlier", [grid for grid in grids if grid is not None])
+            grids = [to_grid(tokens) for tokens in answers.tokens[::-1, i]]  # the last step's first
+            entry.setdefault("earlier", [view.undo(grid) for grid in grids if grid is not None])
             entry["views"].append({"dihedral": view.dihedral, "colours": list(view.colours),
                                    "grid": None if grids[0] is None else view.undo(grids[0]).tolist(),
                                    "chance": float(1 / (1 + np.exp(-answers.q[-1, i])))})
@@ -1099,9 +1120,9 @@ def baselines(queries: Sequence[Query], C: int) -> dict[str, list[float]]:
     def guess(query: Query, kind: str) -> np.ndarray:
         given = query.task.pairs[query.pair][0]
         if kind == "copy":
-            return draw(given, C)
+            return to_tokens(given, C)
         shown = np.concatenate([query.task.pairs[k][1].ravel() for k in query.demos])
-        return draw(np.full_like(given, np.bincount(shown).argmax()), C)
+        return to_tokens(np.full_like(given, np.bincount(shown).argmax()), C)
     for kind in ("copy", "majority"):
         same = np.stack([guess(query, kind) for query in queries]) == y
         each = (same & asked).sum(1)[fits] / np.maximum(1, asked.sum(1)[fits])
@@ -1313,10 +1334,10 @@ def go_on(saved: dict, data: Data, model: Model, ema: dict, optimizers: Sequence
 
 
 def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argparse.Namespace, step: int
-              ) -> tuple[Step, dict[str, torch.Tensor]]:
+              ) -> tuple[Output, dict[str, torch.Tensor]]:
     """One supervision step of all slots, and its gradient."""
     new = torch.from_numpy(slots.new).to(batch.x.device)
-    carry = Carry(*(torch.where(new[:, None, None], first, x)  # not a product: what others left may be NaN
+    carry = Carry(*(torch.where(new.view(-1, *[1] * (x.ndim - 1)), first, x)  # what others left may be NaN
                     for first, x in zip(model.fresh(*batch.x.shape), carry, strict=True)))
     seed = int(np.random.default_rng([args.seed, NOISE, step]).integers(1 << 62))
     noise = torch.Generator().manual_seed(seed)
@@ -1342,7 +1363,7 @@ def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * schedule(step, args)
+            group["lr"] = group["peak"] * schedule(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     decay = min(args.ema, (1 + step) / (10 + step))  # at first the average follows closely
@@ -1512,23 +1533,24 @@ def load_model(path: str) -> tuple[Model, dict]:
             raise UserError(f"{path}: damaged: {e}") from None
     checkpoint.load_weights(model, saved["model"], path)  # looked at, too
     checkpoint.load_weights(model, saved["ema"], path)
-    # A copy of the script may have flags that its parent has not.
-    names = () if saved["script"] == SCRIPT else tuple(saved["args"])
-    saved["args"] = flags.restored(parse_args([]), saved["args"], path, names)
+    # Of those that it was made with: an edited script may have more flags.
+    saved["args"] = flags.restored(parse_args([]), saved["args"], path, tuple(saved["args"]))
     return model, saved
 
 
 def take_weights(model: Model, path: str, other: Model, saved: dict, part: str = "") -> str:
-    """Take the EMA weights of another model, or of its `decoder`; what was taken. UserError: other sizes."""
-    of_decoder = ("hidden", "heads", "layers", "h_cycles", "l_cycles", "rope")
-    names = of_decoder if part else Config.__dataclass_fields__
-    for name in names:
-        theirs, ours = getattr(other.config, name), getattr(model.config, name)
-        if theirs != ours:
-            raise UserError(f"{path}: its {name.replace('_', '-')} is {str(theirs):.60}, here {str(ours):.60}")
+    """Take the EMA weights of another model, or of its `decoder`; what was taken. UserError: another model."""
+    pairs = {name: (getattr(other.config, name), getattr(model.config, name))
+             for name in Config.__dataclass_fields__ if not (part and name == "tasks")}
+    differ = [f"{name.replace('_', '-')} is {str(theirs):.60}, here {str(ours):.60}"
+              for name, (theirs, ours) in pairs.items() if theirs != ours]
     target, source = (m.decoder if part else m for m in (model, other))
+    shapes = [{name: x.shape for name, x in m.state_dict().items()} for m in (target, source)]
+    if shapes[0] != shapes[1] or any(pairs[name][0] != pairs[name][1] for name in MEANING if name in pairs):
+        raise UserError(f"{path}: another model: its {'; its '.join(differ)}")
     target.load_state_dict(source.state_dict())
-    return f"{part or 'model'} of {path}: EMA weights of step {saved['step']}"
+    others = f"; its {', its '.join(differ)}" if differ and not part else ""
+    return f"{part or 'model'} of {path}: EMA weights of step {saved['step']}{others}"
 
 
 def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | None = None

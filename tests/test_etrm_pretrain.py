@@ -1,6 +1,7 @@
 """etrm_pretrain.py: tasks, versions, model, loss, slots, evaluation, runs."""
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from functools import partial
@@ -169,9 +170,9 @@ def test_drawing_and_cropping_give_the_grid_back_and_border_it_with_eos():
     for C in (1, 3, 8):
         for _ in range(20):
             grid = rng.integers(0, 10, rng.integers(1, C + 1, 2)).astype(np.int8)
-            assert np.array_equal(etrm.crop(etrm.draw(grid, C)), grid)
-    assert etrm.draw(np.array([[7]], np.int8), 3).reshape(3, 3).tolist() == [[9, 1, 0], [1, 0, 0], [0, 0, 0]]
-    assert etrm.crop(np.ones(9, np.uint8)) is None
+            assert np.array_equal(etrm.to_grid(etrm.to_tokens(grid, C)), grid)
+    assert etrm.to_tokens(np.array([[7]], np.int8), 3).reshape(3, 3).tolist() == [[9, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert etrm.to_grid(np.ones(9, np.uint8)) is None
 
 
 def test_a_version_maps_all_pairs_of_a_task_alike_and_moves_input_and_output_together():
@@ -544,6 +545,27 @@ def test_a_decoder_is_taken_frozen_and_refused_when_it_is_another(run_folder, tm
     with pytest.raises(SystemExit, match="its layers is 2, here 3"):
         etrm.main([*flags, "--layers", "3", "--out-dir", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_weights_go_on_under_another_encoder_of_their_sizes_and_under_a_script_with_more_flags(run_folder, tmp_path, capsys):
+    saved = torch.load(run_folder / "best.pt")
+    del saved["args"]["halt_weight"], saved["config"]["halt_max_steps"]  # as of a script that had neither
+    older = replace_default(etrm.Config, "halt_max_steps", 4)
+    torch.save(saved, tmp_path / "best.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(etrm, "Config", older)
+        flags = [*SMALL, "--steps", "2", "--init-from", str(tmp_path / "best.pt")]
+        etrm.main([*flags, "--encoder", "recurrent", "--halt-max-steps", "3", "--out-dir", str(tmp_path / "run")])
+        out = capsys.readouterr().out
+        assert "its encoder is standard, here recurrent" in out and "its halt-max-steps is 4, here 3" in out
+        with pytest.raises(SystemExit, match="its rope is 2d, here 1d"):
+            etrm.main([*flags, "--rope", "1d", "--out-dir", str(tmp_path / "other")])
+
+
+def replace_default(config, name, value):
+    """The config class with a default for one of its fields."""
+    return dataclasses.make_dataclass("Config", [(name, int, dataclasses.field(default=value))], bases=(config,),
+                                      frozen=True, kw_only=True)
 
 
 def test_the_kept_model_answers_the_queries_of_criterion_1():
