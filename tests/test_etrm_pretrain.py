@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import etrm_pretrain as etrm
-from common import arc_tasks, metrics
+from common import arc_tasks, metrics, optim
 from common.files import UserError
 
 CPU = torch.device("cpu")
@@ -342,7 +342,7 @@ def test_muon_is_that_of_torch():
         a = torch.nn.Parameter(torch.randn(shape))
         b = torch.nn.Parameter(a.detach().clone())
         settings = {"lr": 0.02, "weight_decay": 0.1}
-        ours, theirs = etrm.Muon([a], **settings), torch.optim.Muon([b], adjust_lr_fn="match_rms_adamw", **settings)
+        ours, theirs = optim.Muon([a], **settings), torch.optim.Muon([b], adjust_lr_fn="match_rms_adamw", **settings)
         before = a.detach().clone()
         for _ in range(3):
             a.grad = torch.randn(shape)

@@ -1,0 +1,1914 @@
+"""Does a transformer that reads data and candidates propose better expressions than the evolution it learned from?
+
+    python neural_sr.py                                   # generate, train, diagnose, and search with and without it
+    python neural_sr.py --mode eval --net RUN             # the diagnosis: collapsed, overfit, not converged?
+    python neural_sr.py --mode search --net RUN           # genetic programming with and without the net, paired
+    python neural_sr.py --mode bench --ops add,sub,mul,div,sin,cos,exp,log,sqrt,pow    # Nguyen 1-12 by evolution alone
+
+Symbolic regression looks for a formula of y in x0, x1, ... Genetic programming (GP) breeds programs; a causal
+transformer (the net) reads the data and the best programs so far and samples the next. The notes that this
+descends from imitate GP's children, which cannot beat GP; here the target is the solution, or an ancestor of it.
+A run writes logs/neural_sr/NAME/: the usual files, and pictures of training, first tokens and solve rates.
+"""
+from __future__ import annotations
+
+from common import files, flags  # before torch: a Ctrl-C while that loads is one line then
+
+# isort: split
+import argparse
+import ast
+import hashlib
+import io
+import math
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import checkpoint, devices, metrics, plots, run
+from common.evaluation import count_parameters, eval_mode, format_rate, wilson
+from common.files import UserError
+from common.flags import integer, path, real
+from common.optim import Muon
+
+SCRIPT = Path(__file__).name
+SOLVED = 1e-9                     # NMSE on test points: mean squared error as a share of the variance of y
+EXACT = 1e-18                     # NMSE on a search's own points, at which it ends: rounding, and no approximation
+N_VAL, N_FINAL = 500, 1000         # examples of each split that are diagnosed in training, and at its end
+N_SAMPLED = 250                    # of these get many samples each
+SAMPLED = 2048                     # programs that are sampled at a time: more do not fit the cache
+RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no value, or too large ones, on the first
+IDLE = 100                        # rounds in which a search finds nothing new, after which it ends
+N_TEST = 400                      # points that nothing is fitted on
+VAL_SHARE, TEST_SHARE = 0.07, 0.08  # of functions, by a hash of what they are
+DATA_FLAGS = ("ops", "variables", "functions", "target_size", "max_size", "points", "generations", "objective", "seed")
+GP_POPULATION = 20                 # of the runs that give examples
+FUNCTIONS, TRAJECTORY, BATCH, EVAL, PROBLEMS, SEARCH = range(1, 7)  # streams of randomness
+
+
+# ---- Flags
+
+def names_of(options: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argparse type: some of the options, with commas between them."""
+    options = tuple(options)
+
+    def parse_names(text: str) -> list[str]:
+        names = [x.strip() for x in text.split(",")]
+        unknown = [x for x in names if x not in options]
+        if unknown or len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}: expected some of {','.join(options)}")
+        return names
+    return parse_names
+
+
+def parse_args(argv: list[str] | None = None) -> flags.Flags:
+    p = flags.Parser(description=__doc__)
+    p.add_argument("--mode", choices=["demo", "gen", "train", "eval", "search", "bench"],
+                   default="demo", help="demo: all stages. gen: write data.npz; train; "
+                   "eval: diagnose --net; search: compare methods with --net; bench: Nguyen 1-12 by GP")
+    g = p.add_argument_group("data")
+    g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
+                   metavar="LIST", help=f"operators, some of {','.join(TOKENS)}")
+    g.add_argument("--variables", type=integer(1, MAX_VARIABLES), default=2, help="of functions and programs")
+    g.add_argument("--functions", type=integer(10), default=150_000, help="programs that are sampled; how many "
+                   "different functions they are is printed")
+    g.add_argument("--target-size", type=integer(3, 40), default=11, help="tokens of the largest of them")
+    g.add_argument("--max-size", type=integer(3, 60), default=15, help="tokens of the largest program in a search")
+    g.add_argument("--points", type=integer(3, 10_000), default=32, help="of a data set")
+    g.add_argument("--generations", type=integer(1, 1000), default=4, help="of the GP runs that give examples")
+    g.add_argument("--objective", choices=["solution", "ancestor", "gp"], default="solution", help="what the net shall "
+                   "answer: the function; an ancestor of GP's best; any child of GP's (the notes' objective)")
+    g.add_argument("--data", type=path, metavar="FILE", help="a data.npz of --mode gen (default: made anew)")
+
+    g = p.add_argument_group("model")
+    g.add_argument("--arch", choices=["own", "gpt2"], default="own", help="gpt2: transformers' model in its place")
+    g.add_argument("--hidden", type=integer(4, 4096), default=128, help="width")
+    g.add_argument("--layers", type=integer(1, 64), default=3, help="blocks")
+    g.add_argument("--heads", type=integer(1, 64), default=2, help="of attention")
+    g.add_argument("--members", type=integer(1, 1000), default=4, help="programs that the net is shown, the best ones")
+
+    g = p.add_argument_group("optimization")
+    g.add_argument("--steps", type=integer(1), default=800, help="of the optimizer")
+    g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="examples of a step")
+    g.add_argument("--lr", type=real(0, 10, above=True), default=16e-3, help="peak of the learning rate")
+    g.add_argument("--warmup", type=integer(0), default=30, help="steps in which it rises; then it falls to 0")
+    g.add_argument("--weight-decay", type=real(0, 1), default=0.05, help="decoupled, of the blocks' matrices")
+    g.add_argument("--patience", type=integer(0), default=5, help="evaluations without a better validation loss after "
+                   "which training ends; 0: it does not")
+
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--eval-every", type=integer(1), default=200, help="steps between validations and saves")
+    g.add_argument("--net", type=path, metavar="RUN", help="eval, search: this run's best.pt (default: the kept one)")
+    g.add_argument("--samples", type=integer(1, 10_000), default=32, help="programs for each context in the diagnosis")
+
+    g = p.add_argument_group("search")
+    g.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), metavar="LIST", help="mix: GP and the "
+                   "net; net: its proposals alone; random, wrong: controls, with random programs or another problem's "
+                   "proposals in place of the net's")
+    g.add_argument("--problems", type=integer(2), default=120, help="held-out functions to search for")
+    g.add_argument("--larger", type=integer(0, 40), default=0, help="ask functions that are larger than those of "
+                   "training by up to so many tokens; 0: of its sizes")
+    g.add_argument("--search-seeds", type=integer(1, 1000), default=3, help="searches of each problem")
+    g.add_argument("--evaluations", type=integer(1), default=600, help="distinct ones, for each problem; bench: 100,000")
+    g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island")
+    g.add_argument("--islands", type=names_of(["raw", "terms"]), default=["terms"], metavar="LIST", help="raw: "
+                   "programs are measured as they are; terms: with least-squares weights of their additive terms")
+    g.add_argument("--mix", type=real(0, 1), default=0.5, help="share of proposals that the net makes")
+    g.add_argument("--temperature", type=real(0, 100, above=True), default=1.0, help="of the net's samples")
+    flags.add_run_arguments(p)
+    p.set_defaults(threads=2)
+
+    args = flags.parse(p, argv)
+    try:
+        config_of(args)
+        check_flags(args)
+    except UserError as e:
+        p.error(str(e))
+    return args
+
+
+def check_flags(args: flags.Flags) -> None:
+    """Raise UserError for flags that do not go together."""
+    if args.warmup >= args.steps:
+        raise UserError(f"--warmup {args.warmup}: there are {args.steps} --steps, of which some must be left")
+    if args.target_size > args.max_size:
+        raise UserError(f"--target-size {args.target_size}: larger than --max-size {args.max_size}")
+    if args.evaluations < args.population:
+        raise UserError(f"--evaluations {args.evaluations}: fewer than a --population of {args.population}")
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    names = Config.__dataclass_fields__
+    return Config(**{name: tuple(args.ops) if name == "ops" else getattr(args, name) for name in names})
+
+
+# ---- Expressions. P programs in prefix order of L tokens each; N points, Q data sets, V variables
+
+PAD, EOS, BOS, ONE, C, X0 = range(6)  # tokens; x1, x2, ... follow x0, and operators are from FIRST_OP on
+MAX_VARIABLES, FIRST_OP, VOCAB = 10, 16, 64
+
+
+class Op(NamedTuple):
+    name: str
+    arity: int
+    value: Callable   # of arrays; no operator is protected: a pole is inf or NaN
+    slopes: Callable  # derivatives of the value by each operand, of operands and value
+    text: str         # in Python, with math's functions
+
+
+OPS = (
+    Op("add", 2, np.add, lambda a, b, v: (np.ones_like(v), np.ones_like(v)), "({} + {})"),
+    Op("sub", 2, np.subtract, lambda a, b, v: (np.ones_like(v), -np.ones_like(v)), "({} - {})"),
+    Op("mul", 2, np.multiply, lambda a, b, v: (b, a), "({} * {})"),
+    Op("div", 2, np.divide, lambda a, b, v: (1 / b, -v / b), "({} / {})"),
+    Op("pow", 2, np.power, lambda a, b, v: (b * np.power(a, b - 1), np.where(v == 0, 0.0, v * np.log(a))), "({} ** {})"),
+    Op("sin", 1, np.sin, lambda a, v: (np.cos(a),), "sin({})"),
+    Op("cos", 1, np.cos, lambda a, v: (-np.sin(a),), "cos({})"),
+    Op("exp", 1, np.exp, lambda a, v: (v,), "exp({})"),
+    Op("log", 1, np.log, lambda a, v: (1 / a,), "log({})"),
+    Op("sqrt", 1, np.sqrt, lambda a, v: (0.5 / v,), "sqrt({})"),
+    Op("tanh", 1, np.tanh, lambda a, v: (1 - v * v,), "tanh({})"),
+    Op("abs", 1, np.abs, lambda a, v: (np.sign(a),), "abs({})"),
+)
+TOKENS = {op.name: FIRST_OP + i for i, op in enumerate(OPS)}
+ADD, SUB, MUL, DIV, POW = (TOKENS[name] for name in ("add", "sub", "mul", "div", "pow"))
+ARITY = np.zeros(VOCAB, np.int64)
+ARITY[FIRST_OP:FIRST_OP + len(OPS)] = [op.arity for op in OPS]
+
+
+class Shape(NamedTuple):
+    """Of each node of P programs, (P, L): how many tokens hang on it, its height, where its second operand is."""
+    size: np.ndarray
+    height: np.ndarray
+    second: np.ndarray
+
+    def of(self, some: np.ndarray | slice) -> Shape:
+        return Shape(*(x[some] for x in self))
+
+
+def shape_of(tokens: np.ndarray) -> Shape:
+    """The shape of valid programs (P, L). From right to left, since operands stand behind their operator."""
+    P, L = tokens.shape
+    arity = ARITY[tokens.T]
+    size, height = np.ones((L + 2, P), np.int32), np.zeros((L + 2, P), np.int32)
+    second = np.full((L, P), L + 1, np.int32)
+    for i in range(L - 1, -1, -1):
+        some = np.flatnonzero(arity[i])
+        size[i, some] += size[i + 1, some]
+        height[i, some] = 1 + height[i + 1, some]
+        some = np.flatnonzero(arity[i] == 2)
+        at = np.minimum(i + 1 + size[i + 1, some], L + 1)
+        second[i, some] = at
+        size[i, some] += size[at, some]
+        height[i, some] = np.maximum(height[i, some], 1 + height[at, some])
+    return Shape(size[:L].T, height[:L].T, second.T)
+
+
+def keys_of(tokens: np.ndarray, shape: Shape) -> np.ndarray:
+    """A 64-bit hash (P,) of each program, the same when operands of + and * change places."""
+    def mixed(x: np.ndarray) -> np.ndarray:  # the finaliser of splitmix64
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+    (P, L), odd = tokens.shape, np.uint64(0x9E3779B97F4A7C15)
+    key, rows = np.zeros((L + 2, P), np.uint64), np.arange(P)
+    for i in range(L - 1, -1, -1):
+        t, arity = tokens[:, i], ARITY[tokens[:, i]]
+        a = np.where(arity >= 1, key[i + 1], 0)
+        b = np.where(arity == 2, key[shape.second[:, i], rows], 0)
+        swaps = ((t == ADD) | (t == MUL)) & (a > b)
+        a, b = np.where(swaps, b, a), np.where(swaps, a, b)
+        key[i] = mixed(mixed(a * odd + t.astype(np.uint64)) + b)
+    return key[0]
+
+
+def check_programs(tokens: np.ndarray, n_variables: int = MAX_VARIABLES) -> None:
+    """Raise UserError for a row of (P, L) that is not one whole program of known tokens."""
+    for row in tokens:
+        known = (row == ONE) | (row == C) | ((row >= X0) & (row < X0 + n_variables)) | (ARITY[row % VOCAB] > 0)
+        n = int((row != PAD).sum())
+        if not known[:n].all() or (row[n:] != PAD).any() or row.max(initial=0) >= VOCAB or row.min(initial=0) < 0:
+            raise UserError(f"program {row.tolist()}: a token that is unknown here")
+        missing = 1 + np.cumsum(ARITY[row[:n]] - 1)
+        if n == 0 or (missing[:-1] < 1).any() or missing[-1] != 0:
+            raise UserError(f"program {row.tolist()}: not one whole expression in prefix order")
+
+
+class Plan:
+    """In which order to compute the nodes of programs: those of a height together, equal ones once.
+
+    ids (P, L): the row of each node in a table of values. steps: an operator, the rows that it fills, the rows of
+    its operands. Rows begin with the variables and the 1 of each data set, then the constants.
+    """
+
+    def __init__(self, tokens: np.ndarray, shape: Shape, of: np.ndarray, Q: int, V: int):
+        used = np.arange(tokens.shape[1]) < shape.size[:, :1]
+        tokens = tokens.astype(np.int64)
+        self.ids = np.where(tokens == ONE, V, tokens - X0) + (V + 1) * of[:, None]
+        self.constants = np.nonzero(used & (tokens == C))
+        self.n_rows = Q * (V + 1) + len(self.constants[0])
+        self.ids[self.constants] = np.arange(Q * (V + 1), self.n_rows)
+        self.steps: list[tuple[Op, slice, np.ndarray, np.ndarray]] = []
+        inner = np.nonzero(used & (shape.height > 0))
+        bound = self.n_rows + len(inner[0])  # more than any row
+        order = np.argsort(shape.height[inner], kind="stable")
+        ends = np.cumsum(np.bincount(shape.height[inner]))
+        for start, end in zip(ends[:-1], ends[1:], strict=True):
+            p, i = (x[order[start:end]] for x in inner)
+            t, a = tokens[p, i], self.ids[p, i + 1]
+            b = np.where(ARITY[t] == 2, self.ids[p, np.minimum(shape.second[p, i], tokens.shape[1] - 1)], 0)
+            nodes, which = np.unique((t * bound + a) * bound + b, return_inverse=True)
+            self.ids[p, i] = self.n_rows + which
+            t, a, b = nodes // bound ** 2, nodes // bound % bound, nodes % bound
+            of_op = np.searchsorted(t, np.arange(FIRST_OP, FIRST_OP + len(OPS) + 1))
+            for op, first, last in zip(OPS, of_op[:-1], of_op[1:], strict=True):
+                if first < last:
+                    rows = slice(self.n_rows + first, self.n_rows + last)
+                    self.steps.append((op, rows, a[first:last], b[first:last]))
+            self.n_rows += len(nodes)
+
+    def values(self, X: np.ndarray, constants: np.ndarray | None) -> np.ndarray:
+        """The table (rows, N) of values on X (Q, N, V), with constants (P, L)."""
+        Q, N, V = X.shape
+        table = np.empty((self.n_rows, N))
+        given = table[:Q * (V + 1)].reshape(Q, V + 1, N)
+        given[:, :V], given[:, V] = X.transpose(0, 2, 1), 1.0
+        if len(self.constants[0]):
+            table[Q * (V + 1):][:len(self.constants[0])] = constants[self.constants][:, None]
+        for op, rows, a, b in self.steps:
+            op.value(*(table[a], table[b])[:op.arity], out=table[rows])
+        return table
+
+
+def evaluate(tokens: np.ndarray, X: np.ndarray, of: np.ndarray | None = None, constants: np.ndarray | None = None,
+             at: np.ndarray | None = None, shape: Shape | None = None, chunk: int = 1024) -> np.ndarray:
+    """Values (P, N) of programs (P, L) on X (Q, N, V), in float64. of (P,): whose points each takes.
+
+    constants (P, L): the value of each token c. at (P, L): instead of the roots the nodes whose values (n, N) are
+    wanted, row by row.
+    """
+    P, L = tokens.shape
+    of = np.zeros(P, np.int64) if of is None else of
+    shape = shape or shape_of(tokens)
+    at = np.broadcast_to(np.arange(L) == 0, (P, L)) if at is None else at
+    parts = [np.empty((0, X.shape[1]))]
+    with np.errstate(all="ignore"):
+        for start in range(0, P, chunk):  # a chunk's table stays in the cache
+            some = slice(start, start + chunk)
+            plan = Plan(tokens[some], shape.of(some), of[some], len(X), X.shape[2])
+            table = plan.values(X, None if constants is None else constants[some])
+            parts.append(table[plan.ids[at[some]]])
+    return np.concatenate(parts)
+
+
+def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndarray
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Values (P, N) and their derivatives (P, K, N) by the constants of each program, K the most that one has."""
+    shape = shape_of(tokens)
+    rank = np.cumsum(tokens == C, 1) - 1
+    with np.errstate(all="ignore"):
+        plan = Plan(tokens, shape, of, len(X), X.shape[2])
+        table = plan.values(X, constants)
+        D = np.zeros((len(table), rank.max(initial=0) + 1, X.shape[1]))
+        D[plan.ids[plan.constants], rank[plan.constants]] = 1.0
+        for op, rows, a, b in plan.steps:
+            parts = op.slopes(*(table[a], table[b])[:op.arity], table[rows])
+            for part, operand in zip(parts, (a, b), strict=False):
+                # 0 * inf is 0 here: an operand without constants has no say.
+                there = D[operand] != 0
+                D[rows] += np.where(there, part[:, None] * D[operand], 0.0)
+    return table[plan.ids[:, 0]], D[plan.ids[:, 0]]
+
+
+def fit_constants(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.ndarray, of: np.ndarray,
+                  iterations: int = 8) -> np.ndarray:
+    """Constants (P, L) after Levenberg-Marquardt steps on the mean squared error, each program for itself."""
+    constants, place = constants.copy(), tokens == C
+    rank = np.where(place, np.cumsum(place, 1) - 1, 0)
+    damping = np.full(len(tokens), 1e-3)
+    values, J = slopes(tokens, constants, X, of)
+    with np.errstate(all="ignore"):
+        error = ((values - y[of]) ** 2).mean(1)
+        for _ in range(iterations):
+            usable = np.isfinite(error) & np.isfinite(J).all((1, 2))
+            H = J @ J.transpose(0, 2, 1) / J.shape[2]
+            slope = (J @ (values - y[of])[:, :, None])[:, :, 0] / J.shape[2]
+            scale = np.einsum("pkk->pk", H)
+            H = H + np.eye(H.shape[1]) * (damping[:, None] * scale + 1e-12 * (1 + scale))[:, None]
+            H[~usable], slope[~usable] = np.eye(H.shape[1]), 0.0
+            step = np.linalg.solve(H, slope[:, :, None])[:, :, 0]
+            trial = constants - np.where(place, np.take_along_axis(step, rank, 1), 0.0)
+            new_values, new_J = slopes(tokens, trial, X, of)
+            new_error = ((new_values - y[of]) ** 2).mean(1)
+            better = new_error < error
+            constants[better], error[better] = trial[better], new_error[better]
+            values[better], J[better] = new_values[better], new_J[better]
+            damping = np.where(better, damping / 5, damping * 4)
+    return constants
+
+
+def split_terms(tokens: np.ndarray, shape: Shape) -> np.ndarray:
+    """Which nodes (P, L) are the additive terms of a program: what + and - at its top join."""
+    top = np.zeros((tokens.shape[0], tokens.shape[1] + 2), bool)
+    top[:, 0] = True
+    for i in range(tokens.shape[1]):
+        some = np.flatnonzero(top[:, i] & ((tokens[:, i] == ADD) | (tokens[:, i] == SUB)))
+        top[some, i], top[some, i + 1], top[some, shape.second[some, i]] = False, True, True
+    return top[:, :tokens.shape[1]]
+
+
+def fit_terms(tokens: np.ndarray, X: np.ndarray, y: np.ndarray, of: np.ndarray, constants: np.ndarray | None = None,
+              shape: Shape | None = None) -> np.ndarray:
+    """Mean squared errors (P,) with least-squares weights of a program's additive terms and an intercept.
+
+    They are those of generalised cross-validation (Craven and Wahba 1979): of N points and k weights, times
+    (N / (N - k))^2. A program of more than 8 terms, or with a value that is not finite, has the error inf.
+    """
+    shape = shape or shape_of(tokens)
+    top = split_terms(tokens, shape)
+    values, n, N = evaluate(tokens, X, of, constants, top, shape), top.sum(1), X.shape[1]
+    start, error = np.cumsum(n) - n, np.full(len(tokens), np.inf)
+    for k in range(1, min(8, N - 2) + 1):
+        some = np.flatnonzero(n == k)
+        A = np.ones((len(some), k + 1, N))
+        A[:, 1:] = values[start[some][:, None] + np.arange(k)]
+        usable = np.isfinite(A).all((1, 2)) & (np.abs(A).max((1, 2)) < 1e100)
+        some, A = some[usable], A[usable]
+        if not len(some):
+            continue
+        A /= np.sqrt((A ** 2).mean(2, keepdims=True)) + 1e-100
+        gram, residual = A @ A.transpose(0, 2, 1) / N + 1e-12 * np.eye(k + 1), y[of[some]]
+        for _ in range(3):  # again, since the normal equations lose digits
+            w = np.linalg.solve(gram, A @ residual[:, :, None] / N)
+            residual = residual - (w * A).sum(1)
+        error[some] = (residual ** 2).mean(1) * (N / (N - k - 1)) ** 2
+    return error
+
+
+# ---- Expressions as text
+
+def operands(tokens: Sequence[int], i: int = 0) -> tuple[list[int], int]:
+    """Where the operands of the node at i begin, and where it ends."""
+    starts, end = [], i + 1
+    for _ in range(int(ARITY[tokens[i]])):
+        starts.append(end)
+        _, end = operands(tokens, end)
+    return starts, end
+
+
+def infix(tokens: Sequence[int], constants: Sequence[float] | None = None, names: Sequence[str] | None = None,
+          i: int = 0) -> str:
+    """A program as Python writes it. Constants have as many digits as they need to be read back."""
+    t = int(tokens[i])
+    if ARITY[t]:
+        return OPS[t - FIRST_OP].text.format(*(infix(tokens, constants, names, k) for k in operands(tokens, i)[0]))
+    if t == C:
+        text = "c" if constants is None else repr(float(constants[i]))
+        return f"({text})" if text[0] == "-" else text  # -2.0 ** x is another thing in Python
+    return "1" if t == ONE else names[t - X0] if names else f"x{t - X0}"
+
+
+def to_sympy(tokens: Sequence[int], constants: Sequence[float] | None = None, names: Sequence[str] | None = None,
+             i: int = 0):
+    """A program as a sympy expression of Symbol objects, so that columns may be called N, S or lambda."""
+    import sympy
+    t = int(tokens[i])
+    if not ARITY[t]:
+        if t == C:
+            return sympy.Symbol("c") if constants is None else sympy.Float(float(constants[i]))
+        return sympy.Integer(1) if t == ONE else sympy.Symbol(infix(tokens, None, names, i))
+    parts = [to_sympy(tokens, constants, names, k) for k in operands(tokens, i)[0]]
+    name = OPS[t - FIRST_OP].name
+    joined = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+              "div": lambda a, b: a / b, "pow": lambda a, b: a ** b}
+    return joined[name](*parts) if name in joined else getattr(sympy, name if name != "abs" else "Abs")(*parts)
+
+
+def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], list[float]]:
+    """Tokens and constants of an expression as Python writes it. Whole powers up to 6 become products.
+
+    Raises UserError: not such an expression, an unknown name or function.
+    """
+    known = {name: X0 + i for i, name in enumerate(names or [f"x{i}" for i in range(MAX_VARIABLES)])}
+    joins = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV, ast.Pow: POW}
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"expression {text[:60]!r}: {what[:60]}")
+
+    def read(node: ast.AST) -> tuple[list[int], list[float]]:
+        match node:
+            case ast.Name(id=name) if name in known:
+                return [known[name]], [0.0]
+            case ast.Constant(value=bool()):
+                raise refuse(f"{node.value} is no number")
+            case ast.Constant(value=int() | float() as x) if math.isfinite(x):
+                return ([ONE], [0.0]) if x == 1 else ([C], [float(x)])
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as x)):
+                return [C], [-float(x)]
+            case ast.UnaryOp(op=ast.USub(), operand=a):
+                (t, c) = read(a)
+                return [MUL, C, *t], [0.0, -1.0, *c]
+            case ast.BinOp(left=a, op=ast.Pow(), right=ast.Constant(value=int() as n)) if 2 <= n <= 6:
+                (t, c) = read(a)
+                return [MUL] * (n - 1) + t * n, [0.0] * (n - 1) + c * n
+            case ast.BinOp(left=a, op=op, right=b) if type(op) in joins:
+                (s, c), (t, d) = read(a), read(b)
+                return [joins[type(op)], *s, *t], [0.0, *c, *d]
+            case ast.Call(func=ast.Name(id=name), args=[a], keywords=[]) if ARITY[TOKENS.get(name, 0)] == 1:
+                (t, c) = read(a)
+                return [TOKENS[name], *t], [0.0, *c]
+        raise refuse(f"{ast.unparse(node)} is unknown here")
+    try:
+        return read(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise e if isinstance(e, UserError) else refuse("not an expression as Python writes it") from None
+
+
+def padded(tokens: Sequence[int], L: int) -> np.ndarray:
+    """A program as a row of L tokens. Raises UserError if it is longer."""
+    if len(tokens) > L:
+        raise UserError(f"expression {infix(tokens)[:60]}: {len(tokens)} tokens, and --max-size is {L}")
+    return np.array([*tokens, *[PAD] * (L - len(tokens))], np.int8)
+
+
+def canonical(tokens: Sequence[int], i: int = 0) -> tuple[int, ...]:
+    """The program with operands of + and * in order, larger ones first, then by their tokens; without * 1 and / 1."""
+    t, parts = int(tokens[i]), [canonical(tokens, k) for k in operands(tokens, i)[0]]
+    if t in (MUL, DIV) and (ONE,) == parts[1]:
+        return parts[0]
+    if t == MUL and (ONE,) == parts[0]:
+        return parts[1]
+    if t in (ADD, MUL):
+        parts.sort(key=lambda part: (-len(part), part))
+    return (t, *(token for part in parts for token in part))
+
+
+# ---- Programs at random, and their children
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """What programs are made of. Raises UserError for one that no program fits."""
+    ops: tuple[str, ...]
+    variables: int
+    max_size: int            # tokens of a program
+    constants: bool = False  # whether a leaf may be a fitted constant, c
+
+    def __post_init__(self):
+        unknown = sorted(set(self.ops) - TOKENS.keys())
+        if unknown or not self.ops:
+            raise UserError(f"--ops: no operator {unknown[0][:30]!r}; there are {', '.join(TOKENS)}" if unknown
+                            else "--ops: none is given")
+        if not 1 <= self.variables <= MAX_VARIABLES or not 3 <= self.max_size <= 100:
+            raise UserError(f"a grammar of {self.variables} variables and {self.max_size} tokens: there may be "
+                            f"1 to {MAX_VARIABLES} and 3 to 100")
+
+    @property
+    def leaves(self) -> np.ndarray:
+        return np.array([*range(X0, X0 + self.variables), ONE, *[C] * self.constants])
+
+    @property
+    def operators(self) -> np.ndarray:
+        return np.array([TOKENS[name] for name in self.ops])
+
+
+def fitting(need: np.ndarray, room: np.ndarray, arity: np.ndarray, whole: bool) -> np.ndarray:
+    """Which tokens (P, choices) of some arity may come next, for `need` (P,) missing operands and `room` tokens.
+
+    whole: all the room must be filled, which binary operators alone can do for odd sizes only.
+    """
+    after, room = need[:, None] + arity - 1, room[:, None] - 1
+    fits = (after >= 0) & (after <= room)
+    if whole:
+        fits &= ((after > 0) == (room > 0)) & (bool((arity == 1).any()) | ((room - after) % 2 == 0))
+    return fits
+
+
+def random_programs(rng: np.random.Generator, sizes: np.ndarray, grammar: Grammar) -> np.ndarray:
+    """Programs (P, L) of these sizes; one token less where binary operators alone cannot make an even size."""
+    choices = np.concatenate([grammar.leaves, grammar.operators])
+    arity = ARITY[choices]
+    weight = np.where(arity == 0, len(grammar.operators) / len(grammar.leaves), 1.0)
+    sizes = sizes if (arity == 1).any() else sizes - (sizes % 2 == 0)
+    tokens, need = np.full((len(sizes), grammar.max_size), PAD, np.int8), np.ones(len(sizes), np.int64)
+    for i in range(int(sizes.max(initial=0))):
+        some = np.flatnonzero(need > 0)
+        odds = (weight * fitting(need[some], sizes[some] - i, arity, True)).cumsum(1)
+        pick = (odds > rng.random((len(some), 1)) * odds[:, -1:]).argmax(1)
+        tokens[some, i] = choices[pick]
+        need[some] += arity[pick] - 1
+    return tokens
+
+
+def graft(a: np.ndarray, at: np.ndarray, size_a: np.ndarray, b: np.ndarray, of: np.ndarray, size_b: np.ndarray
+          ) -> np.ndarray:
+    """Rows of a (P, L) whose size_a (P,) entries from `at` on are replaced by size_b of b from `of` on.
+
+    What then stands behind the L-th place is lost: the caller sees to it that nothing does.
+    """
+    k, last = np.arange(a.shape[1]), a.shape[1] - 1
+    at, size_a, of, size_b = (x[:, None] for x in (at, size_a, of, size_b))
+    before, inside = k < at, (k >= at) & (k < at + size_b)
+    source = np.where(before, k, k - size_b + size_a)
+    kept = np.where(source <= last, np.take_along_axis(a, np.clip(source, 0, last), 1), 0)
+    return np.where(inside, np.take_along_axis(b, np.clip(of + k - at, 0, last), 1), kept).astype(a.dtype)
+
+
+Programs = tuple[np.ndarray, np.ndarray]  # tokens (P, L) and constants (P, L)
+
+
+def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) -> Programs:
+    """A child of each pair of parents: of 20, 12 are crossed, 5 get a new subtree of up to 5 tokens, and in 3 a
+    token is changed. A child that would be too large is the first parent."""
+    (tokens, constants), P = a, len(a[0])
+    kind, rows = rng.random(P), np.arange(P)
+    new = random_programs(rng, rng.integers(1, min(6, grammar.max_size + 1), P), grammar)
+    crossed = kind < 0.6
+    donor = np.where(crossed[:, None], b[0], new)
+    donated = np.where(crossed[:, None], b[1], rng.normal(size=new.shape))
+    size, donor_size = shape_of(tokens).size, shape_of(donor).size
+    at = (rng.random(P) * size[:, 0]).astype(np.int64)
+    of = np.where(crossed, rng.random(P) * donor_size[:, 0], 0).astype(np.int64)
+    size_a, size_b = size[rows, at], donor_size[rows, of]
+    fits = (size[:, 0] - size_a + size_b <= tokens.shape[1]) & (kind < 0.85)
+    child = np.where(fits[:, None], graft(tokens, at, size_a, donor, of, size_b), tokens)
+    values = np.where(fits[:, None], graft(constants, at, size_a, donated, of, size_b), constants)
+    choices = np.concatenate([grammar.leaves, grammar.operators])
+    for arity in (0, 1, 2):
+        some = np.flatnonzero((kind >= 0.85) & (ARITY[tokens[rows, at]] == arity))
+        if len(some):
+            child[some, at[some]] = rng.choice(choices[ARITY[choices] == arity], len(some))
+    return child, values
+
+
+# ---- Problems
+
+class Problems(NamedTuple):
+    """Q data sets. The points of a test, and those on a range twice as wide, are for scoring alone."""
+    X: np.ndarray       # (Q, N, V)
+    y: np.ndarray       # (Q, N)
+    X_test: np.ndarray  # (Q, n_test, V)
+    y_test: np.ndarray
+    X_wide: np.ndarray  # (Q, n_test, V)
+    y_wide: np.ndarray
+    truth: np.ndarray   # (Q, L) programs
+
+    def of(self, some: np.ndarray | slice) -> Problems:
+        return Problems(*(x[some] for x in self))
+
+
+def check_data(X: np.ndarray, y: np.ndarray) -> None:
+    """Raise UserError for a data set X (N, V), y (N,) that no formula can be searched for."""
+    if X.ndim != 2 or y.ndim != 1 or len(X) != len(y):
+        raise UserError(f"X has the shape {X.shape} and y {y.shape}: expected (N, V) and (N,)")
+    for name, x in (("X", X), ("y", y)):
+        if not np.isfinite(x).all():
+            raise UserError(f"{name} has a value that is not finite, in row {int(np.argwhere(~np.isfinite(x))[0, 0])}")
+    if len(y) < 3:
+        raise UserError(f"{len(y)} points; there must be 3 or more")
+    if y.max() == y.min():
+        raise UserError(f"y is {y[0]} everywhere; there is nothing to search for")
+
+
+def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, variables: int,
+                  constants: np.ndarray | None = None, ranges: Sequence[tuple[float, float]] = RANGES,
+                  n_test: int = N_TEST) -> tuple[Problems, np.ndarray]:
+    """A data set for each program (P, L) that has values on one of the ranges; which programs (Q,) these are.
+
+    Values are usable if they are finite, below 10,000, and not all the same.
+    """
+    parts, which, todo = [], [], np.arange(len(truth))
+    for low, high in ranges:
+        middle, half = (low + high) / 2, (high - low) / 2
+        bounds = (max(low / 2, middle - 2 * half) if low > 0 else middle - 2 * half, middle + 2 * half)
+        X, wide = (rng.uniform(*ends, (len(todo), n, variables)) for ends, n in (
+            ((low, high), n_points + n_test), (bounds, n_test)))
+        at, own = np.arange(len(todo)), None if constants is None else constants[todo]
+        y, y_wide = (evaluate(truth[todo], x, at, own) for x in (X, wide))
+        with np.errstate(invalid="ignore"):
+            usable = np.isfinite(y).all(1) & (np.abs(y).max(1) < 1e4) & (y[:, :n_points].std(1) > 1e-3)
+        parts.append([x[usable] for x in (X[:, :n_points], y[:, :n_points], X[:, n_points:], y[:, n_points:],
+                                          wide, y_wide, truth[todo])])
+        which.append(todo[usable])
+        todo = todo[~usable]
+    order = np.argsort(np.concatenate(which))
+    return Problems(*(np.concatenate(x)[order] for x in zip(*parts, strict=True))), np.sort(np.concatenate(which))
+
+
+def fingerprints(tokens: np.ndarray, variables: int, order: Sequence[int] | None = None) -> list[bytes]:
+    """What tells functions apart: values at 16 fixed points, 9 digits of each; equal ones are taken for the same.
+
+    order: the variables change places so.
+    """
+    points = np.random.default_rng(FUNCTIONS).uniform(0.3, 3.0, (1, 16, MAX_VARIABLES))[:, :, :variables]
+    values = evaluate(tokens, points[:, :, order if order is not None else slice(None)])
+    with np.errstate(all="ignore"):
+        unit = 10.0 ** (np.floor(np.log10(np.abs(values))) - 8)
+        rounded = np.where(values == 0, 0.0, np.round(values / unit) * unit)
+    return [row.tobytes() for row in rounded]
+
+
+def classes_of(tokens: np.ndarray, variables: int) -> list[bytes]:
+    """The function of each program, whatever its variables are called: the least of its fingerprints."""
+    return list(map(min, zip(*(fingerprints(tokens, variables, order)
+                               for order in permutations(range(variables))), strict=True)))
+
+
+def subtrees(tokens: np.ndarray) -> np.ndarray:
+    """All nodes of programs (P, L) as programs (n, L)."""
+    p, i = np.nonzero(tokens != PAD)
+    size = shape_of(tokens).size[p, i]
+    k = np.arange(tokens.shape[1])
+    moved = np.take_along_axis(tokens[p], np.minimum(k + i[:, None], len(k) - 1), 1)
+    return np.where(k < size[:, None], moved, PAD).astype(np.int8)
+
+
+def nested(tokens: np.ndarray) -> np.ndarray:
+    """Which programs (P, L) have a function within a function, as sin(exp(x0)) is; people seldom write such."""
+    unary = np.pad(np.cumsum(ARITY[tokens] == 1, 1), ((0, 0), (1, 0)))  # functions before each place
+    last = np.arange(tokens.shape[1]) + shape_of(tokens).size
+    inside = np.take_along_axis(unary, np.minimum(last, tokens.shape[1]), 1) - unary[:, :-1]
+    return ((ARITY[tokens] == 1) & (inside > 1)).any(1)
+
+
+def sample_functions(rng: np.random.Generator, grammar: Grammar, n: int, sizes: Sequence[int]
+                     ) -> tuple[np.ndarray, np.ndarray]:
+    """Different functions among n random programs: the shortest program of each (P, L), in canonical order; where
+    (P,) each belongs, a number in 0..1 that depends on the function alone."""
+    tokens = np.unique(random_programs(rng, rng.choice(np.array(sizes), n), grammar), axis=0)
+    tokens = tokens[~nested(tokens)]
+    tokens = np.unique(subtrees(tokens), axis=0)  # for exp(log(u)) to be found the same as u
+    tokens = np.unique([padded(canonical(row), grammar.max_size) for row in tokens], axis=0)
+    tokens = tokens[np.lexsort((*tokens.T[::-1], (tokens != PAD).sum(1)))]  # shorter ones first
+    first: dict[bytes, int] = {}
+    for i, key in enumerate(fingerprints(tokens, grammar.variables)):
+        if np.isfinite(np.frombuffer(key)).all():
+            first.setdefault(key, i)
+    tokens = tokens[list(first.values())]
+    share = [int.from_bytes(hashlib.sha256(key).digest()[:4], "big") / 2 ** 32
+             for key in classes_of(tokens, grammar.variables)]
+    return tokens, np.array(share)
+
+
+# ---- Search
+
+class Island(NamedTuple):
+    """The best programs of each problem, best first: (Q, M, L) and (Q, M). An empty place has the score inf."""
+    tokens: np.ndarray
+    constants: np.ndarray
+    nmse: np.ndarray
+    score: np.ndarray
+    ids: np.ndarray
+
+    def taken(self, order: np.ndarray) -> Island:
+        return Island(*(np.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1) for x in self))
+
+
+def empty_island(Q: int, M: int, L: int) -> Island:
+    return Island(np.full((Q, M, L), PAD, np.int8), np.zeros((Q, M, L)), np.full((Q, M), np.inf),
+                  np.full((Q, M), np.inf), np.full((Q, M), -1))
+
+
+class Search:
+    """A search of all problems in lockstep. One cache counts distinct evaluations, the same for all methods.
+
+    An island is `raw`, where a program is measured as it is, or `terms`, where its additive terms get the weights of
+    least squares, which costs one evaluation more.
+    """
+
+    def __init__(self, problems: Problems, grammar: Grammar, *, budget: int, population: int, islands: Sequence[str],
+                 seed: int, parsimony: float = 0.05, record: bool = False):
+        Q, M, L = len(problems.y), population, grammar.max_size
+        self.problems, self.grammar, self.budget, self.parsimony = problems, grammar, budget, parsimony
+        self.rng, self.variance = np.random.default_rng([seed, SEARCH]), problems.y.var(1)
+        self.islands = {kind: empty_island(Q, M, L) for kind in islands}
+        self.cache: set[int] = set()
+        self.spent, self.proposed, self.solved_at = np.zeros(Q, int), np.zeros(Q, int), np.full(Q, -1)
+        self.best = {"tokens": np.full((Q, L), PAD, np.int8), "constants": np.zeros((Q, L)),
+                     "nmse": np.full(Q, np.inf), "weighted": np.zeros(Q, bool), "id": np.full(Q, -1),
+                     "at": np.full(Q, -1)}
+        self.n_ids, self.record, self.births = 0, record, []
+
+    def active(self) -> np.ndarray:
+        """Problems that are neither solved on their own points nor out of evaluations."""
+        return np.flatnonzero((self.solved_at < 0) & (self.spent < self.budget))
+
+    def offer(self, kind: str, of: np.ndarray, programs: Programs, parents: np.ndarray | None = None) -> None:
+        """Evaluate the programs (P, L) for problems `of` (P,) that are new to them, and let the best survive."""
+        np.add.at(self.proposed, of, 1)
+        new, at = self.novel(kind, of, programs[0])
+        of, tokens, constants = of[new], programs[0][new], programs[1][new]
+        if not len(of):
+            return
+        p, used = self.problems, constants if self.grammar.constants else None
+        shape = shape_of(tokens)
+        with np.errstate(all="ignore"):
+            if kind == "terms":
+                errors = fit_terms(tokens, p.X, p.y, of, used, shape)
+            else:
+                errors = ((evaluate(tokens, p.X, of, used, shape=shape) - p.y[of]) ** 2).mean(1)
+            nmse = errors / self.variance[of]
+        nmse[~np.isfinite(nmse)] = np.inf
+        score = np.log10(nmse + 1e-12) + self.parsimony * shape.size[:, 0]
+        ids = self.n_ids + np.arange(len(of))
+        self.n_ids += len(of)
+        if self.record:
+            self.births.append((of, tokens, np.full((len(of), 2), -1) if parents is None else parents[new]))
+        self.note(kind, of, tokens, constants, nmse, ids, at)
+        self.select(kind, of, (tokens, constants, nmse, score, ids))
+
+    def novel(self, kind: str, of: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (n,) that are not in the cache and within the budget; evaluations (n,) spent when each is done."""
+        cost = 1 + (kind == "terms")
+        salt = (of * len(self.islands) + list(self.islands).index(kind) + 1).astype(np.uint64)
+        keys = keys_of(tokens, shape_of(tokens)) ^ (salt * np.uint64(0x2545F4914F6CDD1D))
+        new, at = [], []
+        for i, (q, key) in enumerate(zip(of.tolist(), keys.tolist(), strict=True)):
+            if key not in self.cache and tokens[i, 0] != PAD:
+                if self.spent[q] + cost > self.budget:
+                    self.spent[q] = self.budget
+                    continue
+                self.cache.add(key)
+                self.spent[q] += cost
+                new.append(i)
+                at.append(self.spent[q])
+        return np.array(new, np.int64), np.array(at, np.int64)
+
+    def note(self, kind: str, of: np.ndarray, tokens: np.ndarray, constants: np.ndarray, nmse: np.ndarray,
+             ids: np.ndarray, at: np.ndarray) -> None:
+        """Keep the best program of each problem, and after how many evaluations it was solved."""
+        for i in np.flatnonzero(nmse < self.best["nmse"][of]):
+            q = of[i]
+            if nmse[i] < self.best["nmse"][q] and self.solved_at[q] < 0:
+                for name, value in (("tokens", tokens[i]), ("constants", constants[i]), ("nmse", nmse[i]),
+                                    ("weighted", kind == "terms"), ("id", ids[i])):
+                    self.best[name][q] = value
+                self.best["at"][q] = at[i]
+                if nmse[i] <= EXACT:
+                    self.solved_at[q] = at[i]
+
+    def select(self, kind: str, of: np.ndarray, born: tuple[np.ndarray, ...]) -> None:
+        """The island keeps its M best; of programs with equal errors, which are the same function, the best alone."""
+        island = self.islands[kind]
+        problems, rows = np.unique(of, return_inverse=True)
+        order = np.argsort(rows, kind="stable")
+        place = np.empty(len(of), int)
+        place[order] = np.arange(len(of)) - np.searchsorted(rows[order], rows[order])
+        M, B = island.score.shape[1], int(place.max()) + 1
+        merged = empty_island(len(problems), M + B, self.grammar.max_size)
+        for both, old, new in zip(merged, island, born, strict=True):
+            both[:, :M] = old[problems]
+            both[rows, M + place] = new
+        merged = merged.taken(np.argsort(merged.score, 1, kind="stable"))
+        by_error = np.argsort(np.round(np.log(merged.nmse + 1e-300), 9), 1, kind="stable")
+        errors = np.take_along_axis(np.round(np.log(merged.nmse + 1e-300), 9), by_error, 1)
+        twin = np.zeros(errors.shape, bool)
+        np.put_along_axis(twin, by_error[:, 1:], errors[:, 1:] == errors[:, :-1], 1)
+        merged.score[twin] = np.inf
+        merged = merged.taken(np.argsort(merged.score, 1, kind="stable")[:, :M])
+        for old, new in zip(island, merged, strict=True):
+            old[problems] = new
+
+    def begin(self) -> None:
+        """Random programs of up to 7 tokens."""
+        for kind, island in self.islands.items():
+            of = np.repeat(np.arange(len(self.spent)), island.score.shape[1])
+            sizes = self.rng.integers(1, min(8, self.grammar.max_size + 1), len(of))
+            tokens = random_programs(self.rng, sizes, self.grammar)
+            self.offer(kind, of, (tokens, self.rng.normal(size=tokens.shape)))
+
+    def breed(self, kind: str, n: int) -> None:
+        """n children for each active problem, of parents that won tournaments of 3."""
+        of, island = np.repeat(self.active(), n), self.islands[kind]
+        there = np.maximum(1, np.isfinite(island.score).sum(1))[of, None]
+        a, b = ((self.rng.random((len(of), 3)) * there).astype(np.int64).min(1) for _ in range(2))
+        parents = [(island.tokens[of, i], island.constants[of, i]) for i in (a, b)]
+        self.offer(kind, of, breed(self.rng, *parents, self.grammar), np.stack([island.ids[of, a], island.ids[of, b]], 1))
+
+
+# ---- Examples: what the net learns from
+
+class Examples(NamedTuple):
+    """n moments of GP runs: the programs that the net is shown, and the one that it shall answer with."""
+    members: np.ndarray     # (n, M, L), best first
+    targets: np.ndarray     # (n, L)
+    generation: np.ndarray  # (n,)
+    function: np.ndarray    # (n,) which of the split's functions the data are of
+
+    def of(self, some: np.ndarray | slice) -> Examples:
+        return Examples(*(x[some] for x in self))
+
+
+class Data(NamedTuple):
+    """Functions (n, L) and examples of train, val and test; no function is in two of them."""
+    functions: dict[str, np.ndarray]
+    examples: dict[str, Examples]
+
+
+SPLITS = ("train", "val", "test")
+
+
+def generate(args: argparse.Namespace) -> Data:
+    """Sample functions, split them by what they are, run GP on each, and take examples of its generations."""
+    grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
+    rng = np.random.default_rng([args.seed, FUNCTIONS])
+    tokens, share = sample_functions(rng, grammar, args.functions, range(1, args.target_size + 1))
+    size = (tokens != PAD).sum(1)
+    tokens, share = tokens[size >= 3], share[size >= 3]
+    split = np.where(share < TEST_SHARE, 2, np.where(share < TEST_SHARE + VAL_SHARE, 1, 0))
+    functions, examples = {}, {}
+    for i, name in enumerate(SPLITS):
+        rng = np.random.default_rng([args.seed, TRAJECTORY, i])
+        problems, usable = make_problems(rng, tokens[split == i], args.points, args.variables)
+        functions[name] = tokens[split == i][usable]
+        parts = [trajectories(problems.of(slice(k, k + 2000)), grammar, args, k + i, k)
+                 for k in range(0, len(usable), 2000)]
+        examples[name] = Examples(*map(np.concatenate, zip(*parts, strict=True)))
+    refuse_overlap(functions, args.variables)
+    return Data(functions, examples)
+
+
+def refuse_overlap(functions: dict[str, np.ndarray], variables: int) -> None:
+    """Raise UserError if a function is in two splits, be it with its variables renamed."""
+    seen: dict[bytes, str] = {}
+    for name, tokens in functions.items():
+        for row, key in zip(tokens, classes_of(tokens, variables), strict=True):
+            if seen.setdefault(key, name) != name:
+                raise UserError(f"the function {infix(row)} of {name} is in {seen[key]}, too")
+
+
+def trajectories(problems: Problems, grammar: Grammar, args: argparse.Namespace, seed: int, first: int) -> Examples:
+    """Examples of GP runs of --generations on these problems, whose functions are the split's from `first` on.
+
+    The target is the solution; an ancestor of the run's best among the next generation; or any child in that. A
+    generation that has no such target gives no example.
+    """
+    s = Search(problems, grammar, budget=1 << 40, population=GP_POPULATION, islands=["raw"],
+               seed=args.seed * 1000 + seed, record=True)
+    s.begin()
+    parts, born = [], [len(s.births)]
+    for generation in range(args.generations):
+        of = s.active()
+        parts.append((s.islands["raw"].tokens[of], problems.truth[of], np.full(len(of), generation), of))
+        s.breed("raw", GP_POPULATION)
+        born.append(len(s.births))
+    out = Examples(*map(np.concatenate, zip(*parts, strict=True)))
+    if args.objective != "solution":
+        chosen, there = descendants(s, out, born, args.objective)
+        out = out._replace(targets=chosen).of(there)
+    return out._replace(function=out.function + first)
+
+
+def descendants(s: Search, examples: Examples, born: Sequence[int], objective: str) -> tuple[np.ndarray, np.ndarray]:
+    """A program (n, L) of the next generation for each example, an ancestor of the best or any; whether (n,) one is."""
+    of, tokens, parents = (np.concatenate(x) for x in zip(*s.births, strict=True))
+    sizes = np.cumsum([0, *(len(b[0]) for b in s.births)])
+    generation = np.searchsorted(sizes[born], np.arange(len(of)), side="right")  # 0: those of `begin`
+    wanted = np.ones(len(of), bool)
+    if objective == "ancestor":
+        wanted[:] = False
+        wanted[s.best["id"][s.best["id"] >= 0]] = True
+        for i in range(len(of) - 1, -1, -1):  # children are born behind their parents
+            if wanted[i]:
+                wanted[parents[i][parents[i] >= 0]] = True
+    order = s.rng.permutation(np.flatnonzero(wanted))
+    born_in = {(q, g): i for i, q, g in zip(order.tolist(), of[order].tolist(), generation[order].tolist(), strict=True)}
+    chosen = [born_in.get((q, g + 1), -1) for q, g in
+              zip(examples.function.tolist(), examples.generation.tolist(), strict=True)]
+    return tokens[chosen], np.array(chosen, np.int64) >= 0
+
+
+# ---- Model. B examples, M members, N points, V variables, T tokens of context, D width
+
+N_FEATURES = 11
+
+
+def features(x: torch.Tensor) -> torch.Tensor:
+    """Numbers of any size as (..., N_FEATURES) between about -2 and 2: coarse, fine, and whether they are finite."""
+    finite = torch.isfinite(x)
+    x = torch.where(finite, x, 0.0).clamp(-1e6, 1e6)
+    scale = torch.asinh(x)
+    waves = scale[..., None] * torch.tensor([1.0, 2.0, 4.0, 8.0], device=x.device)
+    coarse = torch.stack([scale / 2, x.clamp(-4, 4) / 2, finite.float() - 1], -1)
+    return torch.cat([coarse, waves.sin(), waves.cos()], -1)
+
+
+class Context(NamedTuple):
+    """What the net sees of a problem: its points, and programs with their values on them, best first."""
+    X: torch.Tensor        # (B, N, V)
+    y: torch.Tensor        # (B, N)
+    members: torch.Tensor  # (B, M, L) tokens
+    values: torch.Tensor   # (B, M, N)
+
+
+FORMAT = f"tokens {', '.join(TOKENS)} from {FIRST_OP}; features {N_FEATURES}; members by error; values, y - f, y / f"
+
+
+def encode_context(X: np.ndarray, y: np.ndarray, members: np.ndarray, c: Config) -> Context:
+    """The context of data X (B, N, V), y (B, N) and programs (B, M, L); training and search call this alone.
+
+    It is trimmed to the first `points` points and the first `members` programs; places that are left are empty.
+    """
+    B, L = len(X), c.max_size
+    X, y, members = X[:, :c.points], y[:, :c.points], members[:, :c.members]
+    members = np.pad(members, ((0, 0), (0, c.members - members.shape[1]), (0, L - members.shape[2])))
+    flat = members.reshape(B * c.members, L)
+    there = flat[:, 0] != PAD
+    values = np.full((len(flat), X.shape[1]), np.nan)
+    values[there] = evaluate(flat[there], X, np.repeat(np.arange(B), c.members)[there])
+    X = np.pad(X, ((0, 0), (0, 0), (0, c.variables - X.shape[2])))
+    values = np.clip(values, -1e15, 1e15).reshape(B, c.members, -1)  # so that squares fit float32
+    X, y, values = (torch.from_numpy(x.astype(np.float32)) for x in (X, y, values))
+    return Context(X, y, torch.from_numpy(members.astype(np.int64)), values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is needed to rebuild a net. Raises UserError for one that cannot be."""
+    arch: str
+    ops: tuple[str, ...]
+    variables: int
+    max_size: int
+    points: int
+    members: int
+    hidden: int
+    layers: int
+    heads: int
+
+    def __post_init__(self):
+        _ = self.grammar  # which checks operators and sizes
+        for name in ("points", "members", "hidden", "layers", "heads"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)!r:.40}, not 1 or more")
+        if self.hidden % self.heads or self.arch not in ("own", "gpt2"):
+            raise UserError(f"--hidden {self.hidden} cannot be divided by --heads {self.heads}"
+                            if self.hidden % self.heads else f"--arch is {self.arch!r:.40}, not own or gpt2")
+
+    @property
+    def grammar(self) -> Grammar:
+        return Grammar(ops=self.ops, variables=self.variables, max_size=self.max_size)
+
+
+DATA_TOKENS = 4  # of a context, for the data; behind them one for each member
+
+
+class Reader(nn.Module):
+    """A context to T vectors (B, T, D): the data's, pooled by attention, and one of each member.
+
+    A member's vector knows its tokens, and at each point its value f, y, y - f and y / f: what would be left to find.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        D, H = c.hidden, 96
+        self.point = nn.Sequential(nn.Linear((c.variables + 1) * N_FEATURES, H), nn.GELU(), nn.Linear(H, H), nn.GELU())
+        self.pool, self.data = nn.Linear(H, DATA_TOKENS, bias=False), nn.Linear(H, D)
+        self.place = nn.Linear((c.variables + 1) * N_FEATURES, H, bias=False)
+        self.value = nn.Linear(3 * N_FEATURES, H)
+        self.mix = nn.Sequential(nn.GELU(), nn.Linear(H, H), nn.GELU())
+        self.member = nn.Linear(2 * H + N_FEATURES, D)
+        self.letters, self.program = nn.Embedding(VOCAB, 16), nn.Linear(16 * c.max_size, D)
+        self.kind = nn.Parameter(0.02 * torch.randn(DATA_TOKENS + c.members, D))
+
+    def forward(self, context: Context) -> torch.Tensor:
+        X, y, members, f = context
+        place = features(torch.cat([X, y[..., None]], -1)).flatten(2)
+        points = self.point(place)                                                       # (B, N, H)
+        data = self.data(self.pool(points).softmax(1).transpose(1, 2) @ points)          # (B, DATA_TOKENS, D)
+        target = y[:, None]
+        values = self.value(features(torch.stack([f, target - f, target / f], -1)).flatten(3))
+        values = self.mix(values + self.place(place)[:, None])                           # (B, M, N, H)
+        error = ((f - target) ** 2).mean(2) / y.var(1, correction=0)[:, None]
+        error = error.nan_to_num(1e9, 1e9).clamp(1e-9, 1e9)
+        x = torch.cat([values.mean(2), values.amax(2), features(error.log())], -1)       # (B, M, 2 H + N_FEATURES)
+        x = self.member(x) + self.program(self.letters(members).flatten(2))              # (B, M, D)
+        return torch.cat([data, x], 1) + self.kind
+
+
+Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each block, (B, heads, tokens so far, D / heads)
+
+
+class Block(nn.Module):
+    """Causal attention and an MLP of squared ReLU, each added to what comes in (pre-norm)."""
+
+    def __init__(self, D: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+        self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+        self.norm1, self.norm2 = nn.RMSNorm(D), nn.RMSNorm(D)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None, n_context: int = 0
+                ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """x (B, n, D) behind `past`; the first n_context of x see each other. Returns (B, n, D), and past with x."""
+        B, n, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        seen = torch.ones(n, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - n)
+        seen[:n_context, :n_context] = True
+        # Written out: on a CPU torch's own attention with a mask takes longer.
+        scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~seen, -1e4)
+        x = x + self.out((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(B, n, D))
+        return x + self.down(F.relu(self.up(self.norm2(x))).square()), (k, v)
+
+
+class Transformer(nn.Module):
+    """Blocks over vectors (B, n, D), behind a past."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.blocks, self.norm = nn.ModuleList(Block(c.hidden, c.heads) for _ in range(c.layers)), nn.RMSNorm(c.hidden)
+
+    def forward(self, x: torch.Tensor, past: Past | None = None, n_context: int = 0) -> tuple[torch.Tensor, Past]:
+        new = []
+        for i, block in enumerate(self.blocks):
+            x, both = block(x, past[i] if past else None, n_context)
+            new.append(both)
+        return self.norm(x), new
+
+    @staticmethod
+    def repeated(past: Past, n: int) -> Past:
+        return [(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in past]
+
+
+class GPT2(nn.Module):
+    """transformers' GPT-2 in the same place, as a comparison."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        from transformers import GPT2Config, GPT2Model
+        self.body = GPT2Model(GPT2Config(
+            vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=DATA_TOKENS + c.members + c.max_size + 1, n_embd=c.hidden, n_layer=c.layers,
+            n_head=c.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+    def forward(self, x: torch.Tensor, past=None, n_context: int = 0):
+        out = self.body(inputs_embeds=x, past_key_values=past, use_cache=True)
+        return out.last_hidden_state, out.past_key_values
+
+    @staticmethod
+    def repeated(past, n: int):
+        past.batch_repeat_interleave(n)
+        return past
+
+
+class Net(nn.Module):
+    """Reads a context, and gives logits of a program's tokens one behind the other."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config = c
+        self.reader, self.embed = Reader(c), nn.Embedding(VOCAB, c.hidden)
+        self.place = nn.Parameter(0.02 * torch.randn(c.max_size + 1, c.hidden))
+        self.body = (Transformer if c.arch == "own" else GPT2)(c)
+        self.head = nn.Linear(c.hidden, VOCAB, bias=False)
+
+    def forward(self, context: Context, targets: torch.Tensor) -> torch.Tensor:
+        """Logits (B, n, VOCAB) of the targets (B, n), each from the context and the targets before it."""
+        read = self.reader(context)
+        before = F.pad(targets[:, :-1], (1, 0), value=BOS)
+        x = torch.cat([read, self.embed(before) + self.place[:before.shape[1]]], 1)
+        x, _ = self.body(x, n_context=read.shape[1])
+        return self.head(x[:, read.shape[1]:])
+
+    @torch.no_grad()
+    def sample(self, context: Context, n: int, generator: torch.Generator, temperature: float = 1.0,
+               masked: bool = True) -> np.ndarray:
+        """n programs (B, n, L) for each context; temperature 0: the likeliest token each time.
+
+        masked: only tokens that can be part of a program of up to L tokens. Otherwise rows may be no programs: they
+        hold what was sampled up to EOS.
+        """
+        size = max(1, SAMPLED // n)
+        return np.concatenate([self.continued(self.reader(Context(*(x[k:k + size] for x in context))), n, generator,
+                                              temperature, masked) for k in range(0, len(context.y), size)])
+
+    def continued(self, read: torch.Tensor, n: int, generator: torch.Generator, temperature: float, masked: bool
+                  ) -> np.ndarray:
+        """The same of contexts that are read (B, T, D)."""
+        c = self.config
+        _, past = self.body(read, n_context=read.shape[1])
+        past = self.body.repeated(past, n)
+        P, device = len(read) * n, read.device
+        choices = np.concatenate([c.grammar.leaves, c.grammar.operators])
+        tokens, need = np.full((P, c.max_size), PAD, np.int8), np.ones(P, np.int64)
+        last, open_ = torch.full((P,), BOS, device=device), np.ones(P, bool)
+        for i in range(c.max_size):
+            x, past = self.body(self.embed(last)[:, None] + self.place[i], past)
+            logits = self.head(x[:, 0]).float()
+            if masked:
+                allowed = np.zeros((P, VOCAB), bool)
+                allowed[:, choices] = fitting(need, np.full(P, c.max_size - i), ARITY[choices], False)
+                allowed[~open_, ONE] = True  # any token: it is not used
+                logits = logits.masked_fill(~torch.from_numpy(allowed).to(device), -math.inf)
+            if temperature:
+                last = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0].to(device)
+            else:
+                last = logits.argmax(-1)
+            t = last.cpu().numpy()
+            tokens[:, i] = np.where(open_, t, PAD)
+            need += np.where(open_, ARITY[t] - 1, 0)
+            open_ &= (need > 0) if masked else (t != EOS)
+            if not open_.any():
+                break
+        return tokens.reshape(len(read), n, c.max_size)
+
+
+# ---- Loss, optimizer
+
+def labels_of(targets: np.ndarray) -> torch.Tensor:
+    """Tokens (n, longest + 1) of programs (n, L) with EOS behind each; PAD is no label."""
+    size = (targets != PAD).sum(1)
+    labels = np.pad(targets, ((0, 0), (0, 1)))[:, :size.max() + 1].astype(np.int64)
+    labels[np.arange(len(labels)), size] = EOS
+    return torch.from_numpy(labels)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (B, n) of each token of the target and of its EOS, 0 behind that."""
+    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=PAD, reduction="none")
+
+
+def batch_of(examples: Examples, functions: np.ndarray, rng: np.random.Generator, c: Config
+             ) -> tuple[Context, torch.Tensor]:
+    """Contexts and labels of examples, with points of their functions that are drawn anew."""
+    problems, usable = make_problems(rng, functions[examples.function], c.points, c.variables, n_test=0)
+    return (encode_context(problems.X, problems.y, examples.members[usable], c),
+            labels_of(examples.targets[usable]))
+
+
+def schedule(step: int, args: argparse.Namespace) -> float:
+    """Share of --lr: up during --warmup steps, then down in a line to 0 at the end."""
+    return min(1.0, (step + 1) / (args.warmup + 1), (args.steps - step) / max(1, args.steps - args.warmup))
+
+
+def make_optimizers(net: Net, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, AdamW without decay for the rest."""
+    matrices = [p for p in net.body.parameters() if p.ndim == 2]
+    chosen = set(map(id, matrices))
+    rest = [p for p in net.parameters() if id(p) not in chosen]
+    return [Muon(matrices, lr=args.lr, weight_decay=args.weight_decay),
+            torch.optim.AdamW(rest, betas=(0.9, 0.95), lr=args.lr, weight_decay=0.0)]
+
+
+# ---- Diagnosis: is the net any good, and if not, in which way?
+
+def whole(rows: np.ndarray, variables: int) -> np.ndarray:
+    """Which rows (P, L), cut at EOS, are one whole program without fitted constants."""
+    ended = np.cumsum(rows == EOS, 1) > 0
+    tokens = np.where(ended, PAD, rows)
+    known = (tokens == ONE) | ((tokens >= X0) & (tokens < X0 + variables)) | (ARITY[tokens] > 0)
+    there = np.cumsum(tokens == PAD, 1) == 0
+    need = 1 + np.cumsum(np.where(there, ARITY[tokens] - 1, 0), 1)
+    at = there.sum(1) - 1
+    closes = (need[np.arange(len(rows)), at] == 0) & ((need > 0) | ~there | (np.arange(rows.shape[1]) == at[:, None])).all(1)
+    return (at >= 0) & closes & (known | ~there).all(1)
+
+
+def rate_of(values: np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def teacher_forced(net: Net, context: Context, labels: torch.Tensor) -> dict:
+    """Loss and accuracies where each token is predicted from the target's own before it, and the first's distribution."""
+    with torch.no_grad():
+        logits = torch.cat([net(Context(*(x[k:k + 256] for x in context)), labels[k:k + 256])
+                            for k in range(0, len(labels), 256)])
+    losses, asked = token_losses(logits, labels), labels != PAD
+    first = labels[:, 0].numpy()
+    target = np.bincount(first, minlength=VOCAB) / len(first)
+    predicted = logits[:, 0].softmax(-1).mean(0).double().numpy()
+    there = target > 0
+    right = (logits.argmax(-1) == labels) | ~asked
+    return {"loss": float(losses.sum() / asked.sum()), "first_token": rate_of(right[:, 0].numpy()),
+            "majority": float(target.max()), "token": float((right & asked).sum() / asked.sum()),
+            "kl": float((target[there] * np.log(target[there] / predicted[there])).sum()),
+            "first_target": target.tolist(), "first_predicted": predicted.tolist()}
+
+
+def generated(net: Net, context: Context, examples: Examples, truth: np.ndarray, generator: torch.Generator, k: int
+              ) -> dict:
+    """What the net answers, greedily and in k samples, beside targets (B, L) and the truth's programs (B, L)."""
+    c = net.config
+    goal = fingerprints(truth, c.variables)
+
+    def matches(rows: np.ndarray) -> np.ndarray:  # (B, n, L) -> (B, n)
+        keys = fingerprints(rows.reshape(-1, c.max_size), c.variables)
+        return np.array([key == goal[i // rows.shape[1]] for i, key in enumerate(keys)]).reshape(rows.shape[:2])
+    greedy = net.sample(context, 1, generator, 0.0)
+    free = net.sample(context, 1, generator, 1.0, masked=False)[:, 0]
+    B = min(N_SAMPLED, len(truth))
+    context = Context(*(x[:B] for x in context))
+    samples = net.sample(context, k, generator)
+    hits, flat = matches(samples), samples.reshape(-1, c.max_size)
+    values = evaluate(flat, context.X.double().numpy(), np.repeat(np.arange(B), k)).reshape(B, k, -1)
+    y = context.y.double().numpy()[:, None]
+    with np.errstate(all="ignore"):
+        errors = np.nan_to_num(((values - y) ** 2).mean(2), nan=np.inf)
+        known = np.nan_to_num(((context.values.double().numpy() - y) ** 2).mean(2), nan=np.inf).min(1)
+    _, counts = np.unique(greedy[:, 0], axis=0, return_counts=True)
+    return {"leaf": rate_of(greedy[:, 0, 1] == PAD), "leaf_target": rate_of(examples.targets[:, 1] == PAD),
+            "most_frequent": float(counts.max() / len(truth)), "valid_free": rate_of(whole(free, c.variables)),
+            "valid_masked": rate_of(whole(flat, c.variables)),
+            "exact_greedy": rate_of((greedy[:, 0] == examples.targets).all(1)),
+            "match_greedy": rate_of(matches(greedy)[:, 0]), f"match_best_of_{k}": rate_of(hits.any(1)),
+            "improves": rate_of(errors < known[:, None] * (1 - 1e-9)), "n": len(truth), "n_sampled": B}
+
+
+def diagnose(net: Net, data: Data, args: argparse.Namespace, n: int, k: int, splits: Sequence[str] = ("train", "val")
+             ) -> dict[str, dict]:
+    """The same figures on n examples of each split, the same ones each time."""
+    out = {}
+    with eval_mode(net):
+        for name in splits:
+            rng = np.random.default_rng([args.seed, EVAL, SPLITS.index(name)])
+            examples, functions = data.examples[name], data.functions[name]
+            some = examples.of(rng.permutation(len(examples.targets))[:n])
+            problems, usable = make_problems(rng, functions[some.function], net.config.points, net.config.variables,
+                                             n_test=0)
+            some = some.of(usable)
+            context = encode_context(problems.X, problems.y, some.members, net.config)
+            generator = torch.Generator().manual_seed(args.seed)
+            out[name] = {**teacher_forced(net, context, labels_of(some.targets)),
+                         **generated(net, context, some, problems.truth, generator, k)}
+    return out
+
+
+def verdicts(figures: dict[str, dict], losses: Sequence[float]) -> list[str]:
+    """In plain words what is wrong; losses: of validation, so far, the newest last."""
+    val, train, out = figures["val"], figures["train"], []
+    if val["leaf"] > val["leaf_target"] + 0.1:
+        out.append(f"collapsed: {val['leaf']:.0%} of its answers are a single leaf, {val['leaf_target']:.0%} of the targets")
+    if val["most_frequent"] > 0.2:
+        out.append(f"collapsed: {val['most_frequent']:.0%} of its answers are the same")
+    if val["kl"] > 0.1:
+        out.append(f"first tokens are off: a divergence of {val['kl']:.3f} nats from the targets'")
+    if len(losses) > 1 and losses[-1] > min(losses) + 0.02 and train["loss"] < val["loss"] - 0.1:
+        out.append(f"overfit: validation loss rose from {min(losses):.3f} to {losses[-1]:.3f}")
+    if val["first_token"] < val["majority"] + 0.05:
+        out.append(f"not learned: first token {val['first_token']:.1%}, the commonest is {val['majority']:.1%}")
+    return out
+
+
+# ---- Comparison: the search with and without the net, by problem
+
+METHODS = ("gp", "mix", "net", "random", "wrong")  # mix: --mix of the proposals are the net's; random, wrong: controls
+
+
+def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, generator: torch.Generator) -> None:
+    """One round: children of GP, and in their place proposals of the net, in shares that the method names.
+
+    random: random programs in place of the net's. wrong: what the net proposes for the next problem.
+    """
+    share = {"gp": 0.0, "net": 1.0}.get(method, args.mix)
+    n_proposed = round(share * args.population)
+    for kind in s.islands:
+        if n_proposed < args.population:
+            s.breed(kind, args.population - n_proposed)
+    of = s.active()
+    if not n_proposed or not len(of):
+        return
+    kind = next(iter(s.islands))
+    if method == "random":
+        sizes = s.rng.integers(1, args.target_size + 1, len(of) * n_proposed)
+        tokens = random_programs(s.rng, sizes, s.grammar)
+    else:
+        shown = np.roll(of, 1) if method == "wrong" else of
+        context = encode_context(s.problems.X[shown], s.problems.y[shown], s.islands[kind].tokens[shown], net.config)
+        tokens = net.sample(context, n_proposed, generator, args.temperature).reshape(-1, net.config.max_size)
+        tokens = np.pad(tokens, ((0, 0), (0, s.grammar.max_size - tokens.shape[1])))
+    s.offer(kind, np.repeat(of, n_proposed), (tokens, np.zeros(tokens.shape)))
+
+
+def search(problems: Problems, method: str, net: Net | None, args: argparse.Namespace, seed: int, budget: int,
+           max_seconds: float = math.inf) -> Search:
+    """Search all problems until they are solved, or out of evaluations or time, or nothing new is found for long."""
+    grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
+    s = Search(problems, grammar, budget=budget, population=args.population, islands=args.islands, seed=seed)
+    generator, start, idle = torch.Generator().manual_seed(seed), time.monotonic(), 0
+    s.begin()
+    while len(s.active()) and time.monotonic() - start < max_seconds and idle < IDLE:
+        before = s.spent.sum()
+        advance(s, method, net, args, generator)
+        idle = 0 if s.spent.sum() > before else idle + 1
+    return s
+
+
+def answers(s: Search) -> Programs:
+    """The best program of each problem (Q, L'), with the weights of least squares where it was found by them."""
+    found = []
+    for q, weights in enumerate(s.best["weighted"]):
+        n = int((s.best["tokens"][q] != PAD).sum())
+        program = s.best["tokens"][q, :n], s.best["constants"][q, :n]
+        program = weighted(*program, s.problems.X[q], s.problems.y[q]) if weights and n else program
+        found.append(simplified(*program))
+    L = max(1, *(len(t) for t, _ in found))
+    return np.stack([padded(t, L) for t, _ in found]), np.stack([np.pad(c, (0, L - len(c))) for _, c in found])
+
+
+def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.ndarray) -> tuple[list, list]:
+    """A program (n,) as a sum of its terms with their weights; weights that are 0, 1 or -1 up to 1e-7 are not written."""
+    shape = shape_of(tokens[None])
+    top = split_terms(tokens[None], shape)
+    values = evaluate(tokens[None], X[None], None, constants[None], top, shape)
+    vary = np.ptp(values, 1) > 0  # the others are part of the intercept
+    w, *_ = np.linalg.lstsq(np.vstack([np.ones_like(y), values[vary]]).T, y, rcond=None)
+    terms = [([C], [w[0]], 1.0)] if abs(w[0]) > 1e-7 * np.abs(y).max() else []
+    for i, weight in zip(np.flatnonzero(top[0])[vary], w[1:], strict=True):
+        t, c = (list(x[i:i + shape.size[0, i]]) for x in (tokens, constants))
+        if abs(abs(weight) - 1) < 1e-7:
+            terms.append((t, c, weight))
+        elif abs(weight) > 1e-9:
+            terms.append(([MUL, C, *t], [0.0, weight, *c], 1.0))
+    terms.sort(key=lambda term: term[2] < 0)  # one to add stands first, if there is one
+    t, c, sign = terms[0] if terms else ([C], [0.0], 1.0)
+    if sign < 0:
+        t, c = [MUL, C, *t], [0.0, -1.0, *c]
+    for more_t, more_c, sign in terms[1:]:
+        t, c = [ADD if sign > 0 else SUB, *t, *more_t], [0.0, *c, *more_c]
+    return t, c
+
+
+def simplified(tokens: Sequence[int], constants: Sequence[float], i: int = 0) -> tuple[list, list]:
+    """A program whose parts without a variable are one constant each, and without u * 1, u / 1, u + 0 and u - 0."""
+    t = int(tokens[i])
+    if not ARITY[t]:
+        return ([ONE], [0.0]) if t == C and constants[i] == 1 else ([t], [float(constants[i])])
+    parts = [simplified(tokens, constants, k) for k in operands(tokens, i)[0]]
+    numbers = [1.0 if part[0] == [ONE] else part[1][0] if part[0] == [C] else None for part in parts]
+    if None not in numbers:
+        with np.errstate(all="ignore"):
+            value = float(OPS[t - FIRST_OP].value(*map(np.float64, numbers)))
+        return ([ONE], [0.0]) if abs(value - 1) < 1e-12 else ([C], [value])
+    if t == MUL and parts[0][0] == [C] and parts[1][0][:2] == [MUL, C]:  # two factors are one
+        (t, c), factor = parts[1], parts[0][1][0] * parts[1][1][1]
+        return (t[2:], c[2:]) if abs(factor - 1) < 1e-12 else (t, [0.0, factor, *c[2:]])
+    neutral = {MUL: 1, DIV: 1, ADD: 0, SUB: 0}.get(t)
+    if neutral is not None and numbers[1] == neutral:
+        return parts[0]
+    if t in (MUL, ADD) and numbers[0] == neutral:
+        return parts[1]
+    return [t, *parts[0][0], *(parts[1][0] if len(parts) > 1 else [])], [0.0, *(c for part in parts for c in part[1])]
+
+
+def scored(s: Search) -> dict[str, np.ndarray]:
+    """Of each problem (Q,): whether it is solved (NMSE <= 1e-9 on the test points), after how many evaluations, and
+    recovered (equal to the truth on a range twice as wide, with at most twice its tokens)."""
+    p, (tokens, constants) = s.problems, answers(s)
+    of = np.arange(len(s.spent))
+    test, wide = (evaluate(tokens, X, of, constants) for X in (p.X_test, p.X_wide))
+    there = np.isfinite(p.y_wide)
+    with np.errstate(all="ignore"):
+        nmse = ((test - p.y_test) ** 2).mean(1) / p.y_test.var(1)
+        close = np.abs(wide - p.y_wide) <= 1e-6 * (1 + np.abs(p.y_wide))
+    solved = nmse <= SOLVED
+    small = (tokens != PAD).sum(1) <= 2 * (p.truth != PAD).sum(1)
+    return {"solved": solved, "recovered": solved & (close | ~there).all(1) & small, "nmse": nmse,
+            "at": np.where(solved, s.best["at"], -1)}
+
+
+def paired(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a - b, (problems, seeds), and its 95 % interval by a bootstrap over problems."""
+    difference = (a.astype(float) - b).mean(1)
+    rng = np.random.default_rng(seed)
+    means = difference[rng.integers(0, len(difference), (10_000, len(difference)))].mean(1)
+    return float(difference.mean()), *map(float, np.quantile(means, (0.025, 0.975)))
+
+
+# ---- Training
+
+def train(args: flags.Flags) -> dict:
+    """Train a net, diagnose it and, in the mode demo, search with it; the summary. Raises UserError."""
+    devices.refuse_ranks(SCRIPT)
+    args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, best=float, losses=list, data=str)
+    device = devices.get_device(args.device)
+    data = load_data(args.data, args) if args.data else generate(args)
+    if saved and saved["data"] != fingerprint(data):
+        raise UserError(f"{args.resume}: its examples have the hash {saved['data']}, those here {fingerprint(data)}")
+    problems = held_out(data, args) if args.mode == "demo" else None  # too few are told now
+    torch.manual_seed(args.seed)
+    net = Net(config_of(args)).to(device)
+    if args.init_from and not saved:
+        net.load_state_dict(load_net(args.init_from, net.config)[0].state_dict())
+    optimizers, best, losses = make_optimizers(net, args), math.inf, []
+    if saved:
+        with files.refuse_damaged(args.resume):
+            net.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        best, losses = saved["best"], saved["losses"]
+
+    with run.Run(args, SCRIPT, __file__, saved) as r:
+        print(describe(data, args), flush=True)
+        n = len(data.examples["train"].targets)
+        print(f"{args.arch} on {devices.describe(device)}; {count_parameters(net)} parameters, {args.steps} steps of "
+              f"{args.batch_size} examples, {args.steps * args.batch_size / n:.2f} epochs of {n}; {r.folder}", flush=True)
+        ended, grad, clock = "", math.nan, (r.seconds(), r.start)
+        for step in range(r.start, args.steps + 1):
+            due, last = r.due(step), r.last(step)
+            if due:
+                speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
+                figures = diagnose(net, data, args, N_VAL, 4)
+                losses.append(figures["val"]["loss"])
+                log(r, step, figures, step * args.batch_size / n, grad, speed if step > r.start else math.nan, args)
+                if losses[-1] <= best:
+                    best = losses[-1]
+                    r.save("best.pt", model=net.state_dict(), config=asdict(net.config), data=fingerprint(data),
+                           context=FORMAT, best=best)
+                for verdict in verdicts(figures, losses) if step else []:
+                    print(f"  {verdict}", flush=True)
+                if args.patience and len(losses) - 1 - int(np.argmin(losses)) >= args.patience:
+                    ended = f"no better validation loss in {args.patience} evaluations"
+                clock = r.seconds(), step
+            last = last or bool(ended)
+            if due or last:
+                r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=fingerprint(data),
+                       context=FORMAT, best=best, losses=losses, optimizers=[o.state_dict() for o in optimizers])
+            if last:
+                break
+            grad = update(net, optimizers, data, args, step, r.folder)
+        r.leave_if_stopped()
+        return finish(r, net, data, problems, args, losses, ended)
+
+
+def update(net: Net, optimizers: Sequence[torch.optim.Optimizer], data: Data, args: argparse.Namespace, step: int,
+           folder: Path) -> float:
+    """One optimizer step; the norm of the gradient. Raises UserError if that is not finite."""
+    rng, examples = np.random.default_rng([args.seed, BATCH, step]), data.examples["train"]
+    context, labels = batch_of(epoch_batch(examples, args, step), data.functions["train"], rng, net.config)
+    losses = token_losses(net(context, labels), labels)
+    (losses.sum() / (labels != PAD).sum()).backward()
+    grad = float(nn.utils.clip_grad_norm_(net.parameters(), 1.0))
+    if not math.isfinite(grad):
+        raise UserError(f"the loss of step {step}, or its gradient, is not finite; the last good checkpoint is "
+                        f"{folder / 'last.pt'}")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(step, args)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return grad
+
+
+def epoch_batch(examples: Examples, args: argparse.Namespace, step: int) -> Examples:
+    """The batch of a step: each epoch has every example once, in an order of its own."""
+    n, seen = len(examples.targets), np.arange(step * args.batch_size, (step + 1) * args.batch_size)
+    orders = {k: np.random.default_rng([args.seed, BATCH, 0, int(k)]).permutation(n) for k in np.unique(seen // n)}
+    return examples.of(np.array([orders[k // n][k % n] for k in seen.tolist()]))
+
+
+def log(r: run.Run, step: int, figures: dict, epoch: float, grad: float, speed: float, args: argparse.Namespace) -> None:
+    """A row of metrics.csv, and the log line."""
+    row = {"step": step, "epoch": epoch}
+    for name, table in figures.items():
+        row |= {f"{name}_{key}": value for key, value in table.items()
+                if isinstance(value, float) and key not in ("first_target", "first_predicted")}
+    r.record({**row, "lr": args.lr * schedule(step, args), "grad": grad, "examples_per_second": speed})
+    r.show({"step": step, **{key: row[key] for key in (
+        "train_loss", "val_loss", "val_first_token", "val_majority", "val_kl", "val_leaf", "val_valid_free",
+        "val_match_greedy", "val_improves")}, "lr": args.lr * schedule(step, args)})
+
+
+def describe(data: Data, args: argparse.Namespace) -> str:
+    """What the data hold, counted."""
+    lines = []
+    for name in SPLITS:
+        sizes = np.bincount((data.functions[name] != PAD).sum(1))
+        lines.append(f"{name}: {len(data.functions[name])} functions (of " + ", ".join(
+            f"{k} tokens {n}" for k, n in enumerate(sizes) if n) + f"), {len(data.examples[name].targets)} examples")
+    return "\n".join([f"objective {args.objective}, operators {','.join(args.ops)}, hash {fingerprint(data)}", *lines])
+
+
+def fingerprint(data: Data) -> str:
+    """Twelve hexadecimal digits of a hash of all functions and examples."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        for x in (data.functions[name], *data.examples[name]):
+            digest.update(repr((name, x.shape)).encode() + np.ascontiguousarray(x.astype(np.int64)).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def finish(r: run.Run, net: Net, data: Data, problems: Problems | None, args: flags.Flags, losses: Sequence[float],
+           ended: str) -> dict:
+    """Diagnose the best net on all three splits, compare searches for problems, write summary and pictures."""
+    best = checkpoint.read(r.folder / "best.pt")
+    net.load_state_dict(best["model"])
+    figures = diagnose(net, data, args, N_FINAL, args.samples, SPLITS)
+    found = compare(problems, net, args) if problems else {}
+    said = verdicts(figures, losses)
+    if not ended and len(losses) > 2 and losses[-1] < losses[-2] - 0.01:
+        said.append(f"not converged: validation loss still falls, {losses[-2]:.3f} to {losses[-1]:.3f} at the end")
+    summary = r.summary(n_params=count_parameters(net), arch=args.arch, objective=args.objective, ops=args.ops,
+                        data=fingerprint(data), best_step=best["step"], ended=ended, verdicts=said, figures=figures,
+                        **found)
+    draw_training(r.folder)
+    draw_first_tokens(figures, r.folder / "first_tokens.png")
+    print(format_diagnosis(figures), *said, sep="\n", flush=True)
+    if found:
+        print(report(r.folder, found), flush=True)
+    print(f"best at step {best['step']}, {ended or 'ended'} at step {r.step}; {summary['seconds']:.0f} s, "
+          f"{summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
+    return summary
+
+
+def format_diagnosis(figures: dict[str, dict]) -> str:
+    """A table of the diagnosis, a column for each split."""
+    names = [name for name in next(iter(figures.values())) if name not in ("first_target", "first_predicted")]
+    lines = [f"{'':18s}" + "".join(f"{split:>12s}" for split in figures)]
+    for name in names:
+        lines.append(f"{name:18s}" + "".join(f"{table[name]:12.4f}" if isinstance(table[name], float) else
+                                             f"{table[name]:12d}" for table in figures.values()))
+    return "\n".join(lines)
+
+
+# ---- The comparison of searches
+
+def held_out(data: Data, args: argparse.Namespace) -> Problems:
+    """--problems functions that are in neither train nor val: of each size equally many, as far as there are."""
+    rng = np.random.default_rng([args.seed, PROBLEMS])
+    tokens = data.functions["test"]
+    if args.larger:
+        grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
+        sizes = range(args.target_size + 1, min(args.target_size + args.larger, args.max_size) + 1)
+        tokens, _ = sample_functions(rng, grammar, 200 * args.problems, sizes)
+        tokens = tokens[(tokens != PAD).sum(1) > args.target_size]
+        known = {key for rows in data.functions.values() for key in classes_of(rows, args.variables)}
+        tokens = tokens[[key not in known for key in classes_of(tokens, args.variables)]]
+    size = (tokens != PAD).sum(1)
+    order = rng.permutation(len(tokens))
+    rank = np.zeros(len(tokens), np.int64)  # within its size
+    for k in np.unique(size):
+        some = order[size[order] == k]
+        rank[some] = np.arange(len(some))
+    tokens = tokens[np.lexsort((size, rank))]
+    problems, _ = make_problems(rng, tokens[:2 * args.problems], args.points, args.variables)
+    if len(problems.y) < args.problems:
+        raise UserError(f"--problems {args.problems}: there are {len(problems.y)} held-out functions")
+    return problems.of(slice(args.problems))
+
+
+def compare(problems: Problems, net: Net | None, args: argparse.Namespace) -> dict:
+    """Each method on each problem, --search-seeds times, at equal evaluations; GP also for as long as mix took.
+
+    Raises UserError: a method needs a net.
+    """
+    results: dict[str, list[dict]] = {name: [] for name in args.methods}
+    if "mix" in results:
+        results["gp, equal time"] = []
+    with eval_mode(*[net] if net else []):
+        for seed in range(args.search_seeds):
+            for name in args.methods:
+                start = time.monotonic()
+                s = search(problems, name, net, args, seed, args.evaluations)
+                seconds = time.monotonic() - start
+                results[name].append({**scored(s), "spent": s.spent, "proposed": s.proposed, "seconds": seconds})
+                if name == "mix":
+                    s = search(problems, "gp", net, args, seed, 1 << 40, seconds)
+                    results["gp, equal time"].append({**scored(s), "spent": s.spent, "proposed": s.proposed,
+                                                      "seconds": time.monotonic() - start - seconds})
+                print(f"  {name}, seed {seed}: {format_rate(int(results[name][-1]['solved'].sum()), len(problems.y))} "
+                      f"solved, {seconds:.0f} s", flush=True)
+    stacked = {name: {key: np.stack([one[key] for one in runs], 1) for key in ("solved", "recovered", "at", "spent")}
+               for name, runs in results.items()}
+    table = {name: {"solved": rate_of(x["solved"]), "recovered": rate_of(x["recovered"]),
+                    "solved_by_seed": x["solved"].mean(0).tolist(), "evaluations": rate_of(x["spent"]),
+                    "seconds": rate_of([one["seconds"] for one in results[name]]),
+                    "solved_at": np.sort(x["at"][x["at"] >= 0]).tolist()} for name, x in stacked.items()}
+    differences = {f"mix - {name}": paired(stacked["mix"]["solved"], x["solved"])
+                   for name, x in stacked.items() if "mix" in stacked and name != "mix"}
+    sizes = (problems.truth != PAD).sum(1)
+    by_size = {name: {int(k): rate_of(x["solved"][sizes == k]) for k in np.unique(sizes)} for name, x in stacked.items()}
+    return {"n_problems": len(problems.y), "search_seeds": args.search_seeds, "methods": table,
+            "differences": differences, "by_size": by_size}
+
+
+def report(folder: Path, found: dict) -> str:
+    """The comparison as text, and its picture."""
+    draw_solve_rates(found, folder / "solve_rates.png")
+    n = found["n_problems"] * found["search_seeds"]
+    lines = [f"{'':16s}  solved at NMSE 1e-9              recovered  evaluations  seconds  (n = {n})"]
+    for name, row in found["methods"].items():
+        lines.append(f"{name:16s}  {format_rate(round(row['solved'] * n), n):32s} {row['recovered']:8.1%}  "
+                     f"{row['evaluations']:11.0f}  {row['seconds']:7.1f}")
+    for name, (mean, low, high) in found["differences"].items():
+        lines.append(f"{name:22s} {100 * mean:+6.1f} points (95 % {100 * low:.1f} to {100 * high:.1f}, paired by problem)")
+    return "\n".join(lines)
+
+
+# ---- Pictures
+
+def draw_training(folder: Path) -> Path:
+    rows = metrics.read(folder)
+    fig, axes = plots.new_figure(2, 2, width=5.5, height=3.6)
+    panels = (("train_loss", "val_loss"), ("val_first_token", "val_majority", "val_valid_free"),
+              ("val_kl", "val_most_frequent", "val_leaf"), ("val_match_greedy", "val_match_best_of_4", "val_improves"))
+    for ax, names in zip(axes.flat, panels, strict=True):
+        for name in names:
+            ax.plot(*metrics.points(rows, "step", name), marker=".", ms=4, lw=1.2, label=name)
+        ax.set(xlabel="step")
+        ax.legend(frameon=False, fontsize=7)
+    return plots.save_figure(fig, folder / "training.png")
+
+
+def name_of(token: int) -> str:
+    return OPS[token - FIRST_OP].name if ARITY[token] else infix([token])
+
+
+def draw_first_tokens(figures: dict[str, dict], out: Path) -> Path:
+    """First tokens of the targets and as predicted, of each split."""
+    fig, axes = plots.new_figure(1, len(figures), width=4.2, height=3.2)
+    for ax, (split, table) in zip(np.atleast_1d(axes).flat, figures.items(), strict=True):
+        target, predicted = (np.array(table[f"first_{kind}"]) for kind in ("target", "predicted"))
+        some = np.flatnonzero((target > 0) | (predicted > 0.01))
+        at = np.arange(len(some))
+        ax.bar(at - 0.2, target[some], 0.4, label="targets")
+        ax.bar(at + 0.2, predicted[some], 0.4, label="predicted")
+        ax.set_xticks(at, [name_of(t) if ARITY[t] or t in (ONE, C) or X0 <= t < FIRST_OP else "other" for t in some],
+                      rotation=60, fontsize=7)
+        ax.set(title=f"{split}: KL {table['kl']:.4f}, n = {table['n']}")
+        ax.legend(frameon=False, fontsize=7)
+    return plots.save_figure(fig, out)
+
+
+def draw_solve_rates(found: dict, out: Path) -> Path:
+    """Share of problems that are solved after so many distinct evaluations, with Wilson bands."""
+    fig, ax = plots.new_figure()
+    n = found["n_problems"] * found["search_seeds"]
+    for name, row in found["methods"].items():
+        if name == "gp, equal time":
+            continue
+        at = np.array(row["solved_at"])
+        x = np.unique(np.concatenate([[1], at]))
+        k = np.searchsorted(at, x, side="right")
+        low, high = np.array([wilson(int(i), n) for i in k]).T
+        line, = ax.step(x, k / n, where="post", label=f"{name}: {row['solved']:.1%}")
+        ax.fill_between(x, low, high, step="post", alpha=0.15, color=line.get_color())
+    ax.set(xlabel="distinct evaluations", ylabel="share of problems solved", xscale="log")
+    ax.legend(frameon=False)
+    return plots.save_figure(fig, out)
+
+
+# ---- Files: examples, and a trained net
+
+def save_data(file: Path, data: Data, args: argparse.Namespace) -> None:
+    arrays = {f"{name}_{key}": value for name in SPLITS for key, value in (
+        ("functions", data.functions[name]), *data.examples[name]._asdict().items())}
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays, flags=np.array(repr(data_flags(args))))
+    files.write_atomic(file, out.getvalue())
+
+
+def data_flags(args: argparse.Namespace) -> dict:
+    """What the examples depend on."""
+    return {name: getattr(args, name) for name in DATA_FLAGS}
+
+
+def load_data(path: str, args: flags.Flags) -> Data:
+    """A data.npz of --mode gen, checked. Raises UserError: damaged, of other flags, a function in two splits."""
+    with files.refuse_damaged(path):
+        try:
+            with np.load(path, allow_pickle=False) as z:
+                made = ast.literal_eval(str(z["flags"]))
+                functions = {name: z[f"{name}_functions"] for name in SPLITS}
+                examples = {name: Examples(*(z[f"{name}_{key}"] for key in Examples._fields)) for name in SPLITS}
+        except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+            raise ValueError(str(e)) from None
+        for name, value in data_flags(args).items():
+            if made[name] != value and name in args.given:
+                raise UserError(f"--{name.replace('_', '-')}: {path} was made with {made[name]}")
+            setattr(args, name, made[name])
+        for name in SPLITS:
+            for rows in (functions[name], examples[name].targets):
+                check_programs(rows, args.variables)
+            assert len(set(map(len, examples[name]))) == 1
+    refuse_overlap(functions, args.variables)
+    return Data(functions, examples)
+
+
+def load_net(path: str, like: Config | None = None) -> tuple[Net, dict]:
+    """The net at `path`, of a run its best, and the checkpoint. Raises UserError: none, damaged, of another format."""
+    path = checkpoint.file_of(path)
+    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, config=dict, model=dict, step=int,
+                             args=dict, context=str, data=str)
+    if saved["context"] != FORMAT:
+        raise UserError(f"{path}: its contexts have another format: {saved['context'][:60]}")
+    with files.refuse_damaged(path):
+        net = Net(Config(**{**saved["config"], "ops": tuple(saved["config"]["ops"])}))
+    checkpoint.load_weights(net, saved["model"], path)
+    if like is not None and net.config != like:
+        differ = [name for name in Config.__dataclass_fields__ if getattr(net.config, name) != getattr(like, name)]
+        raise UserError(f"{path}: its {differ[0].replace('_', '-')} is {getattr(net.config, differ[0])}, here "
+                        f"{getattr(like, differ[0])}")
+    return net, saved
+
+
+def load(path: str) -> Callable[..., list[str]]:
+    """`propose = load(path)`: propose(X, y, population, n) gives n expressions for data X (N, V), y (N,).
+
+    population: expressions as Python writes them, of which the best are shown to the net. With more variables than
+    the net knows it works on those that y depends on most, by rank correlation. Raises UserError.
+    """
+    net, saved = load_net(path)
+    net.eval()
+
+    def propose(X, y, population: Sequence[str] = (), n: int = 1, temperature: float = 1.0, seed: int = 0) -> list[str]:
+        X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
+        check_data(X, y)
+        if temperature <= 0 or n < 1:
+            raise UserError(f"temperature {temperature} and n {n}: both must be above 0")
+        c = net.config
+        columns = strongest(X, y, c.variables)
+        names = [f"x{i}" for i in columns]
+        rows = np.array([padded(parse(text, names)[0], c.max_size) for text in population], np.int8).reshape(-1, c.max_size)
+        if (rows == C).any():
+            raise UserError("population: the net knows no numbers but 1")
+        errors = np.nan_to_num(((evaluate(rows, X[None][:, :, columns]) - y) ** 2).mean(1), nan=np.inf)
+        context = encode_context(X[None][:, :, columns], y[None], rows[np.argsort(errors)][None], c)
+        programs = net.sample(context, n, torch.Generator().manual_seed(seed), temperature)[0]
+        return [infix(row, names=names) for row in programs]
+    return propose
+
+
+def strongest(X: np.ndarray, y: np.ndarray, n: int) -> list[int]:
+    """Up to n columns of X (N, V), those whose ranks have the greatest correlation with the ranks of y."""
+    if X.shape[1] <= n:
+        return list(range(X.shape[1]))
+    ranks = np.argsort(np.argsort(np.column_stack([X, y]), 0), 0).astype(float)
+    correlation = np.abs(np.corrcoef(ranks.T)[-1, :-1])
+    return sorted(np.argsort(-correlation, kind="stable")[:n].tolist())
+
+
+# ---- Modes
+
+NGUYEN = {  # Nguyen et al. 2011 as in DSO (Petersen et al. 2021), 20 points each: formula, range of x
+    "1": ("x0**3 + x0**2 + x0", (-1, 1)), "2": ("x0**4 + x0**3 + x0**2 + x0", (-1, 1)),
+    "3": ("x0**5 + x0**4 + x0**3 + x0**2 + x0", (-1, 1)),
+    "4": ("x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0", (-1, 1)),
+    "5": ("sin(x0**2)*cos(x0) - 1", (-1, 1)), "6": ("sin(x0) + sin(x0 + x0**2)", (-1, 1)),
+    "7": ("log(x0 + 1) + log(x0**2 + 1)", (0, 2)), "8": ("sqrt(x0)", (0, 4)),
+    "9": ("sin(x0) + sin(x1**2)", (0, 1)), "10": ("2*sin(x0)*cos(x1)", (0, 1)), "11": ("x0**x1", (0, 1)),
+    "12": ("x0**4 - x0**3 + 0.5*x1**2 - x1", (0, 1))}
+
+
+def nguyen(name: str, seeds: int, seed: int) -> Problems:
+    """One of Nguyen's problems, with points drawn anew for each of the seeds."""
+    text, bounds = NGUYEN[name]
+    tokens, constants = parse(text)
+    truth = np.repeat(padded(tokens, len(tokens))[None], seeds, 0)
+    rng = np.random.default_rng([seed, PROBLEMS, int(name)])
+    problems, _ = make_problems(rng, truth, 20, 1 + ("x1" in text), np.repeat([constants], seeds, 0), [bounds])
+    return problems
+
+
+def bench(args: flags.Flags) -> dict:
+    """GP alone on Nguyen 1-12, --search-seeds times each; the summary."""
+    with run.Run(args, SCRIPT, __file__, None) as r:
+        found = {}
+        for name in NGUYEN:
+            problems = nguyen(name, args.search_seeds, args.seed)
+            args.variables, start = problems.X.shape[2], time.monotonic()
+            s = search(problems, "gp", None, args, args.seed, args.evaluations)
+            figures = scored(s)
+            rows, constants = answers(s)
+            found[name] = {"solved": int(figures["solved"].sum()), "recovered": int(figures["recovered"].sum()),
+                           "evaluations": s.spent.tolist(), "seconds": time.monotonic() - start,
+                           "formulas": [infix(t, c) for t, c in zip(rows, constants, strict=True)]}
+            print(f"Nguyen-{name:2s} {NGUYEN[name][0]:36.36s} solved {found[name]['solved']} of {args.search_seeds}, "
+                  f"recovered {found[name]['recovered']}, {np.mean(s.spent):7.0f} evaluations, "
+                  f"{found[name]['seconds']:5.1f} s: {found[name]['formulas'][0]:.60}", flush=True)
+        n, solved, recovered = len(NGUYEN) * args.search_seeds, *(
+            sum(row[key] for row in found.values()) for key in ("solved", "recovered"))
+        r.step = args.steps
+        summary = r.summary(n_params=0, ops=args.ops, evaluations=args.evaluations, solved=solved,
+                            recovered=recovered, n=n, problems=found)
+        print(f"solved {format_rate(solved, n)}, recovered {format_rate(recovered, n)}, operators {','.join(args.ops)}; "
+              f"{summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
+        return summary
+
+
+def gen(args: flags.Flags) -> dict:
+    """Make the examples and write data.npz; the summary."""
+    with run.Run(args, SCRIPT, __file__, None) as r:
+        data = generate(args)
+        print(describe(data, args), flush=True)
+        save_data(r.folder / "data.npz", data, args)
+        r.step = args.steps
+        summary = r.summary(n_params=0, data=fingerprint(data), n={
+            name: [len(data.functions[name]), len(data.examples[name].targets)] for name in SPLITS})
+        print(f"{r.folder / 'data.npz'}: {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s")
+        return summary
+
+
+def with_net(args: flags.Flags) -> dict:
+    """Diagnose the net of --net, or compare searches with it, on the functions that its run held out; the summary."""
+    source = args.net or KEPT
+    net, saved, data = net_and_data(source, args)
+    with run.Run(args, SCRIPT, __file__, None) as r:
+        print(f"{source}, step {saved['step']}\n{describe(data, args)}", flush=True)
+        r.step = args.steps
+        if args.mode == "eval":
+            figures = diagnose(net, data, args, N_FINAL, args.samples, SPLITS)
+            found = {"verdicts": verdicts(figures, []), "figures": figures}
+            draw_first_tokens(figures, r.folder / "first_tokens.png")
+            print(format_diagnosis(figures), *found["verdicts"], sep="\n")
+        else:
+            found = compare(held_out(data, args), net, args)
+            print(report(r.folder, found))
+        return r.summary(n_params=count_parameters(net), net=str(source), **found)
+
+
+def net_and_data(path: str, args: flags.Flags) -> tuple[Net, dict, Data]:
+    """A net, its checkpoint, and the examples of its run, whose flags args takes over. Raises UserError.
+
+    One is that a flag is given which the net or its examples had otherwise; one, that the examples are others now.
+    """
+    net, saved = load_net(path)
+    names = tuple(dict.fromkeys((*DATA_FLAGS, *Config.__dataclass_fields__)))
+    old = flags.restored(parse_args([]), saved["args"], path, names)
+    for name in names:
+        if name in args.given and getattr(args, name) != getattr(old, name):
+            raise UserError(f"--{name.replace('_', '-')}: the net of {path} has {getattr(old, name)}")
+        setattr(args, name, getattr(old, name))
+    data = load_data(args.data, args) if args.data else generate(args)
+    if fingerprint(data) != saved["data"]:
+        raise UserError(f"{path}: it was trained on examples with the hash {saved['data']}, those here have "
+                        f"{fingerprint(data)}: what is held out here may be known to it")
+    return net, saved, data
+
+
+def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
+    """The diagnosis of a net on the examples of its run. Raises UserError."""
+    own = parse_args([])
+    net, saved, data = net_and_data(path, own)
+    return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": count_parameters(net),
+            "step": saved["step"], "figures": diagnose(net, data, own, N_FINAL, own.samples, SPLITS)}
+
+
+def format_evaluation(out: dict) -> str:
+    """The figures of evaluate_checkpoint as text."""
+    return f"  {out['n_params']} parameters, step {out['step']}\n{format_diagnosis(out['figures'])}"
+
+
+MODES = {"demo": train, "gen": gen, "train": train, "eval": with_net, "search": with_net, "bench": bench}
+KEPT = "logs/kept/neural_sr/default-s0"
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    args = parse_args(argv)
+    with files.one_line_errors(SCRIPT):
+        devices.set_threads(args.threads)
+        return MODES[args.mode](args)
+
+
+if __name__ == "__main__":
+    main()
