@@ -1,9 +1,9 @@
 """Does a transformer that reads data and candidates propose better expressions than the evolution it learned from?
 
-    python neural_sr.py                                   # generate, train, diagnose, and search with and without it
-    python neural_sr.py --mode eval --net RUN             # the diagnosis: collapsed, overfit, not converged?
-    python neural_sr.py --mode search --net RUN           # genetic programming with and without the net, paired
-    python neural_sr.py --mode bench --ops add,sub,mul,div,sin,cos,exp,log,sqrt,pow    # Nguyen 1-12 by evolution alone
+    python neural_sr.py                              # generate, train, diagnose, and search with and without it
+    python neural_sr.py --mode eval --net RUN        # the diagnosis: collapsed, overfit, not converged?
+    python neural_sr.py --mode search --net RUN      # genetic programming with and without the net, paired
+    python neural_sr.py --mode bench                 # Nguyen 1-12 by evolution alone
 
 Symbolic regression looks for a formula of y in x0, x1, ... Genetic programming (GP) breeds programs; a causal
 transformer (the net) reads the data and the best programs so far and samples the next. The notes that this
@@ -77,12 +77,12 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "eval: diagnose --net; search: compare methods with --net; bench: Nguyen 1-12 by GP")
     g = p.add_argument_group("data")
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
-                   metavar="LIST", help=f"operators, some of {','.join(TOKENS)}")
+                   metavar="LIST", help=f"operators, some of {','.join(TOKENS)} (bench: these and sin,cos,exp,log)")
     g.add_argument("--variables", type=integer(1, MAX_VARIABLES), default=2, help="of functions and programs")
     g.add_argument("--functions", type=integer(10), default=150_000, help="programs that are sampled; how many "
                    "different functions they are is printed")
     g.add_argument("--target-size", type=integer(3, 40), default=11, help="tokens of the largest of them")
-    g.add_argument("--max-size", type=integer(3, 60), default=15, help="tokens of the largest program in a search")
+    g.add_argument("--max-size", type=integer(3, 60), default=15, help="tokens of the largest program in a search (bench: 30)")
     g.add_argument("--points", type=integer(3, 10_000), default=32, help="of a data set")
     g.add_argument("--generations", type=integer(1, 1000), default=4, help="of the GP runs that give examples")
     g.add_argument("--objective", choices=["solution", "ancestor", "gp"], default="solution", help="what the net shall "
@@ -119,15 +119,18 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "training by up to so many tokens; 0: of its sizes")
     g.add_argument("--search-seeds", type=integer(1, 1000), default=3, help="searches of each problem")
     g.add_argument("--evaluations", type=integer(1), default=600, help="distinct ones, for each problem; bench: 100,000")
-    g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island")
+    g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island (bench: 500)")
     g.add_argument("--islands", type=names_of(["raw", "terms"]), default=["terms"], metavar="LIST", help="raw: "
-                   "programs are measured as they are; terms: with least-squares weights of their additive terms")
+                   "programs are measured as they are; terms: with least-squares weights of their additive terms (bench: both)")
     g.add_argument("--mix", type=real(0, 1), default=0.5, help="share of proposals that the net makes")
     g.add_argument("--temperature", type=real(0, 100, above=True), default=1.0, help="of the net's samples")
     flags.add_run_arguments(p)
     p.set_defaults(threads=2)
 
     args = flags.parse(p, argv)
+    if args.mode == "bench":
+        flags.use(args, {"ops": ["add", "sub", "mul", "div", "sin", "cos", "exp", "log"], "max_size": 30,
+                         "population": 500, "islands": ["raw", "terms"], "evaluations": 100_000})
     try:
         config_of(args)
         check_flags(args)
@@ -198,18 +201,15 @@ class Shape(NamedTuple):
 def shape_of(tokens: np.ndarray) -> Shape:
     """The shape of valid programs (P, L). From right to left, since operands stand behind their operator."""
     P, L = tokens.shape
-    arity = ARITY[tokens.T]
+    arity, rows = ARITY[tokens.T], np.arange(P)
+    has_one, has_two = (arity >= 1).astype(np.int32), (arity == 2).astype(np.int32)
     size, height = np.ones((L + 2, P), np.int32), np.zeros((L + 2, P), np.int32)
-    second = np.full((L, P), L + 1, np.int32)
+    second = np.empty((L, P), np.int32)  # of nodes without one: any place
     for i in range(L - 1, -1, -1):
-        some = np.flatnonzero(arity[i])
-        size[i, some] += size[i + 1, some]
-        height[i, some] = 1 + height[i + 1, some]
-        some = np.flatnonzero(arity[i] == 2)
-        at = np.minimum(i + 1 + size[i + 1, some], L + 1)
-        second[i, some] = at
-        size[i, some] += size[at, some]
-        height[i, some] = np.maximum(height[i, some], 1 + height[at, some])
+        at = np.minimum(size[i + 1] + (i + 1), L + 1, out=second[i])
+        where = at * P + rows
+        size[i] += has_one[i] * size[i + 1] + has_two[i] * size.ravel().take(where)
+        height[i] = has_one[i] * (1 + np.maximum(height[i + 1], has_two[i] * height.ravel().take(where)))
     return Shape(size[:L].T, height[:L].T, second.T)
 
 
@@ -566,8 +566,8 @@ Programs = tuple[np.ndarray, np.ndarray]  # tokens (P, L) and constants (P, L)
 
 
 def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) -> Programs:
-    """A child of each pair of parents: of 20, 12 are crossed, 5 get a new subtree of up to 5 tokens, and in 3 a
-    token is changed. A child that would be too large is the first parent."""
+    """A child of each pair of parents: of 20, 12 are crossed, 5 get a new subtree of up to 5 tokens, and in 3, and
+    where the child would be too large, a token is changed."""
     (tokens, constants), P = a, len(a[0])
     kind, rows = rng.random(P), np.arange(P)
     new = random_programs(rng, rng.integers(1, min(6, grammar.max_size + 1), P), grammar)
@@ -583,7 +583,7 @@ def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) 
     values = np.where(fits[:, None], graft(constants, at, size_a, donated, of, size_b), constants)
     choices = np.concatenate([grammar.leaves, grammar.operators])
     for arity in (0, 1, 2):
-        some = np.flatnonzero((kind >= 0.85) & (ARITY[tokens[rows, at]] == arity))
+        some = np.flatnonzero(~fits & (ARITY[tokens[rows, at]] == arity))
         if len(some):
             child[some, at[some]] = rng.choice(choices[ARITY[choices] == arity], len(some))
     return child, values
@@ -744,12 +744,12 @@ class Search:
     def offer(self, kind: str, of: np.ndarray, programs: Programs, parents: np.ndarray | None = None) -> None:
         """Evaluate the programs (P, L) for problems `of` (P,) that are new to them, and let the best survive."""
         np.add.at(self.proposed, of, 1)
-        new, at = self.novel(kind, of, programs[0])
-        of, tokens, constants = of[new], programs[0][new], programs[1][new]
+        shape = shape_of(programs[0])
+        new, at = self.novel(kind, of, programs[0], shape)
+        of, tokens, constants, shape = of[new], programs[0][new], programs[1][new], shape.of(new)
         if not len(of):
             return
         p, used = self.problems, constants if self.grammar.constants else None
-        shape = shape_of(tokens)
         with np.errstate(all="ignore"):
             if kind == "terms":
                 errors = fit_terms(tokens, p.X, p.y, of, used, shape)
@@ -757,7 +757,7 @@ class Search:
                 errors = ((evaluate(tokens, p.X, of, used, shape=shape) - p.y[of]) ** 2).mean(1)
             nmse = errors / self.variance[of]
         nmse[~np.isfinite(nmse)] = np.inf
-        score = np.log10(nmse + 1e-12) + self.parsimony * shape.size[:, 0]
+        score = np.log10(nmse + 1e-30) + self.parsimony * shape.size[:, 0]
         ids = self.n_ids + np.arange(len(of))
         self.n_ids += len(of)
         if self.record:
@@ -765,22 +765,25 @@ class Search:
         self.note(kind, of, tokens, constants, nmse, ids, at)
         self.select(kind, of, (tokens, constants, nmse, score, ids))
 
-    def novel(self, kind: str, of: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def novel(self, kind: str, of: np.ndarray, tokens: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
         """Rows (n,) that are not in the cache and within the budget; evaluations (n,) spent when each is done."""
         cost = 1 + (kind == "terms")
         salt = (of * len(self.islands) + list(self.islands).index(kind) + 1).astype(np.uint64)
-        keys = keys_of(tokens, shape_of(tokens)) ^ (salt * np.uint64(0x2545F4914F6CDD1D))
-        new, at = [], []
-        for i, (q, key) in enumerate(zip(of.tolist(), keys.tolist(), strict=True)):
-            if key not in self.cache and tokens[i, 0] != PAD:
-                if self.spent[q] + cost > self.budget:
-                    self.spent[q] = self.budget
-                    continue
-                self.cache.add(key)
-                self.spent[q] += cost
-                new.append(i)
-                at.append(self.spent[q])
-        return np.array(new, np.int64), np.array(at, np.int64)
+        keys = keys_of(tokens, shape) ^ (salt * np.uint64(0x2545F4914F6CDD1D))
+        _, first = np.unique(keys, return_index=True)
+        first = np.sort(first)  # of equal ones the first counts
+        known = np.fromiter(map(self.cache.__contains__, keys[first].tolist()), bool, len(first))
+        new = first[~known]
+        order = np.argsort(of[new], kind="stable")
+        rank = np.empty(len(new), np.int64)  # within its problem
+        rank[order] = np.arange(len(new)) - np.searchsorted(of[new][order], of[new][order])
+        at = self.spent[of[new]] + cost * (rank + 1)
+        over = at > self.budget
+        new, at = new[~over], at[~over]
+        np.maximum.at(self.spent, of[new], at)
+        self.spent[np.unique(of[first[~known]][over])] = self.budget  # what is left does not pay for another
+        self.cache.update(keys[new].tolist())
+        return new, at
 
     def note(self, kind: str, of: np.ndarray, tokens: np.ndarray, constants: np.ndarray, nmse: np.ndarray,
              ids: np.ndarray, at: np.ndarray) -> None:

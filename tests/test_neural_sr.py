@@ -537,6 +537,6 @@ def test_nguyens_problems_are_his_and_easy_ones_are_solved(tmp_path):
         assert value[0, 0] == pytest.approx(y)
     problems = sr.nguyen("12", 2, 0)
     assert problems.X.shape == (2, 20, 2) and 0 <= problems.X.min() and problems.X.max() <= 1
-    out = sr.main(["--threads", "1", "--mode", "bench", "--evaluations", "300", "--search-seeds", "1", "--ops",
+    out = sr.main(["--threads", "1", "--mode", "bench", "--evaluations", "4000", "--population", "50", "--search-seeds", "1", "--ops",
                    "add,mul,sin,cos", "--out-dir", str(tmp_path / "bench")])
     assert out["n"] == 12 and 1 <= out["solved"] <= 12 and set(out["problems"]) == set(sr.NGUYEN)
