@@ -589,6 +589,11 @@ def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) 
     return child, values
 
 
+def tournament(rng: np.random.Generator, there: np.ndarray) -> np.ndarray:
+    """The best of 3 of `there` (P,) programs, which are in order: its place (P,)."""
+    return (rng.random((len(there), 3)) * np.maximum(1, there)[:, None]).astype(np.int64).min(1)
+
+
 # ---- Problems
 
 class Problems(NamedTuple):
@@ -831,8 +836,8 @@ class Search:
     def breed(self, kind: str, n: int) -> None:
         """n children for each active problem, of parents that won tournaments of 3."""
         of, island = np.repeat(self.active(), n), self.islands[kind]
-        there = np.maximum(1, np.isfinite(island.score).sum(1))[of, None]
-        a, b = ((self.rng.random((len(of), 3)) * there).astype(np.int64).min(1) for _ in range(2))
+        there = np.isfinite(island.score).sum(1)[of]
+        a, b = (tournament(self.rng, there) for _ in range(2))
         parents = [(island.tokens[of, i], island.constants[of, i]) for i in (a, b)]
         self.offer(kind, of, breed(self.rng, *parents, self.grammar), np.stack([island.ids[of, a], island.ids[of, b]], 1))
 
@@ -1268,6 +1273,15 @@ def generated(net: Net, context: Context, examples: Examples, truth: np.ndarray,
             "improves": rate_of(errors < known[:, None] * (1 - 1e-9)), "n": len(truth), "n_sampled": B}
 
 
+def ceiling(examples: Examples, grammar: Grammar, rng: np.random.Generator, k: int = 400) -> float:
+    """The best that can be guessed of the first token of a GP child, who knows the population: from k children each."""
+    n, M, L = examples.members.shape
+    of, there = np.repeat(np.arange(n), k), np.repeat((examples.members[:, :, 0] != PAD).sum(1), k)
+    parents = [(examples.members[of, tournament(rng, there)], np.zeros((n * k, L))) for _ in range(2)]
+    first = breed(rng, *parents, grammar)[0][:, 0].reshape(n, k)
+    return float(np.mean([np.bincount(row).max() / k for row in first]))
+
+
 def diagnose(net: Net, data: Data, args: argparse.Namespace, n: int, k: int, splits: Sequence[str] = ("train", "val")
              ) -> dict[str, dict]:
     """The same figures on n examples of each split, the same ones each time."""
@@ -1284,6 +1298,8 @@ def diagnose(net: Net, data: Data, args: argparse.Namespace, n: int, k: int, spl
             generator = torch.Generator().manual_seed(args.seed)
             out[name] = {**teacher_forced(net, context, labels_of(some.targets)),
                          **generated(net, context, some, problems.truth, generator, k)}
+            if args.objective == "gp":
+                out[name]["ceiling"] = ceiling(some.of(slice(200)), net.config.grammar, rng)
     return out
 
 
@@ -1360,12 +1376,14 @@ def answers(s: Search) -> Programs:
 
 
 def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.ndarray) -> tuple[list, list]:
-    """A program (n,) as a sum of its terms with their weights; weights that are 0, 1 or -1 up to 1e-7 are not written."""
+    """A program (n,) as a sum of its terms with their weights, which are rounded where that changes the 12th digit;
+    those that are 0, 1 or -1 up to 1e-7 are not written."""
     shape = shape_of(tokens[None])
     top = split_terms(tokens[None], shape)
     values = evaluate(tokens[None], X[None], None, constants[None], top, shape)
     vary = np.ptp(values, 1) > 0  # the others are part of the intercept
     w, *_ = np.linalg.lstsq(np.vstack([np.ones_like(y), values[vary]]).T, y, rcond=None)
+    w = np.where(np.abs(np.round(w, 9) - w) < 1e-12 * (1 + np.abs(w)), np.round(w, 9), w)
     terms = [([C], [w[0]], 1.0)] if abs(w[0]) > 1e-7 * np.abs(y).max() else []
     for i, weight in zip(np.flatnonzero(top[0])[vary], w[1:], strict=True):
         t, c = (list(x[i:i + shape.size[0, i]]) for x in (tokens, constants))
@@ -1547,7 +1565,7 @@ def finish(r: run.Run, net: Net, data: Data, problems: Problems | None, args: fl
     best = checkpoint.read(r.folder / "best.pt")
     net.load_state_dict(best["model"])
     figures = diagnose(net, data, args, N_FINAL, args.samples, SPLITS)
-    found = compare(problems, net, args) if problems else {}
+    found = compare(problems, net, args, r.folder) if problems else {}
     said = verdicts(figures, losses)
     if not ended and len(losses) > 2 and losses[-1] < losses[-2] - 0.01:
         said.append(f"not converged: validation loss still falls, {losses[-2]:.3f} to {losses[-1]:.3f} at the end")
@@ -1600,15 +1618,12 @@ def held_out(data: Data, args: argparse.Namespace) -> Problems:
     return problems.of(slice(args.problems))
 
 
-def compare(problems: Problems, net: Net | None, args: argparse.Namespace) -> dict:
-    """Each method on each problem, --search-seeds times, at equal evaluations; GP also for as long as mix took.
-
-    Raises UserError: a method needs a net.
-    """
+def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path) -> dict:
+    """Each method on each problem, --search-seeds times, at equal evaluations; GP also for as long as mix took."""
     results: dict[str, list[dict]] = {name: [] for name in args.methods}
     if "mix" in results:
         results["gp, equal time"] = []
-    with eval_mode(*[net] if net else []):
+    with eval_mode(net):
         for seed in range(args.search_seeds):
             for name in args.methods:
                 start = time.monotonic()
@@ -1616,6 +1631,8 @@ def compare(problems: Problems, net: Net | None, args: argparse.Namespace) -> di
                 seconds = time.monotonic() - start
                 results[name].append({**scored(s), "spent": s.spent, "proposed": s.proposed, "seconds": seconds})
                 if name == "mix":
+                    if seed == 0:
+                        draw_problems(s, net, folder / "problems.png")
                     s = search(problems, "gp", net, args, seed, 1 << 40, seconds)
                     results["gp, equal time"].append({**scored(s), "spent": s.spent, "proposed": s.proposed,
                                                       "seconds": time.monotonic() - start - seconds})
@@ -1680,6 +1697,24 @@ def draw_first_tokens(figures: dict[str, dict], out: Path) -> Path:
                       rotation=60, fontsize=7)
         ax.set(title=f"{split}: KL {table['kl']:.4f}, n = {table['n']}")
         ax.legend(frameon=False, fontsize=7)
+    return plots.save_figure(fig, out)
+
+
+def draw_problems(s: Search, net: Net, out: Path, n: int = 6) -> Path:
+    """The answers of a search to n problems on their test points, with what the net proposes for the last population."""
+    p, (tokens, constants), kind = s.problems, answers(s), next(iter(s.islands))
+    some = np.linspace(0, len(p.y) - 1, min(n, len(p.y))).astype(int)
+    context = encode_context(p.X[some], p.y[some], s.islands[kind].tokens[some], net.config)
+    proposals = net.sample(context, 3, torch.Generator().manual_seed(0))
+    fig, axes = plots.new_figure(2, 3, width=4.6, height=3.6)
+    for ax, q, rows in zip(axes.flat, some, proposals, strict=False):
+        found = evaluate(tokens[[q]], p.X_test[[q]], None, constants[[q]])[0]
+        ax.plot(p.y_test[q], found, ".", ms=3)
+        ax.axline((p.y_test[q][0],) * 2, slope=1, color="gray", lw=0.7)
+        lines = [f"truth {infix(p.truth[q])}", f"found {infix(tokens[q], constants[q]):.60}",
+                 *(f"net {infix(row)}" for row in rows)]
+        ax.set_title("\n".join(map(plots.as_label, lines)), fontsize=6, loc="left")
+        ax.set(xlabel="y of a test point", ylabel="found")
     return plots.save_figure(fig, out)
 
 
@@ -1865,7 +1900,7 @@ def with_net(args: flags.Flags) -> dict:
             draw_first_tokens(figures, r.folder / "first_tokens.png")
             print(format_diagnosis(figures), *found["verdicts"], sep="\n")
         else:
-            found = compare(held_out(data, args), net, args)
+            found = compare(held_out(data, args), net, args, r.folder)
             print(report(r.folder, found))
         return r.summary(n_params=count_parameters(net), net=str(source), **found)
 

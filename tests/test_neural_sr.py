@@ -332,6 +332,16 @@ def test_other_targets_are_children_and_ancestors_of_the_next_generation(flags, 
     assert there.any()
 
 
+def test_the_ceiling_of_imitation_is_what_knowing_the_population_is_worth():
+    same = np.array([sr.padded(sr.parse("x0 + x1")[0], 15)] * 5)[None]
+    examples = sr.Examples(same, same[:, 0], np.zeros(1), np.zeros(1))
+    rng = np.random.default_rng(0)
+    assert 0.5 < sr.ceiling(examples, PLAIN, rng) < 0.8  # most children keep its root, as the rules of breeding say
+    leaves = np.array([sr.padded([t], 15) for t in (sr.X0, sr.X0 + 1, sr.ONE)])[None]
+    mixed = sr.ceiling(sr.Examples(leaves, leaves[:, 0], np.zeros(1), np.zeros(1)), PLAIN, rng)
+    assert 0.3 < mixed < 0.7
+
+
 # ---- Net
 
 def small_net(arch="own", **more):
@@ -435,7 +445,7 @@ def test_a_run_generates_trains_diagnoses_and_searches(folder):
     rows = metrics.read(folder)
     assert [row["step"] for row in rows] == [0, 2, 4] and rows[-1]["val_loss"] < rows[0]["val_loss"]
     assert rows[-1]["epoch"] == pytest.approx(4 * 16 / len(sr.generate(sr.parse_args(SMALL)).examples["train"].targets))
-    for name in ("training", "first_tokens", "solve_rates"):
+    for name in ("training", "first_tokens", "solve_rates", "problems"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
 
 
