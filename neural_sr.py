@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
                    metavar="LIST", help=f"operators, some of {','.join(TOKENS)} (bench: these and sin,cos,exp,log)")
     g.add_argument("--variables", type=integer(1, MAX_VARIABLES), default=2, help="of functions and programs")
-    g.add_argument("--functions", type=integer(10), default=150_000, help="programs that are sampled; how many "
+    g.add_argument("--functions", type=integer(10), default=300_000, help="programs that are sampled; how many "
                    "different functions they are is printed")
     g.add_argument("--target-size", type=integer(3, 40), default=11, help="tokens of the largest of them")
     g.add_argument("--max-size", type=integer(3, 60), default=15, help="tokens of the largest program in a search (bench: 30)")
@@ -480,16 +480,27 @@ def padded(tokens: Sequence[int], L: int) -> np.ndarray:
     return np.array([*tokens, *[PAD] * (L - len(tokens))], np.int8)
 
 
-def canonical(tokens: Sequence[int], i: int = 0) -> tuple[int, ...]:
+def canonical(tokens: Sequence[int]) -> tuple[int, ...]:
     """The program with operands of + and * in order, larger ones first, then by their tokens; without * 1 and / 1."""
-    t, parts = int(tokens[i]), [canonical(tokens, k) for k in operands(tokens, i)[0]]
-    if t in (MUL, DIV) and (ONE,) == parts[1]:
-        return parts[0]
-    if t == MUL and (ONE,) == parts[0]:
-        return parts[1]
-    if t in (ADD, MUL):
-        parts.sort(key=lambda part: (-len(part), part))
-    return (t, *(token for part in parts for token in part))
+    arity, one = ARITY.tolist(), (ONE,)
+
+    def read(i: int) -> tuple[tuple[int, ...], int]:
+        """The node at i in order, and where it ends."""
+        t = tokens[i]
+        if not arity[t]:
+            return (t,), i + 1
+        a, end = read(i + 1)
+        if arity[t] == 1:
+            return (t, *a), end
+        b, end = read(end)
+        if t in (MUL, DIV) and b == one:
+            return a, end
+        if t == MUL and a == one:
+            return b, end
+        if t in (ADD, MUL) and (-len(a), a) > (-len(b), b):
+            a, b = b, a
+        return (t, *a, *b), end
+    return read(0)[0]
 
 
 # ---- Programs at random, and their children
@@ -691,7 +702,7 @@ def sample_functions(rng: np.random.Generator, grammar: Grammar, n: int, sizes: 
     tokens = np.unique(random_programs(rng, rng.choice(np.array(sizes), n), grammar), axis=0)
     tokens = tokens[~nested(tokens)]
     tokens = np.unique(subtrees(tokens), axis=0)  # for exp(log(u)) to be found the same as u
-    tokens = np.unique([padded(canonical(row), grammar.max_size) for row in tokens], axis=0)
+    tokens = np.unique([padded(canonical(row), grammar.max_size) for row in tokens.tolist()], axis=0)
     tokens = tokens[np.lexsort((*tokens.T[::-1], (tokens != PAD).sum(1)))]  # shorter ones first
     first: dict[bytes, int] = {}
     for i, key in enumerate(fingerprints(tokens, grammar.variables)):
@@ -1086,8 +1097,8 @@ class Transformer(nn.Module):
         return self.norm(x), new
 
     @staticmethod
-    def repeated(past: Past, n: int) -> Past:
-        return [(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in past]
+    def chosen(past: Past, rows: torch.Tensor) -> Past:
+        return [(k[rows], v[rows]) for k, v in past]
 
 
 class GPT2(nn.Module):
@@ -1105,8 +1116,8 @@ class GPT2(nn.Module):
         return out.last_hidden_state, out.past_key_values
 
     @staticmethod
-    def repeated(past, n: int):
-        past.batch_repeat_interleave(n)
+    def chosen(past, rows: torch.Tensor):
+        past.batch_select_indices(rows)
         return past
 
 
@@ -1144,31 +1155,33 @@ class Net(nn.Module):
     def continued(self, read: torch.Tensor, n: int, generator: torch.Generator, temperature: float, masked: bool
                   ) -> np.ndarray:
         """The same of contexts that are read (B, T, D)."""
-        c = self.config
+        c, device = self.config, read.device
         _, past = self.body(read, n_context=read.shape[1])
-        past = self.body.repeated(past, n)
-        P, device = len(read) * n, read.device
+        past = self.body.chosen(past, torch.arange(len(read), device=device).repeat_interleave(n))
         choices = np.concatenate([c.grammar.leaves, c.grammar.operators])
-        tokens, need = np.full((P, c.max_size), PAD, np.int8), np.ones(P, np.int64)
-        last, open_ = torch.full((P,), BOS, device=device), np.ones(P, bool)
+        tokens = np.full((len(read) * n, c.max_size), PAD, np.int8)
+        rows, need = np.arange(len(tokens)), np.ones(len(tokens), np.int64)  # programs that are not done yet
+        last = torch.full((len(rows),), BOS, device=device)
         for i in range(c.max_size):
             x, past = self.body(self.embed(last)[:, None] + self.place[i], past)
             logits = self.head(x[:, 0]).float()
             if masked:
-                allowed = np.zeros((P, VOCAB), bool)
-                allowed[:, choices] = fitting(need, np.full(P, c.max_size - i), ARITY[choices], False)
-                allowed[~open_, ONE] = True  # any token: it is not used
+                allowed = np.zeros((len(rows), VOCAB), bool)
+                allowed[:, choices] = fitting(need, np.full(len(rows), c.max_size - i), ARITY[choices], False)
                 logits = logits.masked_fill(~torch.from_numpy(allowed).to(device), -math.inf)
             if temperature:
-                last = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0].to(device)
+                chances = (logits / temperature).softmax(-1).cpu()
+                last = torch.multinomial(chances, 1, generator=generator)[:, 0].to(device)
             else:
                 last = logits.argmax(-1)
-            t = last.cpu().numpy()
-            tokens[:, i] = np.where(open_, t, PAD)
-            need += np.where(open_, ARITY[t] - 1, 0)
-            open_ &= (need > 0) if masked else (t != EOS)
-            if not open_.any():
+            tokens[rows, i] = last.cpu().numpy()
+            need += ARITY[tokens[rows, i]] - 1
+            goes_on = np.flatnonzero(need > 0 if masked else tokens[rows, i] != EOS)
+            if not len(goes_on):
                 break
+            if len(goes_on) < len(rows):
+                rows, need, some = rows[goes_on], need[goes_on], torch.from_numpy(goes_on).to(device)
+                last, past = last[some], self.body.chosen(past, some)
         return tokens.reshape(len(read), n, c.max_size)
 
 
