@@ -231,16 +231,23 @@ def keys_of(tokens: np.ndarray, shape: Shape) -> np.ndarray:
     return key[0]
 
 
-def check_programs(tokens: np.ndarray, n_variables: int = MAX_VARIABLES) -> None:
-    """Raise UserError for a row of (P, L) that is not one whole program of known tokens."""
-    for row in tokens:
-        known = (row == ONE) | (row == C) | ((row >= X0) & (row < X0 + n_variables)) | (ARITY[row % VOCAB] > 0)
-        n = int((row != PAD).sum())
-        if not known[:n].all() or (row[n:] != PAD).any() or row.max(initial=0) >= VOCAB or row.min(initial=0) < 0:
-            raise UserError(f"program {row.tolist()}: a token that is unknown here")
-        missing = 1 + np.cumsum(ARITY[row[:n]] - 1)
-        if n == 0 or (missing[:-1] < 1).any() or missing[-1] != 0:
-            raise UserError(f"program {row.tolist()}: not one whole expression in prefix order")
+def whole(rows: np.ndarray, variables: int) -> np.ndarray:
+    """Which rows (P, L), cut at EOS or PAD, are one whole program of known tokens without fitted constants."""
+    there = np.cumsum((rows == EOS) | (rows == PAD), 1) == 0
+    tokens = np.where(there, rows, PAD)
+    known = (tokens == ONE) | ((tokens >= X0) & (tokens < X0 + variables)) | (ARITY[tokens] > 0)
+    need = 1 + np.cumsum(np.where(there, ARITY[tokens] - 1, 0), 1)  # operands that are missing behind each token
+    last = np.arange(rows.shape[1]) == there.sum(1, keepdims=True) - 1
+    return there[:, 0] & (known | ~there).all(1) & ((need > 0) | ~there | last).all(1) & (need[:, -1] == 0)
+
+
+def check_programs(tokens: np.ndarray, variables: int) -> None:
+    """Raise UserError for a row of (P, L) that is not one whole program, with PAD behind it."""
+    in_range = ((tokens >= 0) & (tokens < VOCAB)).all(1)
+    gap = (np.cumsum(tokens == PAD, 1) > 0) & (tokens != PAD)
+    bad = ~in_range | gap.any(1) | (tokens == EOS).any(1) | ~whole(np.clip(tokens, 0, VOCAB - 1), variables)
+    if bad.any():
+        raise UserError(f"program {tokens[bad.argmax()].tolist()}: not one whole expression of known tokens")
 
 
 class Plan:
@@ -1223,18 +1230,6 @@ def make_optimizers(net: Net, args: argparse.Namespace) -> list[torch.optim.Opti
 
 
 # ---- Diagnosis: is the net any good, and if not, in which way?
-
-def whole(rows: np.ndarray, variables: int) -> np.ndarray:
-    """Which rows (P, L), cut at EOS, are one whole program without fitted constants."""
-    ended = np.cumsum(rows == EOS, 1) > 0
-    tokens = np.where(ended, PAD, rows)
-    known = (tokens == ONE) | ((tokens >= X0) & (tokens < X0 + variables)) | (ARITY[tokens] > 0)
-    there = np.cumsum(tokens == PAD, 1) == 0
-    need = 1 + np.cumsum(np.where(there, ARITY[tokens] - 1, 0), 1)
-    at = there.sum(1) - 1
-    closes = (need[np.arange(len(rows)), at] == 0) & ((need > 0) | ~there | (np.arange(rows.shape[1]) == at[:, None])).all(1)
-    return (at >= 0) & closes & (known | ~there).all(1)
-
 
 def rate_of(values: np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else math.nan
