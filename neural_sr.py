@@ -656,7 +656,7 @@ def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, va
             ((low, high), n_points + n_test), (bounds, n_test)))
         at, own = np.arange(len(todo)), None if constants is None else constants[todo]
         y, y_wide = (evaluate(truth[todo], x, at, own) for x in (X, wide))
-        with np.errstate(invalid="ignore"):
+        with np.errstate(all="ignore"):
             usable = np.isfinite(y).all(1) & (np.abs(y).max(1) < 1e4) & (y[:, :n_points].std(1) > 1e-3)
         parts.append([x[usable] for x in (X[:, :n_points], y[:, :n_points], X[:, n_points:], y[:, n_points:],
                                           wide, y_wide, truth[todo])])

@@ -1,4 +1,4 @@
-"""Muon in fp32."""
+"""Muon, in fp32 on a CPU."""
 from __future__ import annotations
 
 from collections.abc import Iterable
