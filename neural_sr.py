@@ -200,17 +200,22 @@ class Shape(NamedTuple):
 
 def shape_of(tokens: np.ndarray) -> Shape:
     """The shape of valid programs (P, L). From right to left, since operands stand behind their operator."""
-    P, L = tokens.shape
-    arity, rows = ARITY[tokens.T], np.arange(P)
+    (P, L), rows = tokens.shape, np.arange(len(tokens))
+    arity = ARITY[tokens.T]
     has_one, has_two = (arity >= 1).astype(np.int32), (arity == 2).astype(np.int32)
     size, height = np.ones((L + 2, P), np.int32), np.zeros((L + 2, P), np.int32)
-    second = np.empty((L, P), np.int32)  # of nodes without one: any place
-    for i in range(L - 1, -1, -1):
+    second = np.zeros((L, P), np.int32)  # of nodes without one: any place
+    for i in range(longest(tokens) - 1, -1, -1):
         at = np.minimum(size[i + 1] + (i + 1), L + 1, out=second[i])
         where = at * P + rows
         size[i] += has_one[i] * size[i + 1] + has_two[i] * size.ravel().take(where)
         height[i] = has_one[i] * (1 + np.maximum(height[i + 1], has_two[i] * height.ravel().take(where)))
     return Shape(size[:L].T, height[:L].T, second.T)
+
+
+def longest(tokens: np.ndarray) -> int:
+    """Places that any of the programs (P, L) uses."""
+    return int((tokens != PAD).any(0).sum())
 
 
 def keys_of(tokens: np.ndarray, shape: Shape) -> np.ndarray:
@@ -220,14 +225,14 @@ def keys_of(tokens: np.ndarray, shape: Shape) -> np.ndarray:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
     (P, L), odd = tokens.shape, np.uint64(0x9E3779B97F4A7C15)
-    key, rows = np.zeros((L + 2, P), np.uint64), np.arange(P)
-    for i in range(L - 1, -1, -1):
-        t, arity = tokens[:, i], ARITY[tokens[:, i]]
-        a = np.where(arity >= 1, key[i + 1], 0)
-        b = np.where(arity == 2, key[shape.second[:, i], rows], 0)
+    key, rows, tokens = np.zeros((L + 2, P), np.uint64), np.arange(P), tokens.T
+    for i in range(longest(tokens.T) - 1, -1, -1):
+        t, arity = tokens[i].astype(np.uint64), ARITY[tokens[i]]
+        a = key[i + 1] * (arity >= 1)
+        b = key.ravel().take(shape.second[:, i] * P + rows) * (arity == 2)
         swaps = ((t == ADD) | (t == MUL)) & (a > b)
         a, b = np.where(swaps, b, a), np.where(swaps, a, b)
-        key[i] = mixed(mixed(a * odd + t.astype(np.uint64)) + b)
+        key[i] = mixed(mixed(a * odd + t) + b)
     return key[0]
 
 
@@ -572,12 +577,12 @@ def graft(a: np.ndarray, at: np.ndarray, size_a: np.ndarray, b: np.ndarray, of: 
 
     What then stands behind the L-th place is lost: the caller sees to it that nothing does.
     """
-    k, last = np.arange(a.shape[1]), a.shape[1] - 1
+    (P, L), k = a.shape, np.arange(a.shape[1])
     at, size_a, of, size_b = (x[:, None] for x in (at, size_a, of, size_b))
-    before, inside = k < at, (k >= at) & (k < at + size_b)
-    source = np.where(before, k, k - size_b + size_a)
-    kept = np.where(source <= last, np.take_along_axis(a, np.clip(source, 0, last), 1), 0)
-    return np.where(inside, np.take_along_axis(b, np.clip(of + k - at, 0, last), 1), kept).astype(a.dtype)
+    inside, moved = (k >= at) & (k < at + size_b), np.where(k < at, k, k + size_a - size_b)
+    source = np.where(inside, k + of - at + (L + 1) * P, np.minimum(moved, L))  # what is behind a row is 0
+    both = np.pad(np.concatenate([a, b]), ((0, 0), (0, 1))).ravel()
+    return both.take(source + (L + 1) * np.arange(P)[:, None])
 
 
 Programs = tuple[np.ndarray, np.ndarray]  # tokens (P, L) and constants (P, L)
@@ -588,23 +593,25 @@ def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) 
     where the child would be too large, a token is changed."""
     (tokens, constants), P = a, len(a[0])
     kind, rows = rng.random(P), np.arange(P)
-    new = random_programs(rng, rng.integers(1, min(6, grammar.max_size + 1), P), grammar)
-    crossed = kind < 0.6
-    donor = np.where(crossed[:, None], b[0], new)
-    donated = np.where(crossed[:, None], b[1], rng.normal(size=new.shape))
+    crossed, choices = kind < 0.6, np.concatenate([grammar.leaves, grammar.operators])
+    new = np.flatnonzero(~crossed)
+    donor = b[0].copy()
+    donor[new] = random_programs(rng, rng.integers(1, min(6, grammar.max_size + 1), len(new)), grammar)
     size, donor_size = shape_of(tokens).size, shape_of(donor).size
     at = (rng.random(P) * size[:, 0]).astype(np.int64)
     of = np.where(crossed, rng.random(P) * donor_size[:, 0], 0).astype(np.int64)
     size_a, size_b = size[rows, at], donor_size[rows, of]
     fits = (size[:, 0] - size_a + size_b <= tokens.shape[1]) & (kind < 0.85)
-    child = np.where(fits[:, None], graft(tokens, at, size_a, donor, of, size_b), tokens)
-    values = np.where(fits[:, None], graft(constants, at, size_a, donated, of, size_b), constants)
-    choices = np.concatenate([grammar.leaves, grammar.operators])
+    size_a, size_b = np.where(fits, size_a, 0), np.where(fits, size_b, 0)  # without a graft where it would not fit
+    child = graft(tokens, at, size_a, donor, of, size_b)
+    if grammar.constants:
+        donated = np.where(crossed[:, None], b[1], rng.normal(size=constants.shape))
+        constants = graft(constants, at, size_a, donated, of, size_b)
     for arity in (0, 1, 2):
         some = np.flatnonzero(~fits & (ARITY[tokens[rows, at]] == arity))
         if len(some):
             child[some, at[some]] = rng.choice(choices[ARITY[choices] == arity], len(some))
-    return child, values
+    return child, constants
 
 
 def tournament(rng: np.random.Generator, there: np.ndarray) -> np.ndarray:
@@ -833,12 +840,11 @@ class Search:
         for both, old, new in zip(merged, island, born, strict=True):
             both[:, :M] = old[problems]
             both[rows, M + place] = new
-        merged = merged.taken(np.argsort(merged.score, 1, kind="stable"))
-        by_error = np.argsort(np.round(np.log(merged.nmse + 1e-300), 9), 1, kind="stable")
-        errors = np.take_along_axis(np.round(np.log(merged.nmse + 1e-300), 9), by_error, 1)
-        twin = np.zeros(errors.shape, bool)
-        np.put_along_axis(twin, by_error[:, 1:], errors[:, 1:] == errors[:, :-1], 1)
-        merged.score[twin] = np.inf
+        order = np.argsort(merged.score, 1, kind="stable")
+        errors = np.take_along_axis(np.round(np.log(merged.nmse + 1e-300), 9), order, 1)
+        by_error = np.argsort(errors, 1, kind="stable")
+        order, errors = (np.take_along_axis(x, by_error, 1) for x in (order, errors))
+        merged.score[np.arange(len(order))[:, None], order[:, 1:]] += np.where(errors[:, 1:] == errors[:, :-1], np.inf, 0)
         merged = merged.taken(np.argsort(merged.score, 1, kind="stable")[:, :M])
         for old, new in zip(island, merged, strict=True):
             old[problems] = new
