@@ -98,6 +98,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=integer(1), default=800, help="of the optimizer")
+    g.add_argument("--rounds", type=integer(0, 100), default=0, help="of expert iteration: --steps are cut into so many "
+                   "parts and one; before each but the first, larger functions that mix solves become examples")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="examples of a step")
     g.add_argument("--lr", type=real(0, 10, above=True), default=16e-3, help="peak of the learning rate")
     g.add_argument("--warmup", type=integer(0), default=30, help="steps in which it rises; then it falls to 0")
@@ -141,8 +143,9 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
 def check_flags(args: flags.Flags) -> None:
     """Raise UserError for flags that do not go together."""
-    if args.warmup >= args.steps:
-        raise UserError(f"--warmup {args.warmup}: there are {args.steps} --steps, of which some must be left")
+    if args.steps % (args.rounds + 1) or args.warmup >= args.steps // (args.rounds + 1):
+        raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than {args.warmup} "
+                        "steps of --warmup")
     if args.target_size > args.max_size:
         raise UserError(f"--target-size {args.target_size}: larger than --max-size {args.max_size}")
     if args.evaluations < args.population:
@@ -1221,9 +1224,16 @@ def batch_of(examples: Examples, functions: np.ndarray, rng: np.random.Generator
             labels_of(examples.targets[usable]))
 
 
+def part_of(step: int, args: argparse.Namespace) -> tuple[int, int]:
+    """First step, and number of steps, of the part of training that this step belongs to."""
+    n = args.steps // (args.rounds + 1)
+    return min(step // n, args.rounds) * n, n
+
+
 def schedule(step: int, args: argparse.Namespace) -> float:
-    """Share of --lr: up during --warmup steps, then down in a line to 0 at the end."""
-    return min(1.0, (step + 1) / (args.warmup + 1), (args.steps - step) / max(1, args.steps - args.warmup))
+    """Share of --lr: in each part up during --warmup steps, then down in a line to 0."""
+    first, n = part_of(step, args)
+    return min(1.0, (step - first + 1) / (args.warmup + 1), (n - step + first) / (n - args.warmup))
 
 
 def make_optimizers(net: Net, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -1379,14 +1389,15 @@ def search(problems: Problems, method: str, net: Net | None, args: argparse.Name
 
 def answers(s: Search) -> Programs:
     """The best program of each problem (Q, L'), with the weights of least squares where it was found by them."""
-    found = []
-    for q, weights in enumerate(s.best["weighted"]):
-        n = int((s.best["tokens"][q] != PAD).sum())
-        program = s.best["tokens"][q, :n], s.best["constants"][q, :n]
-        program = weighted(*program, s.problems.X[q], s.problems.y[q]) if weights and n else program
-        found.append(simplified(*program))
+    found = [simplified(*answer(s, q)) for q in range(len(s.spent))]
     L = max(1, *(len(t) for t, _ in found))
     return np.stack([padded(t, L) for t, _ in found]), np.stack([np.pad(c, (0, L - len(c))) for _, c in found])
+
+
+def answer(s: Search, q: int) -> tuple[Sequence[int], Sequence[float]]:
+    n = int((s.best["tokens"][q] != PAD).sum())
+    program = s.best["tokens"][q, :n], s.best["constants"][q, :n]
+    return weighted(*program, s.problems.X[q], s.problems.y[q]) if s.best["weighted"][q] and n else program
 
 
 def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.ndarray) -> tuple[list, list]:
@@ -1436,6 +1447,15 @@ def simplified(tokens: Sequence[int], constants: Sequence[float], i: int = 0) ->
     return [t, *parts[0][0], *(parts[1][0] if len(parts) > 1 else [])], [0.0, *(c for part in parts for c in part[1])]
 
 
+def without_constants(tokens: Sequence[int]) -> list[int]:
+    """A program without its fitted constants: the weight of each term, and what is added."""
+    def read(i: int) -> list[int]:
+        t, parts = tokens[i], [read(k) for k in operands(tokens, i)[0]]
+        there = [part for part in parts if part]
+        return [] if t == C else [t, *sum(parts, [])] if len(there) == len(parts) else there[0] if there else []
+    return read(0)
+
+
 def scored(s: Search) -> dict[str, np.ndarray]:
     """Of each problem (Q,): whether it is solved (NMSE <= 1e-9 on the test points), after how many evaluations, and
     recovered (equal to the truth on a range twice as wide, with at most twice its tokens)."""
@@ -1465,7 +1485,7 @@ def paired(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, f
 def train(args: flags.Flags) -> dict:
     """Train a net, diagnose it and, in the mode demo, search with it; the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
-    args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, best=float, losses=list, data=str)
+    args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, best=float, losses=list, data=str, found=list)
     device = devices.get_device(args.device)
     data = load_data(args.data, args) if args.data else generate(args)
     if saved and saved["data"] != fingerprint(data):
@@ -1475,17 +1495,20 @@ def train(args: flags.Flags) -> dict:
     net = Net(config_of(args)).to(device)
     if args.init_from and not saved:
         net.load_state_dict(load_net(args.init_from, net.config)[0].state_dict())
-    optimizers, best, losses = make_optimizers(net, args), math.inf, []
+    optimizers, best, losses, found, base = make_optimizers(net, args), math.inf, [], [], fingerprint(data)
     if saved:
         with files.refuse_damaged(args.resume):
             net.load_state_dict(saved["model"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+            found = [More(*(x.numpy() for x in one)) for one in saved["found"]]
         best, losses = saved["best"], saved["losses"]
+        for more in found:
+            data = with_more(data, more)
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(describe(data, args), flush=True)
-        n = len(data.examples["train"].targets)
+        n, first = len(data.examples["train"].targets), part_of(r.start, args)[0]
         print(f"{args.arch} on {devices.describe(device)}; {count_parameters(net)} parameters, {args.steps} steps of "
               f"{args.batch_size} examples, {args.steps * args.batch_size / n:.2f} epochs of {n}; {r.folder}", flush=True)
         ended, grad, clock = "", math.nan, (r.seconds(), r.start)
@@ -1495,10 +1518,10 @@ def train(args: flags.Flags) -> dict:
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
                 figures = diagnose(net, data, args, N_VAL, 4)
                 losses.append(figures["val"]["loss"])
-                log(r, step, figures, step * args.batch_size / n, grad, speed if step > r.start else math.nan, args)
+                log(r, step, figures, (step - first) * args.batch_size / n, grad, speed if step > r.start else math.nan, args)
                 if losses[-1] <= best:
                     best = losses[-1]
-                    r.save("best.pt", model=net.state_dict(), config=asdict(net.config), data=fingerprint(data),
+                    r.save("best.pt", model=net.state_dict(), config=asdict(net.config), data=base,
                            context=FORMAT, best=best)
                 for verdict in verdicts(figures, losses) if step else []:
                     print(f"  {verdict}", flush=True)
@@ -1507,10 +1530,15 @@ def train(args: flags.Flags) -> dict:
                 clock = r.seconds(), step
             last = last or bool(ended)
             if due or last:
-                r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=fingerprint(data),
-                       context=FORMAT, best=best, losses=losses, optimizers=[o.state_dict() for o in optimizers])
+                r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=base,
+                       context=FORMAT, best=best, losses=losses, optimizers=[o.state_dict() for o in optimizers],
+                       found=[[torch.from_numpy(x) for x in one] for one in found])
             if last:
                 break
+            if len(found) < part_of(step, args)[0] // part_of(step, args)[1]:
+                found.append(harvest(net, data, args, len(found) + 1))
+                data, best, losses, first = with_more(data, found[-1]), math.inf, [], step
+                n = len(data.examples["train"].targets)
             grad = update(net, optimizers, data, args, step, r.folder)
         r.leave_if_stopped()
         return finish(r, net, data, problems, args, losses, ended)
@@ -1537,9 +1565,44 @@ def update(net: Net, optimizers: Sequence[torch.optim.Optimizer], data: Data, ar
 
 def epoch_batch(examples: Examples, args: argparse.Namespace, step: int) -> Examples:
     """The batch of a step: each epoch has every example once, in an order of its own."""
-    n, seen = len(examples.targets), np.arange(step * args.batch_size, (step + 1) * args.batch_size)
+    n, done = len(examples.targets), step - part_of(step, args)[0]
+    seen = np.arange(done * args.batch_size, (done + 1) * args.batch_size)
     orders = {k: np.random.default_rng([args.seed, BATCH, 0, int(k)]).permutation(n) for k in np.unique(seen // n)}
     return examples.of(np.array([orders[k // n][k % n] for k in seen.tolist()]))
+
+
+class More(NamedTuple):
+    """What a round of expert iteration adds to train."""
+    functions: np.ndarray   # (F, L)
+    members: np.ndarray     # the fields of its examples
+    targets: np.ndarray
+    generation: np.ndarray
+    function: np.ndarray
+
+
+def with_more(data: Data, more: More) -> Data:
+    functions, old = data.functions["train"], data.examples["train"]
+    examples = Examples(*map(np.concatenate, zip(old, more[1:], strict=True)))
+    return Data({**data.functions, "train": np.concatenate([functions, more.functions])},
+                {**data.examples, "train": examples})
+
+
+def harvest(net: Net, data: Data, args: argparse.Namespace, k: int) -> More:
+    """Examples of the k-th round: functions larger than those of train, with the programs by which mix solved them."""
+    rng = np.random.default_rng([args.seed, FUNCTIONS, k])
+    tokens, share = larger_functions(rng, args, args.functions // 20, args.max_size - args.target_size)
+    tokens = rng.permutation(tokens[share >= TEST_SHARE + VAL_SHARE])[:args.functions // 200]
+    problems, _ = make_problems(rng, tokens, args.points, args.variables)
+    with eval_mode(net):
+        s = search(problems, "mix", net, args, args.seed + k, args.evaluations)
+    solved = np.flatnonzero(scored(s)["solved"])
+    L = args.max_size
+    found = np.array([padded(canonical(without_constants(answer(s, q)[0])), L) for q in solved], np.int8).reshape(-1, L)
+    problems = problems.of(solved)._replace(truth=found)
+    examples = trajectories(problems, net.config.grammar, args, -k, len(data.functions["train"]))
+    print(f"round {k}: mix solved {format_rate(len(solved), len(s.spent))} functions of {args.target_size + 1} to {L} "
+          f"tokens; {len(examples.targets)} examples more", flush=True)
+    return More(s.problems.truth[solved], *examples)
 
 
 def log(r: run.Run, step: int, figures: dict, epoch: float, grad: float, speed: float, args: argparse.Namespace) -> None:
@@ -1613,12 +1676,8 @@ def held_out(data: Data, args: argparse.Namespace) -> Problems:
     rng = np.random.default_rng([args.seed, PROBLEMS])
     tokens = data.functions["test"]
     if args.larger:
-        grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
-        sizes = range(args.target_size + 1, min(args.target_size + args.larger, args.max_size) + 1)
-        tokens, _ = sample_functions(rng, grammar, 200 * args.problems, sizes)
-        tokens = tokens[(tokens != PAD).sum(1) > args.target_size]
-        known = {key for rows in data.functions.values() for key in classes_of(rows, args.variables)}
-        tokens = tokens[[key not in known for key in classes_of(tokens, args.variables)]]
+        tokens, share = larger_functions(rng, args, 200 * args.problems, args.larger)
+        tokens = tokens[share < TEST_SHARE]
     size = (tokens != PAD).sum(1)
     order = rng.permutation(len(tokens))
     rank = np.zeros(len(tokens), np.int64)  # within its size
@@ -1630,6 +1689,16 @@ def held_out(data: Data, args: argparse.Namespace) -> Problems:
     if len(problems.y) < args.problems:
         raise UserError(f"--problems {args.problems}: there are {len(problems.y)} held-out functions")
     return problems.of(slice(args.problems))
+
+
+def larger_functions(rng: np.random.Generator, args: argparse.Namespace, n: int, more: int
+                     ) -> tuple[np.ndarray, np.ndarray]:
+    """Functions among n random programs (F, L) with up to `more` tokens above --target-size, and their shares (F,)."""
+    grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
+    sizes = range(args.target_size + 1, min(args.target_size + more, args.max_size) + 1)
+    tokens, share = sample_functions(rng, grammar, n, sizes)
+    larger = (tokens != PAD).sum(1) > args.target_size
+    return tokens[larger], share[larger]
 
 
 def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path) -> dict:
