@@ -113,7 +113,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--samples", type=integer(1, 10_000), default=32, help="programs for each context in the diagnosis")
 
     g = p.add_argument_group("search")
-    g.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), metavar="LIST", help="mix: GP and the "
+    g.add_argument("--method", type=names_of(METHODS), default=list(METHODS), metavar="LIST", help="mix: GP and the "
                    "net; net: its proposals alone; random, wrong: controls, with random programs or another problem's "
                    "proposals in place of the net's")
     g.add_argument("--problems", type=integer(2), default=120, help="held-out functions to search for")
@@ -305,7 +305,7 @@ class Plan:
 
 
 def evaluate(tokens: np.ndarray, X: np.ndarray, of: np.ndarray | None = None, constants: np.ndarray | None = None,
-             at: np.ndarray | None = None, shape: Shape | None = None, chunk: int = 1024) -> np.ndarray:
+             at: np.ndarray | None = None, shape: Shape | None = None, chunk: int = 2048) -> np.ndarray:
     """Values (P, N) of programs (P, L) on X (Q, N, V), in float64. of (P,): whose points each takes.
 
     constants (P, L): the value of each token c. at (P, L): instead of the roots the nodes whose values (n, N) are
@@ -1703,12 +1703,12 @@ def larger_functions(rng: np.random.Generator, args: argparse.Namespace, n: int,
 
 def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path) -> dict:
     """Each method on each problem, --search-seeds times, at equal evaluations; GP also for as long as mix took."""
-    results: dict[str, list[dict]] = {name: [] for name in args.methods}
+    results: dict[str, list[dict]] = {name: [] for name in args.method}
     if "mix" in results:
         results["gp, equal time"] = []
     with eval_mode(net):
         for seed in range(args.search_seeds):
-            for name in args.methods:
+            for name in args.method:
                 start = time.monotonic()
                 s = search(problems, name, net, args, seed, args.evaluations)
                 seconds = time.monotonic() - start

@@ -3,6 +3,7 @@ import itertools
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import addition_train
 import collatz
+import neural_sr
 import self_improve
 from common import sandbox
 
@@ -257,3 +259,110 @@ def test_supervision_steps_of_etrm_against_plain_torch_blocks(what, compile):
     our_step(), plain_step()
     mine, theirs = (len(items) / cpu_seconds(f, 5) for f in (our_step, plain_step))
     print(f"\n{what}, {how}: {mine:.1f} sample-steps/CPU-s, plain blocks {theirs:.1f}: {mine / theirs:.2f} times")
+
+
+# ---- neural_sr
+
+GRAMMAR = neural_sr.Grammar(ops=("add", "sub", "mul", "div", "sin", "cos", "exp", "log"), variables=2, max_size=30)
+
+
+def fifty_points():
+    """A problem that no program within reach solves."""
+    tokens, constants = neural_sr.parse("sin(x0**2)*cos(x0) - 1/(1.7 + exp(x1))")
+    rng = np.random.default_rng(0)
+    return neural_sr.make_problems(rng, np.array([tokens]), 50, 2, np.array([constants]))[0]
+
+
+@pytest.mark.parametrize("n_ops", [4, 8])
+def test_programs_a_second_beside_python(n_ops):
+    rng, grammar = np.random.default_rng(0), replace(GRAMMAR, ops=GRAMMAR.ops[:n_ops])
+    tokens = neural_sr.random_programs(rng, rng.integers(1, 24, 20_000), grammar)
+    X = fifty_points().X
+    ours = len(tokens) / cpu_seconds(lambda: neural_sr.evaluate(tokens, X))
+    space = {name: getattr(np, name) for name in ("sin", "cos", "exp", "log")} | {"x0": X[0, :, 0], "x1": X[0, :, 1]}
+    texts = [text for text in map(neural_sr.infix, tokens[:2000]) if "/ (1 " not in text]  # Python's 1 / 0
+
+    def plain():
+        with np.errstate(all="ignore"):
+            for text in texts:
+                eval(text, space)
+    slow = len(texts) / cpu_seconds(plain)
+    print(f"\nprograms of {(tokens != 0).sum(1).mean():.0f} tokens, of {','.join(grammar.ops)}, on 50 points: {ours / 1e3:.0f} k/CPU-s, Python's eval "
+          f"of their text {slow / 1e3:.1f} k: {ours / slow:.0f} times")
+
+
+def evolve(islands: list[str], evaluations: int) -> neural_sr.Search:
+    s = neural_sr.Search(fifty_points(), GRAMMAR, budget=evaluations, population=4000, islands=islands, seed=0)
+    s.begin()
+    while len(s.active()):
+        for kind in islands:
+            s.breed(kind, 4000)
+    return s
+
+
+@pytest.mark.parametrize("engine", ["raw", "terms", "gplearn", "pyoperon", "pyoperon, 10 steps of LM"])
+def test_evaluations_a_second_of_whole_engines(engine):
+    p = fifty_points()
+    X, y, start = p.X[0], p.y[0], time.process_time()
+    if engine in ("raw", "terms"):
+        s = evolve([engine], 300_000)
+        n, children = s.spent[0], s.proposed[0]
+    elif engine == "gplearn":
+        genetic = pytest.importorskip("gplearn.genetic", reason="pip install -e '.[sr]'")
+        genetic.SymbolicRegressor(population_size=1000, generations=10, random_state=0,
+                                  function_set=("add", "sub", "mul", "div", "sin", "cos", "log")).fit(X, y)
+        n = children = 10_000
+    else:
+        sklearn = pytest.importorskip("pyoperon.sklearn", reason="pip install -e '.[sr]'")
+        model = sklearn.SymbolicRegressor(
+            allowed_symbols="add,sub,mul,div,sin,cos,exp,log,constant,variable", population_size=4000, n_threads=1,
+            max_evaluations=300_000, generations=100_000, optimizer_iterations=10 * ("LM" in engine), max_length=30,
+            random_state=0).fit(X, y)
+        n, children = sum(model.stats_[key] for key in ("residual_evaluations", "jacobian_evaluations")), model.stats_["evaluation_count"]
+    seconds = time.process_time() - start
+    print(f"\n{engine}: {n / seconds / 1e3:.1f} k evaluations/CPU-s (ours: distinct ones), {children / seconds / 1e3:.1f} k programs")
+
+
+def seconds_of_ours(problems: neural_sr.Problems, args, limit: float) -> float:
+    """CPU seconds until a search has solved the problem, restarted with another seed at 100,000 evaluations."""
+    start = time.process_time()
+    for seed in itertools.count():
+        if neural_sr.scored(neural_sr.search(problems, "gp", None, args, seed, 100_000))["solved"][0]:
+            return time.process_time() - start
+        if time.process_time() - start > limit:
+            return np.inf
+
+
+def seconds_of_pyoperon(problems: neural_sr.Problems, limit: float) -> float:
+    """The same of runs that are twice as long each time, by the best of their fronts."""
+    from pyoperon.sklearn import SymbolicRegressor
+    X, y, X_test, y_test = (x[0] for x in problems[:4])
+    start = time.process_time()
+    for k in itertools.count():
+        model = SymbolicRegressor(
+            allowed_symbols="add,sub,mul,div,sin,cos,exp,log,sqrt,pow,constant,variable", population_size=1000,
+            max_evaluations=20_000 << min(k, 5), generations=100_000, optimizer_iterations=10, n_threads=1, max_length=30,
+            objectives=["r2", "length"], random_state=k).fit(X, y)
+        with np.errstate(all="ignore"):
+            errors = [((model.evaluate_model(one["tree"], X_test) - y_test) ** 2).mean() for one in model.pareto_front_]
+        if np.nanmin(errors) / y_test.var() <= neural_sr.SOLVED:
+            return time.process_time() - start
+        if time.process_time() - start > limit:
+            return np.inf
+
+
+def test_time_to_solution_of_nguyens_problems_beside_pyoperon():
+    pytest.importorskip("pyoperon", reason="pip install -e '.[sr]'")
+    limit, ratios = 20.0, []
+    print(f"\nCPU seconds until solved (NMSE 1e-9 on test points), of 3 data sets each, at most {limit:.0f}")
+    for name in neural_sr.NGUYEN:
+        problems = neural_sr.nguyen(name, 3, 1000)
+        args = neural_sr.parse_args(["--mode", "bench", "--ops", "add,sub,mul,div,sin,cos,exp,log,sqrt,pow", "--variables",
+                                     str(problems.X.shape[2])])
+        ours = [seconds_of_ours(problems.of(slice(q, q + 1)), args, limit) for q in range(3)]
+        theirs = [seconds_of_pyoperon(problems.of(slice(q, q + 1)), limit) for q in range(3)]
+        ratios += [b / a for a, b in zip(ours, theirs, strict=True) if a < np.inf and b < np.inf]
+        print(f"Nguyen-{name:2s} ours " + " ".join(f"{x:6.2f}" for x in ours) + "   pyoperon " +
+              " ".join(f"{x:6.2f}" for x in theirs), flush=True)
+    print(f"pyoperon / ours where both solve (n = {len(ratios)}): median {np.median(ratios):.2f}, geometric mean "
+          f"{np.exp(np.mean(np.log(ratios))):.2f}")

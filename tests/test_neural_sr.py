@@ -519,7 +519,7 @@ def test_figures_of_a_checkpoint_are_those_of_its_run(folder):
 @pytest.mark.parametrize("flags, message", [
     (["--ops", "add,foo"], "expected some of"), (["--ops", ""], "expected some of"), (["--net", ""], "empty"),
     (["--evaluations", "10"], "fewer than"), (["--target-size", "20"], "larger than"), (["--hidden", "10", "--heads", "3"],
-     "divided"), (["--temperature", "0"], "temperature"), (["--warmup", "900"], "must be left"), (["--methods", "gp,gp"],
+     "divided"), (["--temperature", "0"], "temperature"), (["--warmup", "900"], "must be left"), (["--method", "gp,gp"],
      "expected some of"), (["--objective", "x"], "choice")])
 def test_wrong_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as e:
