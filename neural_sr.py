@@ -17,6 +17,7 @@ from common import files, flags  # before torch: a Ctrl-C while that loads is on
 # isort: split
 import argparse
 import ast
+import copy
 import hashlib
 import io
 import math
@@ -124,7 +125,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island (bench: 500)")
     g.add_argument("--islands", type=names_of(["raw", "terms"]), default=["terms"], metavar="LIST", help="raw: "
                    "programs are measured as they are; terms: with least-squares weights of their additive terms (bench: both)")
-    g.add_argument("--mix", type=real(0, 1), default=0.5, help="share of proposals that the net makes")
+    g.add_argument("--mix", type=integer(2, 1000), default=2, metavar="B", help="of mix, the rounds 1, B, B * B, ... are "
+                   "the net's, the others GP's")
     g.add_argument("--temperature", type=real(0, 100, above=True), default=1.0, help="of the net's samples")
     flags.add_run_arguments(p)
     p.set_defaults(threads=2)
@@ -142,7 +144,14 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
 
 def check_flags(args: flags.Flags) -> None:
-    """Raise UserError for flags that do not go together."""
+    """Raise UserError for flags that do not go together, or that the mode does not look at."""
+    data = ("ops", "variables", "functions", "target_size", "max_size", "points", "generations", "objective")
+    net = (*data, "data", "net", "arch", "members", "hidden", "layers", "heads")
+    find = ("method", "evaluations", "population", "islands", "search_seeds")
+    used = {"gen": data, "eval": (*net, "samples"), "bench": ("ops", "max_size", *find),
+            "search": (*net, *find, "problems", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net"},
+            "train": set(vars(args)) - {"net", "problems", "larger", "method", "search_seeds"}}
+    flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir")
     if args.steps % (args.rounds + 1) or args.warmup >= args.steps // (args.rounds + 1):
         raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than {args.warmup} "
                         "steps of --warmup")
@@ -1114,7 +1123,7 @@ class Transformer(nn.Module):
 
     @staticmethod
     def chosen(past: Past, rows: torch.Tensor) -> Past:
-        return [(k[rows], v[rows]) for k, v in past]
+        return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in past]
 
 
 class GPT2(nn.Module):
@@ -1150,11 +1159,14 @@ class Net(nn.Module):
 
     def forward(self, context: Context, targets: torch.Tensor) -> torch.Tensor:
         """Logits (B, n, VOCAB) of the targets (B, n), each from the context and the targets before it."""
-        read = self.reader(context)
-        before = F.pad(targets[:, :-1], (1, 0), value=BOS)
+        read = self.read(context)
+        before = F.pad(targets[:, :-1], (1, 0), value=BOS).to(read.device)
         x = torch.cat([read, self.embed(before) + self.place[:before.shape[1]]], 1)
         x, _ = self.body(x, n_context=read.shape[1])
         return self.head(x[:, read.shape[1]:])
+
+    def read(self, context: Context) -> torch.Tensor:
+        return self.reader(Context(*(x.to(self.place.device) for x in context)))
 
     @torch.no_grad()
     def sample(self, context: Context, n: int, generator: torch.Generator, temperature: float = 1.0,
@@ -1165,7 +1177,7 @@ class Net(nn.Module):
         hold what was sampled up to EOS.
         """
         size = max(1, SAMPLED // n)
-        return np.concatenate([self.continued(self.reader(Context(*(x[k:k + size] for x in context))), n, generator,
+        return np.concatenate([self.continued(self.read(Context(*(x[k:k + size] for x in context))), n, generator,
                                               temperature, masked) for k in range(0, len(context.y), size)])
 
     def continued(self, read: torch.Tensor, n: int, generator: torch.Generator, temperature: float, masked: bool
@@ -1173,31 +1185,31 @@ class Net(nn.Module):
         """The same of contexts that are read (B, T, D)."""
         c, device = self.config, read.device
         _, past = self.body(read, n_context=read.shape[1])
-        past = self.body.chosen(past, torch.arange(len(read), device=device).repeat_interleave(n))
         choices = np.concatenate([c.grammar.leaves, c.grammar.operators])
         tokens = np.full((len(read) * n, c.max_size), PAD, np.int8)
         rows, need = np.arange(len(tokens)), np.ones(len(tokens), np.int64)  # programs that are not done yet
-        last = torch.full((len(rows),), BOS, device=device)
+        of = rows // n  # samples that begin alike are computed once: which beginning each has, (rows,)
+        last, first = np.full(len(read), BOS), np.arange(len(read)) * n
         for i in range(c.max_size):
-            x, past = self.body(self.embed(last)[:, None] + self.place[i], past)
-            logits = self.head(x[:, 0]).float()
+            x, past = self.body(self.embed(torch.from_numpy(last).to(device))[:, None] + self.place[i], past)
+            logits = self.head(x[:, 0]).float().cpu()
             if masked:
-                allowed = np.zeros((len(rows), VOCAB), bool)
-                allowed[:, choices] = fitting(need, np.full(len(rows), c.max_size - i), ARITY[choices], False)
-                logits = logits.masked_fill(~torch.from_numpy(allowed).to(device), -math.inf)
+                allowed = np.zeros(logits.shape, bool)
+                allowed[:, choices] = fitting(need[first], np.full(len(first), c.max_size - i), ARITY[choices], False)
+                logits = logits.masked_fill(~torch.from_numpy(allowed), -math.inf)
             if temperature:
-                chances = (logits / temperature).softmax(-1).cpu()
-                last = torch.multinomial(chances, 1, generator=generator)[:, 0].to(device)
+                chances = (logits / temperature).softmax(-1)[of]
+                picked = torch.multinomial(chances, 1, generator=generator)[:, 0].numpy()
             else:
-                last = logits.argmax(-1)
-            tokens[rows, i] = last.cpu().numpy()
-            need += ARITY[tokens[rows, i]] - 1
-            goes_on = np.flatnonzero(need > 0 if masked else tokens[rows, i] != EOS)
+                picked = logits.argmax(-1).numpy()[of]
+            tokens[rows, i] = picked
+            need += ARITY[picked] - 1
+            goes_on = np.flatnonzero(need > 0 if masked else picked != EOS)
             if not len(goes_on):
                 break
-            if len(goes_on) < len(rows):
-                rows, need, some = rows[goes_on], need[goes_on], torch.from_numpy(goes_on).to(device)
-                last, past = last[some], self.body.chosen(past, some)
+            rows, need = rows[goes_on], need[goes_on]
+            both, first, of = np.unique((of * VOCAB + picked)[goes_on], return_index=True, return_inverse=True)
+            last, past = both % VOCAB, self.body.chosen(past, torch.from_numpy(both // VOCAB).to(device))
         return tokens.reshape(len(read), n, c.max_size)
 
 
@@ -1254,7 +1266,7 @@ def rate_of(values: np.ndarray) -> float:
 def teacher_forced(net: Net, context: Context, labels: torch.Tensor) -> dict:
     """Loss and accuracies where each token is predicted from the target's own before it, and the first's distribution."""
     with torch.no_grad():
-        logits = torch.cat([net(Context(*(x[k:k + 256] for x in context)), labels[k:k + 256])
+        logits = torch.cat([net(Context(*(x[k:k + 256] for x in context)), labels[k:k + 256]).float().cpu()
                             for k in range(0, len(labels), 256)])
     losses, asked = token_losses(logits, labels), labels != PAD
     first = labels[:, 0].numpy()
@@ -1345,32 +1357,30 @@ def verdicts(figures: dict[str, dict], losses: Sequence[float]) -> list[str]:
 
 # ---- Comparison: the search with and without the net, by problem
 
-METHODS = ("gp", "mix", "net", "random", "wrong")  # mix: --mix of the proposals are the net's; random, wrong: controls
+METHODS = ("gp", "mix", "net", "random", "wrong")  # mix: some rounds are the net's; random, wrong: controls
 
 
-def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, generator: torch.Generator) -> None:
-    """One round: children of GP, and in their place proposals of the net, in shares that the method names.
+def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, generator: torch.Generator, k: int
+            ) -> None:
+    """Round k, from 1 on: children of GP or, in the net's rounds, what it proposes; --population of either.
 
-    random: random programs in place of the net's. wrong: what the net proposes for the next problem.
+    net: all rounds are the net's; the others but gp: the 1st, and those of --mix, its square, ... random: random
+    programs in the net's rounds. wrong: what the net proposes for the next problem.
     """
-    share = {"gp": 0.0, "net": 1.0}.get(method, args.mix)
-    n_proposed = round(share * args.population)
-    for kind in s.islands:
-        if n_proposed < args.population:
-            s.breed(kind, args.population - n_proposed)
-    of = s.active()
-    if not n_proposed or not len(of):
+    if method == "gp" or method != "net" and k not in {args.mix ** i for i in range(40)}:
+        for kind in s.islands:
+            s.breed(kind, args.population)
         return
-    kind = next(iter(s.islands))
+    of, kind = s.active(), next(iter(s.islands))
     if method == "random":
-        sizes = s.rng.integers(1, args.target_size + 1, len(of) * n_proposed)
+        sizes = s.rng.integers(1, args.target_size + 1, len(of) * args.population)
         tokens = random_programs(s.rng, sizes, s.grammar)
     else:
         shown = np.roll(of, 1) if method == "wrong" else of
         context = encode_context(s.problems.X[shown], s.problems.y[shown], s.islands[kind].tokens[shown], net.config)
-        tokens = net.sample(context, n_proposed, generator, args.temperature).reshape(-1, net.config.max_size)
+        tokens = net.sample(context, args.population, generator, args.temperature).reshape(-1, net.config.max_size)
         tokens = np.pad(tokens, ((0, 0), (0, s.grammar.max_size - tokens.shape[1])))
-    s.offer(kind, np.repeat(of, n_proposed), (tokens, np.zeros(tokens.shape)))
+    s.offer(kind, np.repeat(of, args.population), (tokens, np.zeros(tokens.shape)))
 
 
 def search(problems: Problems, method: str, net: Net | None, args: argparse.Namespace, seed: int, budget: int,
@@ -1378,11 +1388,11 @@ def search(problems: Problems, method: str, net: Net | None, args: argparse.Name
     """Search all problems until they are solved, or out of evaluations or time, or nothing new is found for long."""
     grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
     s = Search(problems, grammar, budget=budget, population=args.population, islands=args.islands, seed=seed)
-    generator, start, idle = torch.Generator().manual_seed(seed), time.monotonic(), 0
+    generator, start, idle, k = torch.Generator().manual_seed(seed), time.monotonic(), 0, 0
     s.begin()
     while len(s.active()) and time.monotonic() - start < max_seconds and idle < IDLE:
-        before = s.spent.sum()
-        advance(s, method, net, args, generator)
+        before, k = s.spent.sum(), k + 1
+        advance(s, method, net, args, generator, k)
         idle = 0 if s.spent.sum() > before else idle + 1
     return s
 
@@ -1549,7 +1559,8 @@ def update(net: Net, optimizers: Sequence[torch.optim.Optimizer], data: Data, ar
     """One optimizer step; the norm of the gradient. Raises UserError if that is not finite."""
     rng, examples = np.random.default_rng([args.seed, BATCH, step]), data.examples["train"]
     context, labels = batch_of(epoch_batch(examples, args, step), data.functions["train"], rng, net.config)
-    losses = token_losses(net(context, labels), labels)
+    logits = net(context, labels)
+    losses = token_losses(logits, labels.to(logits.device))
     (losses.sum() / (labels != PAD).sum()).backward()
     grad = float(nn.utils.clip_grad_norm_(net.parameters(), 1.0))
     if not math.isfinite(grad):
@@ -1702,33 +1713,38 @@ def larger_functions(rng: np.random.Generator, args: argparse.Namespace, n: int,
 
 
 def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path) -> dict:
-    """Each method on each problem, --search-seeds times, at equal evaluations; GP also for as long as mix took."""
-    results: dict[str, list[dict]] = {name: [] for name in args.method}
-    if "mix" in results:
-        results["gp, equal time"] = []
+    """Each method on each problem, --search-seeds times, at equal evaluations; GP and mix also at equal time.
+
+    That is what mix took, whatever the evaluations, with four times the --population, the best for both then.
+    """
+    results: dict[str, list[dict]] = {}
+    timed = copy.copy(args)
+    timed.population *= 4
+
+    def note(name: str, seed: int, s: Search, start: float) -> None:
+        seconds = time.monotonic() - start
+        results.setdefault(name, []).append({**scored(s), "spent": s.spent, "seconds": seconds})
+        print(f"  {name}, seed {seed}: {format_rate(int(results[name][-1]['solved'].sum()), len(problems.y))} solved, "
+              f"{seconds:.1f} s", flush=True)
     with eval_mode(net):
         for seed in range(args.search_seeds):
             for name in args.method:
                 start = time.monotonic()
                 s = search(problems, name, net, args, seed, args.evaluations)
-                seconds = time.monotonic() - start
-                results[name].append({**scored(s), "spent": s.spent, "proposed": s.proposed, "seconds": seconds})
-                if name == "mix":
-                    if seed == 0:
-                        draw_problems(s, net, folder / "problems.png")
-                    s = search(problems, "gp", net, args, seed, 1 << 40, seconds)
-                    results["gp, equal time"].append({**scored(s), "spent": s.spent, "proposed": s.proposed,
-                                                      "seconds": time.monotonic() - start - seconds})
-                print(f"  {name}, seed {seed}: {format_rate(int(results[name][-1]['solved'].sum()), len(problems.y))} "
-                      f"solved, {seconds:.0f} s", flush=True)
+                note(name, seed, s, start)
+                if name == "mix" and seed == 0:
+                    draw_problems(s, net, folder / "problems.png")
+            for name in ("gp", "mix") if "mix" in results else ():
+                start, limit = time.monotonic(), results["mix"][-1]["seconds"]
+                note(f"{name}, timed", seed, search(problems, name, net, timed, seed, 1 << 40, limit), start)
     stacked = {name: {key: np.stack([one[key] for one in runs], 1) for key in ("solved", "recovered", "at", "spent")}
                for name, runs in results.items()}
     table = {name: {"solved": rate_of(x["solved"]), "recovered": rate_of(x["recovered"]),
                     "solved_by_seed": x["solved"].mean(0).tolist(), "evaluations": rate_of(x["spent"]),
                     "seconds": rate_of([one["seconds"] for one in results[name]]),
                     "solved_at": np.sort(x["at"][x["at"] >= 0]).tolist()} for name, x in stacked.items()}
-    differences = {f"mix - {name}": paired(stacked["mix"]["solved"], x["solved"])
-                   for name, x in stacked.items() if "mix" in stacked and name != "mix"}
+    pairs = [("mix", name) for name in args.method if name != "mix"] + [("mix, timed", "gp, timed")]
+    differences = {f"{a} - {b}": paired(stacked[a]["solved"], stacked[b]["solved"]) for a, b in pairs if a in stacked}
     sizes = (problems.truth != PAD).sum(1)
     by_size = {name: {int(k): rate_of(x["solved"][sizes == k]) for k in np.unique(sizes)} for name, x in stacked.items()}
     return {"n_problems": len(problems.y), "search_seeds": args.search_seeds, "methods": table,
@@ -1806,7 +1822,7 @@ def draw_solve_rates(found: dict, out: Path) -> Path:
     fig, ax = plots.new_figure()
     n = found["n_problems"] * found["search_seeds"]
     for name, row in found["methods"].items():
-        if name == "gp, equal time":
+        if name not in METHODS:  # at equal time
             continue
         at = np.array(row["solved_at"])
         x = np.unique(np.concatenate([[1], at]))

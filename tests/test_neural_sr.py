@@ -285,10 +285,10 @@ def flags():
     return sr.parse_args(["--threads", "1", *SMALL])
 
 
-SMALL = ["--functions", "3000", "--target-size", "6", "--max-size", "9", "--steps", "4", "--eval-every", "2",
-         "--warmup", "1", "--hidden", "16", "--heads", "1", "--layers", "1", "--batch-size", "16", "--problems", "6",
-         "--search-seeds", "2", "--evaluations", "60", "--population", "10", "--generations", "3", "--members", "4",
-         "--points", "12", "--samples", "4"]
+SMALL_DATA = ["--functions", "3000", "--target-size", "6", "--max-size", "9", "--generations", "3", "--points", "12"]
+SMALL_NET = [*SMALL_DATA, "--steps", "4", "--eval-every", "2", "--warmup", "1", "--hidden", "16", "--heads", "1", "--layers", "1",
+             "--batch-size", "16", "--members", "4", "--samples", "4", "--evaluations", "60", "--population", "10"]
+SMALL = [*SMALL_NET, "--problems", "6", "--search-seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -439,8 +439,9 @@ def rows_of(folder):
 
 def test_a_run_generates_trains_diagnoses_and_searches(folder):
     summary = read_json(folder / "summary.json")
-    assert set(summary["methods"]) == {*sr.METHODS, "gp, equal time"} and set(summary["figures"]) == set(sr.SPLITS)
-    assert summary["differences"].keys() == {f"mix - {name}" for name in ("gp", "net", "random", "wrong", "gp, equal time")}
+    assert set(summary["methods"]) == {*sr.METHODS, "gp, timed", "mix, timed"} and set(summary["figures"]) == set(sr.SPLITS)
+    assert summary["differences"].keys() == {*(f"mix - {name}" for name in ("gp", "net", "random", "wrong")),
+                                             "mix, timed - gp, timed"}
     assert all(table["valid_masked"] == 1 for table in summary["figures"].values())
     rows = metrics.read(folder)
     assert [row["step"] for row in rows] == [0, 2, 4] and rows[-1]["val_loss"] < rows[0]["val_loss"]
@@ -465,7 +466,7 @@ def replace_flags(args, **values):
 
 
 def test_resume_equals_an_unbroken_run(folder, tmp_path, monkeypatch):
-    save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL, "--out-dir", str(tmp_path / "run")]
+    save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL_NET, "--out-dir", str(tmp_path / "run")]
 
     def stop(self, name, **fields):
         save(self, name, **fields)
@@ -497,7 +498,7 @@ def test_a_net_proposes_from_python_also_with_more_variables_than_it_knows(folde
 
 
 def test_examples_of_a_file_are_those_that_were_made(folder, tmp_path, capsys):
-    sr.main(["--threads", "1", "--mode", "gen", *SMALL, "--out-dir", str(tmp_path / "gen")])
+    sr.main(["--threads", "1", "--mode", "gen", *SMALL_DATA, "--out-dir", str(tmp_path / "gen")])
     out = sr.main(["--threads", "1", "--mode", "eval", "--net", str(folder), "--samples", "2", "--data",
                    str(tmp_path / "gen/data.npz"), "--out-dir", str(tmp_path / "eval")])
     assert "hash " + read_json(folder / "summary.json")["data"] in capsys.readouterr().out
@@ -519,7 +520,7 @@ def test_figures_of_a_checkpoint_are_those_of_its_run(folder):
 @pytest.mark.parametrize("flags, message", [
     (["--ops", "add,foo"], "expected some of"), (["--ops", ""], "expected some of"), (["--net", ""], "empty"),
     (["--evaluations", "10"], "fewer than"), (["--target-size", "20"], "larger than"), (["--hidden", "10", "--heads", "3"],
-     "divided"), (["--temperature", "0"], "temperature"), (["--warmup", "900"], "must be left"), (["--method", "gp,gp"],
+     "divided"), (["--temperature", "0"], "temperature"), (["--warmup", "900"], "equal parts"), (["--method", "gp,gp"],
      "expected some of"), (["--objective", "x"], "choice")])
 def test_wrong_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as e:
