@@ -465,21 +465,33 @@ def replace_flags(args, **values):
     return out
 
 
-def test_resume_equals_an_unbroken_run(folder, tmp_path, monkeypatch):
-    save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL_NET, "--out-dir", str(tmp_path / "run")]
+@pytest.mark.parametrize("rounds, at", [(0, 2), (1, 3)])
+def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch, capsys, rounds, at):
+    save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL_NET, "--functions", "6000", "--rounds", str(rounds),
+                                "--eval-every", "1", "--warmup", "0"]
+    sr.main([*args, "--out-dir", str(tmp_path / "unbroken")])
+    said = capsys.readouterr().out
+    assert said.count("round 1: mix solved") == rounds and "solved 0.0%" not in said
 
     def stop(self, name, **fields):
         save(self, name, **fields)
-        if name == "last.pt" and self.step == 2:
+        if name == "last.pt" and self.step == at:
             raise KeyboardInterrupt
     monkeypatch.setattr(run.Run, "save", stop)
     with pytest.raises(SystemExit):
-        sr.main(args)
+        sr.main([*args, "--out-dir", str(tmp_path / "run")])
     monkeypatch.setattr(run.Run, "save", save)
     sr.main(["--resume", str(tmp_path / "run")])
-    assert rows_of(tmp_path / "run") == rows_of(folder)
-    one, two = (torch.load(f / "last.pt")["model"] for f in (folder, tmp_path / "run"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "unbroken")
+    one, two = (torch.load(tmp_path / name / "last.pt") for name in ("unbroken", "run"))
+    assert all(torch.equal(x, two["model"][name]) for name, x in one["model"].items())
+    assert len(one["found"]) == rounds and all(torch.equal(a, b) for a, b in zip(*(sum(x["found"], []) for x in (one, two)), strict=True))
+
+
+def test_constants_leave_a_program_with_their_operators():
+    for text, bare in (("2.5*x0*x0 - 0.75*x1 + 3.0", "((x0 * x0) - x1)"), ("1.5 + -2.0*sin(x0)", "sin(x0)"), ("3.0", "")):
+        left = sr.without_constants(sr.parse(text)[0])
+        assert (sr.infix(left) if left else "") == bare
 
 
 def test_a_net_proposes_from_python_also_with_more_variables_than_it_knows(folder):
