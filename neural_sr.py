@@ -83,7 +83,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--functions", type=integer(10), default=300_000, help="programs that are sampled; how many "
                    "different functions they are is printed")
     g.add_argument("--target-size", type=integer(3, 40), default=11, help="tokens of the largest of them")
-    g.add_argument("--max-size", type=integer(3, 60), default=15, help="tokens of the largest program in a search (bench: 30)")
+    g.add_argument("--max-size", type=integer(3, 60), default=15,
+                   help="tokens of the largest program in a search (bench: 30)")
     g.add_argument("--points", type=integer(3, 10_000), default=32, help="of a data set")
     g.add_argument("--generations", type=integer(1, 1000), default=4, help="of the GP runs that give examples")
     g.add_argument("--objective", choices=["solution", "ancestor", "gp"], default="solution", help="what the net shall "
@@ -99,8 +100,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=integer(1), default=800, help="of the optimizer")
-    g.add_argument("--rounds", type=integer(0, 100), default=0, help="of expert iteration: --steps are cut into so many "
-                   "parts and one; before each but the first, larger functions that mix solves become examples")
+    g.add_argument("--rounds", type=integer(0, 100), default=0, help="of expert iteration: --steps are "
+                   "cut into one part more; before each but the first, larger functions that mix solves become examples")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="examples of a step")
     g.add_argument("--lr", type=real(0, 10, above=True), default=16e-3, help="peak of the learning rate")
     g.add_argument("--warmup", type=integer(0), default=30, help="steps in which it rises; then it falls to 0")
@@ -121,12 +122,15 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--larger", type=integer(0, 40), default=0, help="ask functions that are larger than those of "
                    "training by up to so many tokens; 0: of its sizes")
     g.add_argument("--search-seeds", type=integer(1, 1000), default=3, help="searches of each problem")
-    g.add_argument("--evaluations", type=integer(1), default=600, help="distinct ones, for each problem; bench: 100,000")
+    g.add_argument("--evaluations", type=integer(1), default=600,
+                   help="distinct ones, for each problem (bench: 100,000)")
     g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island (bench: 500)")
-    g.add_argument("--islands", type=names_of(["raw", "terms"]), default=["terms"], metavar="LIST", help="raw: "
-                   "programs are measured as they are; terms: with least-squares weights of their additive terms (bench: both)")
-    g.add_argument("--mix", type=integer(2, 1000), default=3, metavar="B", help="of mix, the rounds 1, B, B * B, ... are "
-                   "the net's, the others GP's")
+    g.add_argument("--islands", type=names_of(["raw", "terms"]), default=["terms"], metavar="LIST",
+                   help="raw: programs are measured as they are; terms: with least-squares weights of their additive "
+                   "terms (bench: both)")
+    g.add_argument("--constants", action="store_true", help="GP's leaves may be fitted constants, c")
+    g.add_argument("--mix", type=integer(2, 1000), default=3, metavar="B",
+                   help="of mix, the rounds 1, B, B * B, ... are the net's, the others GP's")
     g.add_argument("--temperature", type=real(0, 100, above=True), default=1.0, help="of the net's samples")
     flags.add_run_arguments(p)
     p.set_defaults(threads=2)
@@ -147,14 +151,14 @@ def check_flags(args: flags.Flags) -> None:
     """Raise UserError for flags that do not go together, or that the mode does not look at."""
     data = ("ops", "variables", "functions", "target_size", "max_size", "points", "generations", "objective")
     net = (*data, "data", "net", "arch", "members", "hidden", "layers", "heads")
-    find = ("method", "evaluations", "population", "islands", "search_seeds")
+    find = ("method", "constants", "evaluations", "population", "islands", "search_seeds")
     used = {"gen": data, "eval": (*net, "samples"), "bench": ("ops", "max_size", *find),
             "search": (*net, *find, "problems", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net"},
-            "train": set(vars(args)) - {"net", "problems", "larger", "method", "search_seeds"}}
+            "train": set(vars(args)) - {"net", "problems", "larger", "method", "constants", "search_seeds"}}
     flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir")
     if args.steps % (args.rounds + 1) or args.warmup >= args.steps // (args.rounds + 1):
-        raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than {args.warmup} "
-                        "steps of --warmup")
+        raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than "
+                        f"{args.warmup} steps of --warmup")
     if args.target_size > args.max_size:
         raise UserError(f"--target-size {args.target_size}: larger than --max-size {args.max_size}")
     if args.evaluations < args.population:
@@ -185,7 +189,8 @@ OPS = (
     Op("sub", 2, np.subtract, lambda a, b, v: (np.ones_like(v), -np.ones_like(v)), "({} - {})"),
     Op("mul", 2, np.multiply, lambda a, b, v: (b, a), "({} * {})"),
     Op("div", 2, np.divide, lambda a, b, v: (1 / b, -v / b), "({} / {})"),
-    Op("pow", 2, np.power, lambda a, b, v: (b * np.power(a, b - 1), np.where(v == 0, 0.0, v * np.log(a))), "({} ** {})"),
+    Op("pow", 2, np.power, lambda a, b, v: (b * np.power(a, b - 1), np.where(v == 0, 0.0, v * np.log(a))),
+       "({} ** {})"),
     Op("sin", 1, np.sin, lambda a, v: (np.cos(a),), "sin({})"),
     Op("cos", 1, np.cos, lambda a, v: (-np.sin(a),), "cos({})"),
     Op("exp", 1, np.exp, lambda a, v: (v,), "exp({})"),
@@ -759,6 +764,14 @@ def empty_island(Q: int, M: int, L: int) -> Island:
                   np.full((Q, M), np.inf), np.full((Q, M), -1))
 
 
+def rank_among_equals(x: np.ndarray) -> np.ndarray:
+    """How many equal ones stand before each of x (n,)."""
+    order = np.argsort(x, kind="stable")
+    rank = np.empty(len(x), np.int64)
+    rank[order] = np.arange(len(x)) - np.searchsorted(x[order], x[order])
+    return rank
+
+
 class Search:
     """A search of all problems in lockstep. One cache counts distinct evaluations, the same for all methods.
 
@@ -777,7 +790,7 @@ class Search:
         self.best = {"tokens": np.full((Q, L), PAD, np.int8), "constants": np.zeros((Q, L)),
                      "nmse": np.full(Q, np.inf), "weighted": np.zeros(Q, bool), "id": np.full(Q, -1),
                      "at": np.full(Q, -1)}
-        self.n_ids, self.record, self.births = 0, record, []
+        self.n_ids, self.record, self.births, self.fitted = 0, record, [], set()
 
     def active(self) -> np.ndarray:
         """Problems that are neither solved on their own points nor out of evaluations."""
@@ -788,10 +801,39 @@ class Search:
         np.add.at(self.proposed, of, 1)
         shape = shape_of(programs[0])
         new, at = self.novel(kind, of, programs[0], shape)
-        of, tokens, constants, shape = of[new], programs[0][new], programs[1][new], shape.of(new)
-        if not len(of):
+        if not len(new):
             return
-        p, used = self.problems, constants if self.grammar.constants else None
+        if self.record:
+            nobody = np.full((len(of), 2), -1)
+            self.births.append((of[new], programs[0][new], (nobody if parents is None else parents)[new]))
+        self.judge(kind, of[new], (programs[0][new], programs[1][new]), at, shape.of(new))
+
+    def fit(self, kind: str, iterations: int = 8) -> None:
+        """Fit the constants of each problem's best twentieth, once each program.
+
+        Every residual and every Jacobian counts as an evaluation. In the island `terms` this is of the program as it
+        is, without weights.
+        """
+        island, cost = self.islands[kind], 2 * (iterations + 1)
+        some = island.tokens[:, :max(1, island.score.shape[1] // 20)]
+        q, i = np.nonzero((some == C).any(2) & np.isfinite(island.score[:, :some.shape[1]]))
+        fresh = [k for k, key in enumerate(island.ids[q, i].tolist()) if key not in self.fitted]
+        q, i = q[fresh], i[fresh]
+        at = self.spent[q] + cost * (rank_among_equals(q) + 1)
+        paid = (self.solved_at[q] < 0) & (at <= self.budget)
+        q, i, at = q[paid], i[paid], at[paid]
+        if not len(q):
+            return
+        self.fitted.update(island.ids[q, i].tolist())
+        tokens, p = island.tokens[q, i], self.problems
+        constants = fit_constants(tokens, island.constants[q, i], p.X, p.y, q, iterations)
+        np.maximum.at(self.spent, q, at)
+        self.judge(kind, q, (tokens, constants), at, shape_of(tokens))
+
+    def judge(self, kind: str, of: np.ndarray, programs: Programs, at: np.ndarray, shape: Shape) -> None:
+        """Errors and scores of programs; the best of them survive. at (P,): the evaluations spent by then."""
+        (tokens, constants), p = programs, self.problems
+        used = constants if self.grammar.constants else None
         with np.errstate(all="ignore"):
             if kind == "terms":
                 errors = fit_terms(tokens, p.X, p.y, of, used, shape)
@@ -802,8 +844,6 @@ class Search:
         score = np.log10(nmse + 1e-30) + self.parsimony * shape.size[:, 0]
         ids = self.n_ids + np.arange(len(of))
         self.n_ids += len(of)
-        if self.record:
-            self.births.append((of, tokens, np.full((len(of), 2), -1) if parents is None else parents[new]))
         self.note(kind, of, tokens, constants, nmse, ids, at)
         self.select(kind, of, (tokens, constants, nmse, score, ids))
 
@@ -816,10 +856,7 @@ class Search:
         first = np.sort(first)  # of equal ones the first counts
         known = np.fromiter(map(self.cache.__contains__, keys[first].tolist()), bool, len(first))
         new = first[~known]
-        order = np.argsort(of[new], kind="stable")
-        rank = np.empty(len(new), np.int64)  # within its problem
-        rank[order] = np.arange(len(new)) - np.searchsorted(of[new][order], of[new][order])
-        at = self.spent[of[new]] + cost * (rank + 1)
+        at = self.spent[of[new]] + cost * (rank_among_equals(of[new]) + 1)
         over = at > self.budget
         new, at = new[~over], at[~over]
         np.maximum.at(self.spent, of[new], at)
@@ -844,9 +881,7 @@ class Search:
         """The island keeps its M best; of programs with equal errors, which are the same function, the best alone."""
         island = self.islands[kind]
         problems, rows = np.unique(of, return_inverse=True)
-        order = np.argsort(rows, kind="stable")
-        place = np.empty(len(of), int)
-        place[order] = np.arange(len(of)) - np.searchsorted(rows[order], rows[order])
+        place = rank_among_equals(of)
         M, B = island.score.shape[1], int(place.max()) + 1
         merged = empty_island(len(problems), M + B, self.grammar.max_size)
         for both, old, new in zip(merged, island, born, strict=True):
@@ -856,7 +891,8 @@ class Search:
         errors = np.take_along_axis(np.round(np.log(merged.nmse + 1e-300), 9), order, 1)
         by_error = np.argsort(errors, 1, kind="stable")
         order, errors = (np.take_along_axis(x, by_error, 1) for x in (order, errors))
-        merged.score[np.arange(len(order))[:, None], order[:, 1:]] += np.where(errors[:, 1:] == errors[:, :-1], np.inf, 0)
+        twins = np.where(errors[:, 1:] == errors[:, :-1], np.inf, 0)
+        merged.score[np.arange(len(order))[:, None], order[:, 1:]] += twins
         merged = merged.taken(np.argsort(merged.score, 1, kind="stable")[:, :M])
         for old, new in zip(island, merged, strict=True):
             old[problems] = new
@@ -875,7 +911,8 @@ class Search:
         there = np.isfinite(island.score).sum(1)[of]
         a, b = (tournament(self.rng, there) for _ in range(2))
         parents = [(island.tokens[of, i], island.constants[of, i]) for i in (a, b)]
-        self.offer(kind, of, breed(self.rng, *parents, self.grammar), np.stack([island.ids[of, a], island.ids[of, b]], 1))
+        children = breed(self.rng, *parents, self.grammar)
+        self.offer(kind, of, children, np.stack([island.ids[of, a], island.ids[of, b]], 1))
 
 
 # ---- Examples: what the net learns from
@@ -965,7 +1002,7 @@ def descendants(s: Search, examples: Examples, born: Sequence[int], objective: s
             if wanted[i]:
                 wanted[parents[i][parents[i] >= 0]] = True
     order = s.rng.permutation(np.flatnonzero(wanted))
-    born_in = {(q, g): i for i, q, g in zip(order.tolist(), of[order].tolist(), generation[order].tolist(), strict=True)}
+    born_in = {(int(of[i]), int(generation[i])): i for i in order.tolist()}
     chosen = [born_in.get((q, g + 1), -1) for q, g in
               zip(examples.function.tolist(), examples.generation.tolist(), strict=True)]
     return tokens[chosen], np.array(chosen, np.int64) >= 0
@@ -997,22 +1034,27 @@ class Context(NamedTuple):
 FORMAT = f"tokens {', '.join(TOKENS)} from {FIRST_OP}; features {N_FEATURES}; members by error; values, y - f, y / f"
 
 
-def encode_context(X: np.ndarray, y: np.ndarray, members: np.ndarray, c: Config) -> Context:
+def encode_context(X: np.ndarray, y: np.ndarray, members: np.ndarray, c: Config, constants: np.ndarray | None = None
+                   ) -> Context:
     """The context of data X (B, N, V), y (B, N) and programs (B, M, L); training and search call this alone.
 
     It is trimmed to the first `points` points and the first `members` programs; places that are left are empty.
+    constants (B, M, L): of tokens c, which the net is shown as 1, with the values that they have.
     """
-    B, L = len(X), c.max_size
-    X, y, members = X[:, :c.points], y[:, :c.points], members[:, :c.members]
-    members = np.pad(members, ((0, 0), (0, c.members - members.shape[1]), (0, L - members.shape[2])))
-    flat = members.reshape(B * c.members, L)
-    there = flat[:, 0] != PAD
-    values = np.full((len(flat), X.shape[1]), np.nan)
-    values[there] = evaluate(flat[there], X, np.repeat(np.arange(B), c.members)[there])
+    B, X, y = len(X), X[:, :c.points], y[:, :c.points]
+
+    def rows(x: np.ndarray) -> np.ndarray:  # (B, M, L) -> (B members, max_size)
+        x = x[:, :c.members]
+        return np.pad(x, ((0, 0), (0, c.members - x.shape[1]), (0, c.max_size - x.shape[2]))).reshape(-1, c.max_size)
+    tokens, numbers = rows(members), rows(members * 0.0 if constants is None else constants)
+    there = tokens[:, 0] != PAD
+    values = np.full((len(tokens), X.shape[1]), np.nan)
+    values[there] = evaluate(tokens[there], X, np.repeat(np.arange(B), c.members)[there], numbers[there])
+    tokens = np.where(tokens == C, ONE, tokens).reshape(B, c.members, -1)
     X = np.pad(X, ((0, 0), (0, 0), (0, c.variables - X.shape[2])))
-    values = np.clip(values, -1e15, 1e15).reshape(B, c.members, -1)  # so that squares fit float32
+    values = np.clip(values, -1e15, 1e15).reshape(B, c.members, X.shape[1])  # squares fit float32
     X, y, values = (torch.from_numpy(x.astype(np.float32)) for x in (X, y, values))
-    return Context(X, y, torch.from_numpy(members.astype(np.int64)), values)
+    return Context(X, y, torch.from_numpy(tokens.astype(np.int64)), values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1134,8 +1176,8 @@ class GPT2(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2Model
         self.body = GPT2Model(GPT2Config(
-            vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=DATA_TOKENS + c.members + c.max_size + 1, n_embd=c.hidden, n_layer=c.layers,
-            n_head=c.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+            vocab_size=1, bos_token_id=None, eos_token_id=None, n_embd=c.hidden, n_layer=c.layers, n_head=c.heads,
+            n_positions=DATA_TOKENS + c.members + c.max_size + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
     def forward(self, x: torch.Tensor, past=None, n_context: int = 0):
         out = self.body(inputs_embeds=x, past_key_values=past, use_cache=True)
@@ -1265,7 +1307,7 @@ def rate_of(values: np.ndarray) -> float:
 
 
 def teacher_forced(net: Net, context: Context, labels: torch.Tensor) -> dict:
-    """Loss and accuracies where each token is predicted from the target's own before it, and the first's distribution."""
+    """Loss and accuracies, each token predicted from the target's own before it; the first token's distribution."""
     with torch.no_grad():
         logits = torch.cat([net(Context(*(x[k:k + 256] for x in context)), labels[k:k + 256]).float().cpu()
                             for k in range(0, len(labels), 256)])
@@ -1344,7 +1386,8 @@ def verdicts(figures: dict[str, dict], losses: Sequence[float]) -> list[str]:
     """In plain words what is wrong; losses: of validation, so far, the newest last."""
     val, train, out = figures["val"], figures["train"], []
     if val["leaf"] > val["leaf_target"] + 0.1:
-        out.append(f"collapsed: {val['leaf']:.0%} of its answers are a single leaf, {val['leaf_target']:.0%} of the targets")
+        out.append(f"collapsed: {val['leaf']:.0%} of its answers are a single leaf, {val['leaf_target']:.0%} of the "
+                   "targets")
     if val["most_frequent"] > 0.2:
         out.append(f"collapsed: {val['most_frequent']:.0%} of its answers are the same")
     if val["kl"] > 0.1:
@@ -1371,6 +1414,8 @@ def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, g
     if method == "gp" or method != "net" and k not in {args.mix ** i for i in range(40)}:
         for kind in s.islands:
             s.breed(kind, args.population)
+            if args.constants:
+                s.fit(kind)
         return
     of, kind = s.active(), next(iter(s.islands))
     if method == "random":
@@ -1378,7 +1423,9 @@ def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, g
         tokens = random_programs(s.rng, sizes, s.grammar)
     else:
         shown = np.roll(of, 1) if method == "wrong" else of
-        context = encode_context(s.problems.X[shown], s.problems.y[shown], s.islands[kind].tokens[shown], net.config)
+        island = s.islands[kind]
+        context = encode_context(s.problems.X[shown], s.problems.y[shown], island.tokens[shown], net.config,
+                                 island.constants[shown])
         tokens = net.sample(context, args.population, generator, args.temperature).reshape(-1, net.config.max_size)
         tokens = np.pad(tokens, ((0, 0), (0, s.grammar.max_size - tokens.shape[1])))
     s.offer(kind, np.repeat(of, args.population), (tokens, np.zeros(tokens.shape)))
@@ -1387,7 +1434,7 @@ def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, g
 def search(problems: Problems, method: str, net: Net | None, args: argparse.Namespace, seed: int, budget: int,
            max_seconds: float = math.inf) -> Search:
     """Search all problems until they are solved, or out of evaluations or time, or nothing new is found for long."""
-    grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
+    grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size, constants=args.constants)
     s = Search(problems, grammar, budget=budget, population=args.population, islands=args.islands, seed=seed)
     generator, start, idle, k = torch.Generator().manual_seed(seed), time.monotonic(), 0, 0
     s.begin()
@@ -1521,7 +1568,8 @@ def train(args: flags.Flags) -> dict:
         print(describe(data, args), flush=True)
         n, first = len(data.examples["train"].targets), part_of(r.start, args)[0]
         print(f"{args.arch} on {devices.describe(device)}; {count_parameters(net)} parameters, {args.steps} steps of "
-              f"{args.batch_size} examples, {args.steps * args.batch_size / n:.2f} epochs of {n}; {r.folder}", flush=True)
+              f"{args.batch_size} examples, {part_of(0, args)[1] * args.batch_size / n:.2f} epochs of {n}"
+              + f" before {args.rounds} rounds" * bool(args.rounds) + f"; {r.folder}", flush=True)
         ended, grad, clock = "", math.nan, (r.seconds(), r.start)
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
@@ -1529,7 +1577,8 @@ def train(args: flags.Flags) -> dict:
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
                 figures = diagnose(net, data, args, N_VAL, 4)
                 losses.append(figures["val"]["loss"])
-                log(r, step, figures, (step - first) * args.batch_size / n, grad, speed if step > r.start else math.nan, args)
+                speed = speed if step > r.start else math.nan
+                log(r, step, figures, (step - first) * args.batch_size / n, grad, speed, args)
                 if losses[-1] <= best:
                     best = losses[-1]
                     r.save("best.pt", model=net.state_dict(), config=asdict(net.config), data=base,
@@ -1611,13 +1660,15 @@ def harvest(net: Net, data: Data, args: argparse.Namespace, k: int) -> More:
     L = args.max_size
     found = np.array([padded(canonical(without_constants(answer(s, q)[0])), L) for q in solved], np.int8).reshape(-1, L)
     problems = problems.of(solved)._replace(truth=found)
-    examples = trajectories(problems, net.config.grammar, args, (args.seed, TRAJECTORY, k), len(data.functions["train"]))
+    known = len(data.functions["train"])
+    examples = trajectories(problems, net.config.grammar, args, (args.seed, TRAJECTORY, k), known)
     print(f"round {k}: mix solved {format_rate(len(solved), len(s.spent))} functions of {args.target_size + 1} to {L} "
           f"tokens; {len(examples.targets)} examples more", flush=True)
     return More(s.problems.truth[solved], *examples)
 
 
-def log(r: run.Run, step: int, figures: dict, epoch: float, grad: float, speed: float, args: argparse.Namespace) -> None:
+def log(r: run.Run, step: int, figures: dict, epoch: float, grad: float, speed: float, args: argparse.Namespace
+        ) -> None:
     """A row of metrics.csv, and the log line."""
     row = {"step": step, "epoch": epoch}
     for name, table in figures.items():
@@ -1690,13 +1741,9 @@ def held_out(data: Data, args: argparse.Namespace) -> Problems:
     if args.larger:
         tokens, share = larger_functions(rng, args, 200 * args.problems, args.larger)
         tokens = tokens[share < TEST_SHARE]
+    tokens = rng.permutation(tokens)
     size = (tokens != PAD).sum(1)
-    order = rng.permutation(len(tokens))
-    rank = np.zeros(len(tokens), np.int64)  # within its size
-    for k in np.unique(size):
-        some = order[size[order] == k]
-        rank[some] = np.arange(len(some))
-    tokens = tokens[np.lexsort((size, rank))]
+    tokens = tokens[np.lexsort((size, rank_among_equals(size)))]
     problems, _ = make_problems(rng, tokens[:2 * args.problems], args.points, args.variables)
     if len(problems.y) < args.problems:
         raise UserError(f"--problems {args.problems}: there are {len(problems.y)} held-out functions")
@@ -1748,7 +1795,8 @@ def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path
     pairs = [("mix", name) for name in args.method if name != "mix"] + [("mix, timed", "gp, timed")]
     differences = {f"{a} - {b}": paired(stacked[a]["solved"], stacked[b]["solved"]) for a, b in pairs if a in stacked}
     sizes = (problems.truth != PAD).sum(1)
-    by_size = {name: {int(k): rate_of(x["solved"][sizes == k]) for k in np.unique(sizes)} for name, x in stacked.items()}
+    by_size = {name: {int(k): rate_of(x["solved"][sizes == k]) for k in np.unique(sizes)}
+               for name, x in stacked.items()}
     return {"n_problems": len(problems.y), "search_seeds": args.search_seeds, "methods": table,
             "differences": differences, "by_size": by_size}
 
@@ -1762,7 +1810,8 @@ def report(folder: Path, found: dict) -> str:
         lines.append(f"{name:16s}  {format_rate(round(row['solved'] * n), n):32s} {row['recovered']:8.1%}  "
                      f"{row['evaluations']:11.0f}  {row['seconds']:7.1f}")
     for name, (mean, low, high) in found["differences"].items():
-        lines.append(f"{name:22s} {100 * mean:+6.1f} points (95 % {100 * low:.1f} to {100 * high:.1f}, paired by problem)")
+        lines.append(f"{name:22s} {100 * mean:+6.1f} points (95 % {100 * low:.1f} to {100 * high:.1f}, paired by "
+                     "problem)")
     return "\n".join(lines)
 
 
@@ -1802,7 +1851,7 @@ def draw_first_tokens(figures: dict[str, dict], out: Path) -> Path:
 
 
 def draw_problems(s: Search, net: Net, out: Path, n: int = 6) -> Path:
-    """The answers of a search to n problems on their test points, with what the net proposes for the last population."""
+    """A search's answers to n problems on their test points, with what the net proposes for the last population."""
     p, (tokens, constants), kind = s.problems, answers(s), next(iter(s.islands))
     some = np.linspace(0, len(p.y) - 1, min(n, len(p.y))).astype(int)
     context = encode_context(p.X[some], p.y[some], s.islands[kind].tokens[some], net.config)
@@ -1907,8 +1956,11 @@ def load(path: str) -> Callable[..., list[str]]:
             raise UserError(f"temperature {temperature} and n {n}: both must be above 0")
         c = net.config
         columns = strongest(X, y, c.variables)
+        if len(columns) < X.shape[1]:
+            print(f"the net knows {c.variables} variables: it works on {', '.join(f'x{i}' for i in columns)}", flush=True)
         names = [f"x{i}" for i in columns]
-        rows = np.array([padded(parse(text, names)[0], c.max_size) for text in population], np.int8).reshape(-1, c.max_size)
+        rows = np.array([padded(parse(text, names)[0], c.max_size) for text in population], np.int8)
+        rows = rows.reshape(-1, c.max_size)
         if (rows == C).any():
             raise UserError("population: the net knows no numbers but 1")
         errors = np.nan_to_num(((evaluate(rows, X[None][:, :, columns]) - y) ** 2).mean(1), nan=np.inf)
@@ -1970,8 +2022,8 @@ def bench(args: flags.Flags) -> dict:
         r.step = args.steps
         summary = r.summary(n_params=0, ops=args.ops, evaluations=args.evaluations, solved=solved,
                             recovered=recovered, n=n, problems=found)
-        print(f"solved {format_rate(solved, n)}, recovered {format_rate(recovered, n)}, operators {','.join(args.ops)}; "
-              f"{summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
+        print(f"solved {format_rate(solved, n)}, recovered {format_rate(recovered, n)}, operators "
+              f"{','.join(args.ops)}; {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
         return summary
 
 

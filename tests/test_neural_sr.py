@@ -278,6 +278,28 @@ def test_the_interval_of_a_paired_difference_is_by_problem():
     assert sr.paired(a, a) == (0, 0, 0)
 
 
+def test_constants_are_fitted_in_a_search_and_every_residual_and_jacobian_is_paid():
+    tokens, constants = sr.parse("sin(2.3*x0 + 0.5)")
+    rng = np.random.default_rng(0)
+    problems, _ = sr.make_problems(rng, np.array([tokens] * 3), 20, 1, np.array([constants] * 3), [(0, 4)])
+    s = sr.Search(problems, replace(PLAIN, variables=1, constants=True), budget=100, population=20, islands=["raw"], seed=0)
+    rows, start = np.array([sr.padded(tokens, 15)] * 3), np.array([sr.padded([], 15)] * 3) * 0.0
+    start[:, :len(constants)] = np.array(constants) * 1.05
+    s.offer("raw", np.arange(3), (rows, start))
+    before = s.best["nmse"].copy()
+    s.fit("raw", 8)
+    assert (s.spent == 1 + 18).all() and (before > 1e-4).all() and (s.best["nmse"] < 1e-9).all()
+    s.fit("raw", 8)  # each program is fitted once, and its child too
+    s.fit("raw", 8)
+    assert (s.spent <= 1 + 36).all()
+    values = sr.answers(s)[1]
+    assert sorted(np.abs(values[0][values[0] != 0])) == pytest.approx([0.5, 2.3], rel=1e-4)
+    poor = sr.Search(problems, replace(PLAIN, constants=True), budget=18, population=20, islands=["raw"], seed=0)
+    poor.offer("raw", np.arange(3), (rows, start))
+    poor.fit("raw", 8)
+    assert (poor.spent == 1).all()
+
+
 # ---- Examples
 
 @pytest.fixture(scope="module")
