@@ -1180,7 +1180,7 @@ class GPT2(nn.Module):
             n_positions=DATA_TOKENS + c.members + c.max_size + 1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
     def forward(self, x: torch.Tensor, past=None, n_context: int = 0):
-        out = self.body(inputs_embeds=x, past_key_values=past, use_cache=True)
+        out = self.body(None, past, inputs_embeds=x, use_cache=True)
         return out.last_hidden_state, out.past_key_values
 
     @staticmethod
