@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g = p.add_argument_group("optimization")
     g.add_argument("--steps", type=integer(1), default=800, help="of the optimizer")
     g.add_argument("--rounds", type=integer(0, 100), default=0, help="of expert iteration: --steps are "
-                   "cut into one part more; before each but the first, larger functions that mix solves become examples")
+                   "cut into one part more; before each but the first, larger functions solved by mix become examples")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="examples of a step")
     g.add_argument("--lr", type=real(0, 10, above=True), default=16e-3, help="peak of the learning rate")
     g.add_argument("--warmup", type=integer(0), default=30, help="steps in which it rises; then it falls to 0")
@@ -1790,6 +1790,7 @@ def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path
                for name, runs in results.items()}
     table = {name: {"solved": rate_of(x["solved"]), "recovered": rate_of(x["recovered"]),
                     "solved_by_seed": x["solved"].mean(0).tolist(), "evaluations": rate_of(x["spent"]),
+                    "times_solved": x["solved"].sum(1).tolist(),  # of each problem
                     "seconds": rate_of([one["seconds"] for one in results[name]]),
                     "solved_at": np.sort(x["at"][x["at"] >= 0]).tolist()} for name, x in stacked.items()}
     pairs = [("mix", name) for name in args.method if name != "mix"] + [("mix, timed", "gp, timed")]
@@ -1957,7 +1958,7 @@ def load(path: str) -> Callable[..., list[str]]:
         c = net.config
         columns = strongest(X, y, c.variables)
         if len(columns) < X.shape[1]:
-            print(f"the net knows {c.variables} variables: it works on {', '.join(f'x{i}' for i in columns)}", flush=True)
+            print(f"the net knows {c.variables} variables and works on " + ", ".join(f"x{i}" for i in columns), flush=True)
         names = [f"x{i}" for i in columns]
         rows = np.array([padded(parse(text, names)[0], c.max_size) for text in population], np.int8)
         rows = rows.reshape(-1, c.max_size)
