@@ -1422,7 +1422,7 @@ def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, g
         sizes = s.rng.integers(1, args.target_size + 1, len(of) * args.population)
         tokens = random_programs(s.rng, sizes, s.grammar)
     else:
-        shown = np.roll(of, 1) if method == "wrong" else of
+        shown = (of + 1) % len(s.spent) if method == "wrong" else of
         island = s.islands[kind]
         context = encode_context(s.problems.X[shown], s.problems.y[shown], island.tokens[shown], net.config,
                                  island.constants[shown])
