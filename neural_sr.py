@@ -51,7 +51,7 @@ RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no v
 IDLE = 100                        # rounds in which a search finds nothing new, after which it ends
 N_TEST = 400                      # points that nothing is fitted on
 VAL_SHARE, TEST_SHARE = 0.07, 0.08  # of functions, by a hash of what they are
-DATA_FLAGS = ("ops", "variables", "functions", "target_size", "max_size", "points", "generations", "objective", "seed")
+DATA_FLAGS = ("ops", "variables", "functions", "target_size", "max_size", "points", "generations", "objective")
 GP_POPULATION = 20                 # of the runs that give examples
 FUNCTIONS, TRAJECTORY, BATCH, EVAL, PROBLEMS, SEARCH = range(1, 7)  # streams of randomness
 
@@ -149,10 +149,9 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
 def check_flags(args: flags.Flags) -> None:
     """Raise UserError for flags that do not go together, or that the mode does not look at."""
-    data = ("ops", "variables", "functions", "target_size", "max_size", "points", "generations", "objective")
-    net = (*data, "data", "net", "arch", "members", "hidden", "layers", "heads")
+    net = (*DATA_FLAGS, "data", "net", "arch", "members", "hidden", "layers", "heads")
     find = ("method", "constants", "evaluations", "population", "islands", "search_seeds")
-    used = {"gen": data, "eval": (*net, "samples"), "bench": ("ops", "max_size", *find),
+    used = {"gen": DATA_FLAGS, "eval": (*net, "samples"), "bench": ("ops", "max_size", *find),
             "search": (*net, *find, "problems", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net"},
             "train": set(vars(args)) - {"net", "problems", "larger", "method", "constants", "search_seeds"}}
     flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir")
@@ -253,21 +252,20 @@ def keys_of(tokens: np.ndarray, shape: Shape) -> np.ndarray:
     return key[0]
 
 
-def whole(rows: np.ndarray, variables: int) -> np.ndarray:
-    """Which rows (P, L), cut at EOS or PAD, are one whole program of known tokens without fitted constants."""
+def whole(rows: np.ndarray, grammar: Grammar) -> np.ndarray:
+    """Which rows (P, L), cut at EOS or PAD, are one whole program of the grammar's tokens."""
     there = np.cumsum((rows == EOS) | (rows == PAD), 1) == 0
-    tokens = np.where(there, rows, PAD)
-    known = (tokens == ONE) | ((tokens >= X0) & (tokens < X0 + variables)) | (ARITY[tokens] > 0)
-    need = 1 + np.cumsum(np.where(there, ARITY[tokens] - 1, 0), 1)  # operands that are missing behind each token
+    known = np.isin(rows, np.concatenate([grammar.leaves, grammar.operators]))
+    arity = ARITY[np.where(there & known, rows, PAD)]
+    need = 1 + np.cumsum(np.where(there, arity - 1, 0), 1)  # operands that are missing behind each token
     last = np.arange(rows.shape[1]) == there.sum(1, keepdims=True) - 1
     return there[:, 0] & (known | ~there).all(1) & ((need > 0) | ~there | last).all(1) & (need[:, -1] == 0)
 
 
-def check_programs(tokens: np.ndarray, variables: int) -> None:
+def check_programs(tokens: np.ndarray, grammar: Grammar) -> None:
     """Raise UserError for a row of (P, L) that is not one whole program, with PAD behind it."""
-    in_range = ((tokens >= 0) & (tokens < VOCAB)).all(1)
     gap = (np.cumsum(tokens == PAD, 1) > 0) & (tokens != PAD)
-    bad = ~in_range | gap.any(1) | (tokens == EOS).any(1) | ~whole(np.clip(tokens, 0, VOCAB - 1), variables)
+    bad = gap.any(1) | (tokens == EOS).any(1) | ~whole(tokens, grammar)
     if bad.any():
         raise UserError(f"program {tokens[bad.argmax()].tolist()}: not one whole expression of known tokens")
 
@@ -281,6 +279,8 @@ class Plan:
 
     def __init__(self, tokens: np.ndarray, shape: Shape, of: np.ndarray, Q: int, V: int):
         used = np.arange(tokens.shape[1]) < shape.size[:, :1]
+        if tokens.max(where=tokens < FIRST_OP, initial=0) >= X0 + V:
+            raise ValueError(f"programs with more variables than the {V} of the data")
         tokens = tokens.astype(np.int64)
         self.ids = np.where(tokens == ONE, V, tokens - X0) + (V + 1) * of[:, None]
         self.constants = np.nonzero(used & (tokens == C))
@@ -1031,9 +1031,6 @@ class Context(NamedTuple):
     values: torch.Tensor   # (B, M, N)
 
 
-FORMAT = f"tokens {', '.join(TOKENS)} from {FIRST_OP}; features {N_FEATURES}; members by error; values, y - f, y / f"
-
-
 def encode_context(X: np.ndarray, y: np.ndarray, members: np.ndarray, c: Config, constants: np.ndarray | None = None
                    ) -> Context:
     """The context of data X (B, N, V), y (B, N) and programs (B, M, L); training and search call this alone.
@@ -1082,6 +1079,16 @@ class Config:
     @property
     def grammar(self) -> Grammar:
         return Grammar(ops=self.ops, variables=self.variables, max_size=self.max_size)
+
+
+def format_of(c: Config) -> str:
+    """A hash of how contexts are written, from an example of one: a net is used only where it is the same."""
+    X = np.linspace(-2, 3, c.points * c.variables).reshape(1, c.points, c.variables)
+    context = encode_context(X, X.sum(2), np.array([[[X0], [ONE]]], np.int8), c)
+    digest = hashlib.sha256(repr([(name, TOKENS[name]) for name in c.ops]).encode())
+    for x in (context.members, *(features(x) for x in (context.X, context.y, context.values))):
+        digest.update(np.round(7.07 * x.double().numpy()).astype(np.int64).tobytes())
+    return digest.hexdigest()[:12]
 
 
 DATA_TOKENS = 4  # of a context, for the data; behind them one for each member
@@ -1345,8 +1352,8 @@ def generated(net: Net, context: Context, examples: Examples, truth: np.ndarray,
         known = np.nan_to_num(((context.values.double().numpy() - y) ** 2).mean(2), nan=np.inf).min(1)
     _, counts = np.unique(greedy[:, 0], axis=0, return_counts=True)
     return {"leaf": rate_of(greedy[:, 0, 1] == PAD), "leaf_target": rate_of(examples.targets[:, 1] == PAD),
-            "most_frequent": float(counts.max() / len(truth)), "valid_free": rate_of(whole(free, c.variables)),
-            "valid_masked": rate_of(whole(flat, c.variables)),
+            "most_frequent": float(counts.max() / len(truth)), "valid_free": rate_of(whole(free, c.grammar)),
+            "valid_masked": rate_of(whole(flat, c.grammar)),
             "exact_greedy": rate_of((greedy[:, 0] == examples.targets).all(1)),
             "match_greedy": rate_of(matches(greedy)[:, 0]), f"match_best_of_{k}": rate_of(hits.any(1)),
             "improves": rate_of(errors < known[:, None] * (1 - 1e-9)), "n": len(truth), "n_sampled": B}
@@ -1582,7 +1589,7 @@ def train(args: flags.Flags) -> dict:
                 if losses[-1] <= best:
                     best = losses[-1]
                     r.save("best.pt", model=net.state_dict(), config=asdict(net.config), data=base,
-                           context=FORMAT, best=best)
+                           context=format_of(net.config), best=best)
                 for verdict in verdicts(figures, losses) if step else []:
                     print(f"  {verdict}", flush=True)
                 if args.patience and len(losses) - 1 - int(np.argmin(losses)) >= args.patience:
@@ -1591,7 +1598,7 @@ def train(args: flags.Flags) -> dict:
             last = last or bool(ended)
             if due or last:
                 r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=base,
-                       context=FORMAT, best=best, losses=losses, optimizers=[o.state_dict() for o in optimizers],
+                       context=format_of(net.config), best=best, losses=losses, optimizers=[o.state_dict() for o in optimizers],
                        found=[[torch.from_numpy(x) for x in one] for one in found])
             if last:
                 break
@@ -1608,6 +1615,7 @@ def update(net: Net, optimizers: Sequence[torch.optim.Optimizer], data: Data, ar
            folder: Path) -> float:
     """One optimizer step; the norm of the gradient. Raises UserError if that is not finite."""
     rng, examples = np.random.default_rng([args.seed, BATCH, step]), data.examples["train"]
+    torch.manual_seed(args.seed * 10**9 + step)  # for models with dropout or noise
     context, labels = batch_of(epoch_batch(examples, args, step), data.functions["train"], rng, net.config)
     logits = net(context, labels)
     losses = token_losses(logits, labels.to(logits.device))
@@ -1710,7 +1718,7 @@ def finish(r: run.Run, net: Net, data: Data, problems: Problems | None, args: fl
     if not ended and len(losses) > 2 and losses[-1] < losses[-2] - 0.01:
         said.append(f"not converged: validation loss still falls, {losses[-2]:.3f} to {losses[-1]:.3f} at the end")
     summary = r.summary(n_params=count_parameters(net), arch=args.arch, objective=args.objective, ops=args.ops,
-                        data=fingerprint(data), best_step=best["step"], ended=ended, verdicts=said, figures=figures,
+                        data=best["data"], best_step=best["step"], ended=ended, verdicts=said, figures=figures,
                         **found)
     draw_training(r.folder)
     draw_first_tokens(figures, r.folder / "first_tokens.png")
@@ -1893,13 +1901,8 @@ def save_data(file: Path, data: Data, args: argparse.Namespace) -> None:
     arrays = {f"{name}_{key}": value for name in SPLITS for key, value in (
         ("functions", data.functions[name]), *data.examples[name]._asdict().items())}
     out = io.BytesIO()
-    np.savez_compressed(out, **arrays, flags=np.array(repr(data_flags(args))))
+    np.savez_compressed(out, **arrays, flags=np.array(repr({name: getattr(args, name) for name in DATA_FLAGS})))
     files.write_atomic(file, out.getvalue())
-
-
-def data_flags(args: argparse.Namespace) -> dict:
-    """What the examples depend on."""
-    return {name: getattr(args, name) for name in DATA_FLAGS}
 
 
 def load_data(path: str, args: flags.Flags) -> Data:
@@ -1912,14 +1915,15 @@ def load_data(path: str, args: flags.Flags) -> Data:
                 examples = {name: Examples(*(z[f"{name}_{key}"] for key in Examples._fields)) for name in SPLITS}
         except (zipfile.BadZipFile, zlib.error, EOFError) as e:
             raise ValueError(str(e)) from None
-        for name, value in data_flags(args).items():
-            if made[name] != value and name in args.given:
+        for name in DATA_FLAGS:
+            if made[name] != getattr(args, name) and name in args.given:
                 raise UserError(f"--{name.replace('_', '-')}: {path} was made with {made[name]}")
             setattr(args, name, made[name])
         for name in SPLITS:
             for rows in (functions[name], examples[name].targets):
-                check_programs(rows, args.variables)
-            assert len(set(map(len, examples[name]))) == 1
+                check_programs(rows, config_of(args).grammar)
+            if len(set(map(len, examples[name]))) > 1:
+                raise ValueError(f"fields of {name} differ in length")
     refuse_overlap(functions, args.variables)
     return Data(functions, examples)
 
@@ -1929,10 +1933,11 @@ def load_net(path: str, like: Config | None = None) -> tuple[Net, dict]:
     path = checkpoint.file_of(path)
     saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, config=dict, model=dict, step=int,
                              args=dict, context=str, data=str)
-    if saved["context"] != FORMAT:
-        raise UserError(f"{path}: its contexts have another format: {saved['context'][:60]}")
     with files.refuse_damaged(path):
         net = Net(Config(**{**saved["config"], "ops": tuple(saved["config"]["ops"])}))
+    if saved["context"] != format_of(net.config):
+        raise UserError(f"{path}: its contexts are written in another way (hash {saved['context'][:12]}, here "
+                        f"{format_of(net.config)})")
     checkpoint.load_weights(net, saved["model"], path)
     if like is not None and net.config != like:
         differ = [name for name in Config.__dataclass_fields__ if getattr(net.config, name) != getattr(like, name)]
@@ -2065,7 +2070,7 @@ def net_and_data(path: str, args: flags.Flags) -> tuple[Net, dict, Data]:
     One is that a flag is given which the net or its examples had otherwise; one, that the examples are others now.
     """
     net, saved = load_net(path)
-    names = tuple(dict.fromkeys((*DATA_FLAGS, *Config.__dataclass_fields__)))
+    names = tuple(dict.fromkeys(("seed", *DATA_FLAGS, *Config.__dataclass_fields__)))
     old = flags.restored(parse_args([]), saved["args"], path, names)
     for name in names:
         if name in args.given and getattr(args, name) != getattr(old, name):
@@ -2074,7 +2079,7 @@ def net_and_data(path: str, args: flags.Flags) -> tuple[Net, dict, Data]:
     data = load_data(args.data, args) if args.data else generate(args)
     if fingerprint(data) != saved["data"]:
         raise UserError(f"{path}: it was trained on examples with the hash {saved['data']}, those here have "
-                        f"{fingerprint(data)}: what is held out here may be known to it")
+                        f"{fingerprint(data)}: what is held out here may be known to it (--data, if it had one)")
     return net, saved, data
 
 

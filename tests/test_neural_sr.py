@@ -76,7 +76,7 @@ def test_what_is_no_expression_is_refused_in_one_line(text):
                                  [sr.EOS, 0], [sr.X0, 0, sr.X0], [sr.BOS, 0]])
 def test_rows_that_are_no_programs_are_refused(row):
     with pytest.raises(UserError, match="^program"):
-        sr.check_programs(np.array([row]), 2)
+        sr.check_programs(np.array([row]), PLAIN)
 
 
 def test_equal_up_to_order_have_one_key_and_one_canonical_program():
@@ -154,7 +154,7 @@ def test_answers_are_simplified(text, short):
 
 def test_random_programs_and_children_are_whole_and_of_their_sizes():
     tokens, constants = programs(2000, PLAIN)
-    sr.check_programs(tokens, 2)
+    sr.check_programs(tokens, PLAIN)
     sizes = np.random.default_rng(0).integers(1, 16, 2000)
     binary = sr.Grammar(ops=("add", "div"), variables=1, max_size=15)
     for grammar in (PLAIN, binary):
@@ -162,7 +162,7 @@ def test_random_programs_and_children_are_whole_and_of_their_sizes():
         np.testing.assert_array_equal(made, sizes if grammar is PLAIN else sizes - (sizes % 2 == 0))
     rng = np.random.default_rng(2)
     child, values = sr.breed(rng, (tokens, constants), (tokens[::-1], constants[::-1]), PLAIN)
-    sr.check_programs(child, 2)
+    sr.check_programs(child, PLAIN)
     changed = (child != tokens).any(1)
     assert 0.6 < changed.mean() < 0.95 and child.shape == values.shape
 
@@ -390,6 +390,18 @@ def test_contexts_are_trimmed_and_filled_and_never_not_finite():
         assert torch.isfinite(net.reader(c)).all()
 
 
+def test_the_hash_of_the_format_is_the_same_on_another_cpu_and_another_one_for_other_features(monkeypatch):
+    config = sr.config_of(sr.parse_args([]))
+    seen, features = [], sr.features
+    monkeypatch.setattr(sr, "features", lambda x: seen.append(features(x)) or seen[-1])
+    assert sr.format_of(config) == sr.format_of(config) != sr.format_of(replace(config, ops=("add", "sub", "mul", "sin")))
+    rest = torch.cat([x.flatten() for x in seen]).double() * 7.07 % 1
+    assert (rest - 0.5).abs().min() > 1e-4  # no figure is so near to being rounded the other way
+    before = sr.format_of(config)
+    monkeypatch.setattr(sr, "features", lambda x: features(x) / 2)
+    assert sr.format_of(config) != before
+
+
 @pytest.mark.parametrize("arch", ["own", "gpt2"])
 def test_logits_do_not_look_ahead_and_sampling_gives_what_the_whole_gives(arch):
     net = small_net(arch)
@@ -429,18 +441,18 @@ def test_a_gradient_reaches_every_parameter_and_padding_is_not_asked(arch):
 def test_masked_samples_are_whole_programs_of_every_size():
     net = small_net()
     rows = net.sample(small_context(net), 200, torch.Generator().manual_seed(0), 2.0).reshape(-1, 9)
-    sr.check_programs(rows, 2)
-    assert sr.whole(rows, 2).all() and set((rows != 0).sum(1)) >= {1, 2, 5, 8, 9}
+    sr.check_programs(rows, PLAIN)
+    assert sr.whole(rows, PLAIN).all() and set((rows != 0).sum(1)) >= {1, 2, 5, 8, 9}
     tokens, _ = programs(50, replace(PLAIN, max_size=9))
-    assert sr.whole(tokens, 2).all()
+    assert sr.whole(tokens, PLAIN).all()
     spoilt = tokens.copy()
     spoilt[:, 0] = sr.ADD
     for rows in (spoilt, np.array([[sr.EOS] + [0] * 8, [sr.X0 + 2] + [0] * 8, [sr.C] + [0] * 8, [0] * 9]),
                  net.sample(small_context(net), 100, torch.Generator().manual_seed(0), masked=False).reshape(-1, 9)):
-        for row, ok in zip(rows, sr.whole(rows, 2), strict=True):
+        for row, ok in zip(rows, sr.whole(rows, PLAIN), strict=True):
             row = np.where(np.cumsum(row == sr.EOS) > 0, 0, row)
             try:
-                sr.check_programs(row[None], 2)
+                sr.check_programs(row[None], PLAIN)
                 assert ok == (not (row == sr.C).any())
             except UserError:
                 assert not ok
@@ -565,7 +577,7 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
 
 def test_a_checkpoint_of_another_kind_is_refused(folder, tmp_path):
     saved = torch.load(folder / "best.pt")
-    for change, message in (({"context": "another"}, "another format"), ({"config": {**saved["config"], "hidden": 0}}, "hidden"), ({"data": "0"}, "hash 0")):
+    for change, message in (({"context": "another"}, "in another way"), ({"config": {**saved["config"], "hidden": 0}}, "hidden"), ({"data": "0"}, "hash 0")):
         torch.save({**saved, **change}, tmp_path / "best.pt")
         with pytest.raises(SystemExit, match=message):
             sr.main(["--mode", "eval", "--net", str(tmp_path / "best.pt"), "--out-dir", str(tmp_path / "out")])
