@@ -48,7 +48,7 @@ N_VAL, N_FINAL = 500, 1000         # examples of each split that are diagnosed i
 N_SAMPLED = 250                    # of these get many samples each
 SAMPLED = 2048                     # programs that are sampled at a time: more do not fit the cache
 RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no value, or too large ones, on the first
-IDLE = 100                        # rounds in which a search finds nothing new, after which it ends
+IDLE = 100                        # offers without a new program, after which a search ends: there may be no more
 N_TEST = 400                      # points that nothing is fitted on
 VAL_SHARE, TEST_SHARE = 0.07, 0.08  # of functions, by a hash of what they are
 DATA_FLAGS = ("ops", "variables", "functions", "target_size", "max_size", "points", "generations", "objective")
@@ -107,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--warmup", type=integer(0), default=30, help="steps in which it rises; then it falls to 0")
     g.add_argument("--weight-decay", type=real(0, 1), default=0.05, help="decoupled, of the blocks' matrices")
     g.add_argument("--patience", type=integer(0), default=5, help="evaluations without a better validation loss after "
-                   "which training ends; 0: it does not")
+                   "which training ends, in its last part; 0: it does not")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval-every", type=integer(1), default=200, help="steps between validations and saves")
@@ -178,15 +178,16 @@ MAX_VARIABLES, FIRST_OP, VOCAB = 10, 16, 64
 class Op(NamedTuple):
     name: str
     arity: int
-    value: Callable   # of arrays; no operator is protected: a pole is inf or NaN
+    value: Callable   # a ufunc, with out=; no operator is protected: a pole is inf or NaN
     slopes: Callable  # derivatives of the value by each operand, of operands and value
     text: str         # in Python, with math's functions
+    commutes: bool = False
 
 
 OPS = (
-    Op("add", 2, np.add, lambda a, b, v: (np.ones_like(v), np.ones_like(v)), "({} + {})"),
+    Op("add", 2, np.add, lambda a, b, v: (np.ones_like(v), np.ones_like(v)), "({} + {})", True),
     Op("sub", 2, np.subtract, lambda a, b, v: (np.ones_like(v), -np.ones_like(v)), "({} - {})"),
-    Op("mul", 2, np.multiply, lambda a, b, v: (b, a), "({} * {})"),
+    Op("mul", 2, np.multiply, lambda a, b, v: (b, a), "({} * {})", True),
     Op("div", 2, np.divide, lambda a, b, v: (1 / b, -v / b), "({} / {})"),
     Op("pow", 2, np.power, lambda a, b, v: (b * np.power(a, b - 1), np.where(v == 0, 0.0, v * np.log(a))),
        "({} ** {})"),
@@ -202,6 +203,13 @@ TOKENS = {op.name: FIRST_OP + i for i, op in enumerate(OPS)}
 ADD, SUB, MUL, DIV, POW = (TOKENS[name] for name in ("add", "sub", "mul", "div", "pow"))
 ARITY = np.zeros(VOCAB, np.int64)
 ARITY[FIRST_OP:FIRST_OP + len(OPS)] = [op.arity for op in OPS]
+COMMUTES = np.zeros(VOCAB, bool)
+COMMUTES[FIRST_OP:FIRST_OP + len(OPS)] = [op.commutes for op in OPS]
+
+
+def take(x: NamedTuple, some: np.ndarray | slice):
+    """The same NamedTuple with some rows of each of its arrays."""
+    return type(x)(*(field[some] for field in x))
 
 
 class Shape(NamedTuple):
@@ -209,9 +217,6 @@ class Shape(NamedTuple):
     size: np.ndarray
     height: np.ndarray
     second: np.ndarray
-
-    def of(self, some: np.ndarray | slice) -> Shape:
-        return Shape(*(x[some] for x in self))
 
 
 def shape_of(tokens: np.ndarray) -> Shape:
@@ -246,7 +251,7 @@ def keys_of(tokens: np.ndarray, shape: Shape) -> np.ndarray:
         t, arity = tokens[i].astype(np.uint64), ARITY[tokens[i]]
         a = key[i + 1] * (arity >= 1)
         b = key.ravel().take(shape.second[:, i] * P + rows) * (arity == 2)
-        swaps = ((t == ADD) | (t == MUL)) & (a > b)
+        swaps = COMMUTES[tokens[i]] & (a > b)
         a, b = np.where(swaps, b, a), np.where(swaps, a, b)
         key[i] = mixed(mixed(a * odd + t) + b)
     return key[0]
@@ -333,7 +338,7 @@ def evaluate(tokens: np.ndarray, X: np.ndarray, of: np.ndarray | None = None, co
     with np.errstate(all="ignore"):
         for start in range(0, P, chunk):  # a chunk's table stays in the cache
             some = slice(start, start + chunk)
-            plan = Plan(tokens[some], shape.of(some), of[some], len(X), X.shape[2])
+            plan = Plan(tokens[some], take(shape, some), of[some], len(X), X.shape[2])
             table = plan.values(X, None if constants is None else constants[some])
             parts.append(table[plan.ids[at[some]]])
     return np.concatenate(parts)
@@ -492,9 +497,10 @@ def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], lis
             case ast.BinOp(left=a, op=op, right=b) if type(op) in joins:
                 (s, c), (t, d) = read(a), read(b)
                 return [joins[type(op)], *s, *t], [0.0, *c, *d]
-            case ast.Call(func=ast.Name(id=name), args=[a], keywords=[]) if ARITY[TOKENS.get(name, 0)] == 1:
-                (t, c) = read(a)
-                return [TOKENS[name], *t], [0.0, *c]
+            case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]) if (
+                    name in TOKENS and f"{name}(" in OPS[TOKENS[name] - FIRST_OP].text and ARITY[TOKENS[name]] == len(parts)):
+                read_parts = list(map(read, parts))
+                return [TOKENS[name], *sum((t for t, _ in read_parts), [])], [0.0, *sum((c for _, c in read_parts), [])]
         raise refuse(f"{ast.unparse(node)} is unknown here")
     try:
         return read(ast.parse(text.strip(), mode="eval").body)
@@ -511,7 +517,7 @@ def padded(tokens: Sequence[int], L: int) -> np.ndarray:
 
 def canonical(tokens: Sequence[int]) -> tuple[int, ...]:
     """The program with operands of + and * in order, larger ones first, then by their tokens; without * 1 and / 1."""
-    arity, one = ARITY.tolist(), (ONE,)
+    arity, commutes, one = ARITY.tolist(), COMMUTES.tolist(), (ONE,)
 
     def read(i: int) -> tuple[tuple[int, ...], int]:
         """The node at i in order, and where it ends."""
@@ -526,7 +532,7 @@ def canonical(tokens: Sequence[int]) -> tuple[int, ...]:
             return a, end
         if t == MUL and a == one:
             return b, end
-        if t in (ADD, MUL) and (-len(a), a) > (-len(b), b):
+        if commutes[t] and (-len(a), a) > (-len(b), b):
             a, b = b, a
         return (t, *a, *b), end
     return read(0)[0]
@@ -647,9 +653,6 @@ class Problems(NamedTuple):
     X_wide: np.ndarray  # (Q, n_test, V)
     y_wide: np.ndarray
     truth: np.ndarray   # (Q, L) programs
-
-    def of(self, some: np.ndarray | slice) -> Problems:
-        return Problems(*(x[some] for x in self))
 
 
 def check_data(X: np.ndarray, y: np.ndarray) -> None:
@@ -782,31 +785,36 @@ class Search:
     def __init__(self, problems: Problems, grammar: Grammar, *, budget: int, population: int, islands: Sequence[str],
                  seed: int | Sequence[int], parsimony: float = 0.05, record: bool = False):
         Q, M, L = len(problems.y), population, grammar.max_size
+        if not set(islands) <= {"raw", "terms"}:
+            raise ValueError(f"islands {islands}: raw and terms are known")
+        for X, y in zip(problems.X, problems.y, strict=True):
+            check_data(X, y)
         self.problems, self.grammar, self.budget, self.parsimony = problems, grammar, budget, parsimony
         self.rng, self.variance = np.random.default_rng([*np.atleast_1d(seed), SEARCH]), problems.y.var(1)
         self.islands = {kind: empty_island(Q, M, L) for kind in islands}
         self.cache: set[int] = set()
-        self.spent, self.proposed, self.solved_at = np.zeros(Q, int), np.zeros(Q, int), np.full(Q, -1)
+        self.spent, self.proposed, self.ended_at = np.zeros(Q, int), np.zeros(Q, int), np.full(Q, -1)
         self.best = {"tokens": np.full((Q, L), PAD, np.int8), "constants": np.zeros((Q, L)),
                      "nmse": np.full(Q, np.inf), "weighted": np.zeros(Q, bool), "id": np.full(Q, -1),
                      "at": np.full(Q, -1)}
-        self.n_ids, self.record, self.births, self.fitted = 0, record, [], set()
+        self.n_ids, self.record, self.births, self.fitted, self.idle = 0, record, [], set(), 0
 
     def active(self) -> np.ndarray:
-        """Problems that are neither solved on their own points nor out of evaluations."""
-        return np.flatnonzero((self.solved_at < 0) & (self.spent < self.budget))
+        """Problems that are neither solved on their own points nor out of evaluations; none where nothing is new."""
+        return np.flatnonzero((self.ended_at < 0) & (self.spent < self.budget) & (self.idle < IDLE))
 
     def offer(self, kind: str, of: np.ndarray, programs: Programs, parents: np.ndarray | None = None) -> None:
         """Evaluate the programs (P, L) for problems `of` (P,) that are new to them, and let the best survive."""
         np.add.at(self.proposed, of, 1)
         shape = shape_of(programs[0])
         new, at = self.novel(kind, of, programs[0], shape)
+        self.idle = 0 if len(new) else self.idle + 1
         if not len(new):
             return
         if self.record:
             nobody = np.full((len(of), 2), -1)
             self.births.append((of[new], programs[0][new], (nobody if parents is None else parents)[new]))
-        self.judge(kind, of[new], (programs[0][new], programs[1][new]), at, shape.of(new))
+        self.judge(kind, of[new], (programs[0][new], programs[1][new]), at, take(shape, new))
 
     def fit(self, kind: str, iterations: int = 8) -> None:
         """Fit the constants of each problem's best twentieth, once each program.
@@ -820,7 +828,7 @@ class Search:
         fresh = [k for k, key in enumerate(island.ids[q, i].tolist()) if key not in self.fitted]
         q, i = q[fresh], i[fresh]
         at = self.spent[q] + cost * (rank_among_equals(q) + 1)
-        paid = (self.solved_at[q] < 0) & (at <= self.budget)
+        paid = (self.ended_at[q] < 0) & (at <= self.budget)
         q, i, at = q[paid], i[paid], at[paid]
         if not len(q):
             return
@@ -869,23 +877,23 @@ class Search:
         """Keep the best program of each problem, and after how many evaluations it was solved."""
         for i in np.flatnonzero(nmse < self.best["nmse"][of]):
             q = of[i]
-            if nmse[i] < self.best["nmse"][q] and self.solved_at[q] < 0:
+            if nmse[i] < self.best["nmse"][q] and self.ended_at[q] < 0:
                 for name, value in (("tokens", tokens[i]), ("constants", constants[i]), ("nmse", nmse[i]),
                                     ("weighted", kind == "terms"), ("id", ids[i])):
                     self.best[name][q] = value
                 self.best["at"][q] = at[i]
                 if nmse[i] <= EXACT:
-                    self.solved_at[q] = at[i]
+                    self.ended_at[q] = at[i]
 
     def select(self, kind: str, of: np.ndarray, born: tuple[np.ndarray, ...]) -> None:
         """The island keeps its M best; of programs with equal errors, which are the same function, the best alone."""
         island = self.islands[kind]
-        problems, rows = np.unique(of, return_inverse=True)
+        some, rows = np.unique(of, return_inverse=True)
         place = rank_among_equals(of)
         M, B = island.score.shape[1], int(place.max()) + 1
-        merged = empty_island(len(problems), M + B, self.grammar.max_size)
+        merged = empty_island(len(some), M + B, self.grammar.max_size)
         for both, old, new in zip(merged, island, born, strict=True):
-            both[:, :M] = old[problems]
+            both[:, :M] = old[some]
             both[rows, M + place] = new
         order = np.argsort(merged.score, 1, kind="stable")
         errors = np.take_along_axis(np.round(np.log(merged.nmse + 1e-300), 9), order, 1)
@@ -895,7 +903,7 @@ class Search:
         merged.score[np.arange(len(order))[:, None], order[:, 1:]] += twins
         merged = merged.taken(np.argsort(merged.score, 1, kind="stable")[:, :M])
         for old, new in zip(island, merged, strict=True):
-            old[problems] = new
+            old[some] = new
 
     def begin(self) -> None:
         """Random programs of up to 7 tokens."""
@@ -924,9 +932,6 @@ class Examples(NamedTuple):
     generation: np.ndarray  # (n,)
     function: np.ndarray    # (n,) which of the split's functions the data are of
 
-    def of(self, some: np.ndarray | slice) -> Examples:
-        return Examples(*(x[some] for x in self))
-
 
 class Data(NamedTuple):
     """Functions (n, L) and examples of train, val and test; no function is in two of them."""
@@ -939,8 +944,7 @@ SPLITS = ("train", "val", "test")
 
 def generate(args: argparse.Namespace) -> Data:
     """Sample functions, split them by what they are, run GP on each, and take examples of its generations."""
-    grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
-    rng = np.random.default_rng([args.seed, FUNCTIONS])
+    grammar, rng = config_of(args).grammar, np.random.default_rng([args.seed, FUNCTIONS])
     tokens, share = sample_functions(rng, grammar, args.functions, range(1, args.target_size + 1))
     size = (tokens != PAD).sum(1)
     tokens, share = tokens[size >= 3], share[size >= 3]
@@ -950,7 +954,7 @@ def generate(args: argparse.Namespace) -> Data:
         rng = np.random.default_rng([args.seed, TRAJECTORY, i])
         problems, usable = make_problems(rng, tokens[split == i], args.points, args.variables)
         functions[name] = tokens[split == i][usable]
-        parts = [trajectories(problems.of(slice(k, k + 2000)), grammar, args, (args.seed, TRAJECTORY, i, k), k)
+        parts = [trajectories(take(problems, slice(k, k + 2000)), grammar, args, (args.seed, TRAJECTORY, i, k), k)
                  for k in range(0, len(usable), 2000)]
         examples[name] = Examples(*map(np.concatenate, zip(*parts, strict=True)))
     refuse_overlap(functions, args.variables)
@@ -976,24 +980,22 @@ def trajectories(problems: Problems, grammar: Grammar, args: argparse.Namespace,
     s = Search(problems, grammar, budget=1 << 40, population=GP_POPULATION, islands=["raw"],
                seed=seed, record=True)
     s.begin()
-    parts, born = [], [len(s.births)]
+    parts = []
     for generation in range(args.generations):
         of = s.active()
         parts.append((s.islands["raw"].tokens[of], problems.truth[of], np.full(len(of), generation), of))
         s.breed("raw", GP_POPULATION)
-        born.append(len(s.births))
     out = Examples(*map(np.concatenate, zip(*parts, strict=True)))
     if args.objective != "solution":
-        chosen, there = descendants(s, out, born, args.objective)
-        out = out._replace(targets=chosen).of(there)
+        chosen, there = next_targets(s, out, args.objective)
+        out = take(out._replace(targets=chosen), there)
     return out._replace(function=out.function + first)
 
 
-def descendants(s: Search, examples: Examples, born: Sequence[int], objective: str) -> tuple[np.ndarray, np.ndarray]:
+def next_targets(s: Search, examples: Examples, objective: str) -> tuple[np.ndarray, np.ndarray]:
     """A program (n, L) of the next generation for each example, an ancestor of the best or any; whether (n,) one is."""
     of, tokens, parents = (np.concatenate(x) for x in zip(*s.births, strict=True))
-    sizes = np.cumsum([0, *(len(b[0]) for b in s.births)])
-    generation = np.searchsorted(sizes[born], np.arange(len(of)), side="right")  # 0: those of `begin`
+    generation = np.repeat(np.arange(len(s.births)), [len(b[0]) for b in s.births])  # 0: those of `begin`
     wanted = np.ones(len(of), bool)
     if objective == "ancestor":
         wanted[:] = False
@@ -1049,8 +1051,8 @@ def encode_context(X: np.ndarray, y: np.ndarray, members: np.ndarray, c: Config,
     values[there] = evaluate(tokens[there], X, np.repeat(np.arange(B), c.members)[there], numbers[there])
     tokens = np.where(tokens == C, ONE, tokens).reshape(B, c.members, -1)
     X = np.pad(X, ((0, 0), (0, 0), (0, c.variables - X.shape[2])))
-    values = np.clip(values, -1e15, 1e15).reshape(B, c.members, X.shape[1])  # squares fit float32
-    X, y, values = (torch.from_numpy(x.astype(np.float32)) for x in (X, y, values))
+    values = values.reshape(B, c.members, X.shape[1])
+    X, y, values = (torch.from_numpy(np.clip(x, -1e15, 1e15).astype(np.float32)) for x in (X, y, values))
     return Context(X, y, torch.from_numpy(tokens.astype(np.int64)), values)
 
 
@@ -1227,7 +1229,7 @@ class Net(nn.Module):
         hold what was sampled up to EOS.
         """
         size = max(1, SAMPLED // n)
-        return np.concatenate([self.continued(self.read(Context(*(x[k:k + size] for x in context))), n, generator,
+        return np.concatenate([self.continued(self.read(take(context, slice(k, k + size))), n, generator,
                                               temperature, masked) for k in range(0, len(context.y), size)])
 
     def continued(self, read: torch.Tensor, n: int, generator: torch.Generator, temperature: float, masked: bool
@@ -1279,11 +1281,11 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def batch_of(examples: Examples, functions: np.ndarray, rng: np.random.Generator, c: Config
-             ) -> tuple[Context, torch.Tensor]:
-    """Contexts and labels of examples, with points of their functions that are drawn anew."""
+             ) -> tuple[Context, torch.Tensor, Examples]:
+    """Contexts and labels of examples, with points of their functions that are drawn anew; and which ones these are."""
     problems, usable = make_problems(rng, functions[examples.function], c.points, c.variables, n_test=0)
-    return (encode_context(problems.X, problems.y, examples.members[usable], c),
-            labels_of(examples.targets[usable]))
+    some = take(examples, usable)
+    return encode_context(problems.X, problems.y, some.members, c), labels_of(some.targets), some
 
 
 def part_of(step: int, args: argparse.Namespace) -> tuple[int, int]:
@@ -1309,14 +1311,14 @@ def make_optimizers(net: Net, args: argparse.Namespace) -> list[torch.optim.Opti
 
 # ---- Diagnosis: is the net any good, and if not, in which way?
 
-def rate_of(values: np.ndarray) -> float:
+def mean_of(values: np.ndarray) -> float:
     return float(np.mean(values)) if len(values) else math.nan
 
 
 def teacher_forced(net: Net, context: Context, labels: torch.Tensor) -> dict:
     """Loss and accuracies, each token predicted from the target's own before it; the first token's distribution."""
     with torch.no_grad():
-        logits = torch.cat([net(Context(*(x[k:k + 256] for x in context)), labels[k:k + 256]).float().cpu()
+        logits = torch.cat([net(take(context, slice(k, k + 256)), labels[k:k + 256]).float().cpu()
                             for k in range(0, len(labels), 256)])
     losses, asked = token_losses(logits, labels), labels != PAD
     first = labels[:, 0].numpy()
@@ -1324,7 +1326,7 @@ def teacher_forced(net: Net, context: Context, labels: torch.Tensor) -> dict:
     predicted = logits[:, 0].softmax(-1).mean(0).double().numpy()
     there = target > 0
     right = (logits.argmax(-1) == labels) | ~asked
-    return {"loss": float(losses.sum() / asked.sum()), "first_token": rate_of(right[:, 0].numpy()),
+    return {"loss": float(losses.sum() / asked.sum()), "first_token": mean_of(right[:, 0].numpy()),
             "majority": float(target.max()), "token": float((right & asked).sum() / asked.sum()),
             "kl": float((target[there] * np.log(target[there] / predicted[there])).sum()),
             "first_target": target.tolist(), "first_predicted": predicted.tolist()}
@@ -1342,7 +1344,7 @@ def generated(net: Net, context: Context, examples: Examples, truth: np.ndarray,
     greedy = net.sample(context, 1, generator, 0.0)
     free = net.sample(context, 1, generator, 1.0, masked=False)[:, 0]
     B = min(N_SAMPLED, len(truth))
-    context = Context(*(x[:B] for x in context))
+    context = take(context, slice(B))
     samples = net.sample(context, k, generator)
     hits, flat = matches(samples), samples.reshape(-1, c.max_size)
     values = evaluate(flat, context.X.double().numpy(), np.repeat(np.arange(B), k)).reshape(B, k, -1)
@@ -1351,12 +1353,12 @@ def generated(net: Net, context: Context, examples: Examples, truth: np.ndarray,
         errors = np.nan_to_num(((values - y) ** 2).mean(2), nan=np.inf)
         known = np.nan_to_num(((context.values.double().numpy() - y) ** 2).mean(2), nan=np.inf).min(1)
     _, counts = np.unique(greedy[:, 0], axis=0, return_counts=True)
-    return {"leaf": rate_of(greedy[:, 0, 1] == PAD), "leaf_target": rate_of(examples.targets[:, 1] == PAD),
-            "most_frequent": float(counts.max() / len(truth)), "valid_free": rate_of(whole(free, c.grammar)),
-            "valid_masked": rate_of(whole(flat, c.grammar)),
-            "exact_greedy": rate_of((greedy[:, 0] == examples.targets).all(1)),
-            "match_greedy": rate_of(matches(greedy)[:, 0]), f"match_best_of_{k}": rate_of(hits.any(1)),
-            "improves": rate_of(errors < known[:, None] * (1 - 1e-9)), "n": len(truth), "n_sampled": B}
+    return {"leaf": mean_of(greedy[:, 0, 1] == PAD), "leaf_target": mean_of(examples.targets[:, 1] == PAD),
+            "most_frequent": float(counts.max() / len(truth)), "valid_free": mean_of(whole(free, c.grammar)),
+            "valid_masked": mean_of(whole(flat, c.grammar)),
+            "exact_greedy": mean_of((greedy[:, 0] == examples.targets).all(1)),
+            "match_greedy": mean_of(matches(greedy)[:, 0]), f"match_best_of_{k}": mean_of(hits.any(1)),
+            "improves": mean_of(errors < known[:, None] * (1 - 1e-9)), "n": len(truth), "n_sampled": B}
 
 
 def ceiling(examples: Examples, grammar: Grammar, rng: np.random.Generator, k: int = 400) -> float:
@@ -1376,16 +1378,13 @@ def diagnose(net: Net, data: Data, args: argparse.Namespace, n: int, k: int, spl
         for name in splits:
             rng = np.random.default_rng([args.seed, EVAL, SPLITS.index(name)])
             examples, functions = data.examples[name], data.functions[name]
-            some = examples.of(rng.permutation(len(examples.targets))[:n])
-            problems, usable = make_problems(rng, functions[some.function], net.config.points, net.config.variables,
-                                             n_test=0)
-            some = some.of(usable)
-            context = encode_context(problems.X, problems.y, some.members, net.config)
+            some = take(examples, rng.permutation(len(examples.targets))[:n])
+            context, labels, some = batch_of(some, functions, rng, net.config)
             generator = torch.Generator().manual_seed(args.seed)
-            out[name] = {**teacher_forced(net, context, labels_of(some.targets)),
-                         **generated(net, context, some, problems.truth, generator, k)}
+            out[name] = {**teacher_forced(net, context, labels),
+                         **generated(net, context, some, functions[some.function], generator, k)}
             if args.objective == "gp":
-                out[name]["ceiling"] = ceiling(some.of(slice(200)), net.config.grammar, rng)
+                out[name]["ceiling"] = ceiling(take(some, slice(200)), net.config.grammar, rng)
     return out
 
 
@@ -1413,12 +1412,12 @@ METHODS = ("gp", "mix", "net", "random", "wrong")  # mix: some rounds are the ne
 
 def advance(s: Search, method: str, net: Net | None, args: argparse.Namespace, generator: torch.Generator, k: int
             ) -> None:
-    """Round k, from 1 on: children of GP or, in the net's rounds, what it proposes; --population of either.
+    """Round k, from 1 on: --population children of GP or, in the net's rounds, as many of its proposals.
 
-    net: all rounds are the net's; the others but gp: the 1st, and those of --mix, its square, ... random: random
-    programs in the net's rounds. wrong: what the net proposes for the next problem.
+    mix: the net's rounds are the 1st and those of --mix, its square, ...; net: all. random and wrong: as mix, with
+    random programs, or proposals for the next problem, in the net's rounds. They go to the first island.
     """
-    if method == "gp" or method != "net" and k not in {args.mix ** i for i in range(40)}:
+    if not {"gp": False, "net": True}.get(method, k in {args.mix ** i for i in range(40)}):
         for kind in s.islands:
             s.breed(kind, args.population)
             if args.constants:
@@ -1443,12 +1442,11 @@ def search(problems: Problems, method: str, net: Net | None, args: argparse.Name
     """Search all problems until they are solved, or out of evaluations or time, or nothing new is found for long."""
     grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size, constants=args.constants)
     s = Search(problems, grammar, budget=budget, population=args.population, islands=args.islands, seed=seed)
-    generator, start, idle, k = torch.Generator().manual_seed(seed), time.monotonic(), 0, 0
+    generator, start, k = torch.Generator().manual_seed(seed), time.monotonic(), 0
     s.begin()
-    while len(s.active()) and time.monotonic() - start < max_seconds and idle < IDLE:
-        before, k = s.spent.sum(), k + 1
+    while len(s.active()) and time.monotonic() - start < max_seconds:
+        k += 1
         advance(s, method, net, args, generator, k)
-        idle = 0 if s.spent.sum() > before else idle + 1
     return s
 
 
@@ -1553,23 +1551,23 @@ def train(args: flags.Flags) -> dict:
     args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, best=float, losses=list, data=str, found=list)
     device = devices.get_device(args.device)
     data = load_data(args.data, args) if args.data else generate(args)
-    if saved and saved["data"] != fingerprint(data):
-        raise UserError(f"{args.resume}: its examples have the hash {saved['data']}, those here {fingerprint(data)}")
+    if saved and saved["data"] != hash_of(data):
+        raise UserError(f"{args.resume}: its examples have the hash {saved['data']}, those here {hash_of(data)}")
     problems = held_out(data, args) if args.mode == "demo" else None  # too few are told now
     torch.manual_seed(args.seed)
     net = Net(config_of(args)).to(device)
     if args.init_from and not saved:
         net.load_state_dict(load_net(args.init_from, net.config)[0].state_dict())
-    optimizers, best, losses, found, base = make_optimizers(net, args), math.inf, [], [], fingerprint(data)
+    optimizers, best, losses, found, base = make_optimizers(net, args), math.inf, [], [], hash_of(data)
     if saved:
         with files.refuse_damaged(args.resume):
             net.load_state_dict(saved["model"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            found = [More(*(x.numpy() for x in one)) for one in saved["found"]]
+            found = [[x.numpy() for x in one] for one in saved["found"]]
         best, losses = saved["best"], saved["losses"]
         for more in found:
-            data = with_more(data, more)
+            data = with_more(data, *more)
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(describe(data, args), flush=True)
@@ -1577,24 +1575,21 @@ def train(args: flags.Flags) -> dict:
         print(f"{args.arch} on {devices.describe(device)}; {count_parameters(net)} parameters, {args.steps} steps of "
               f"{args.batch_size} examples, {part_of(0, args)[1] * args.batch_size / n:.2f} epochs of {n}"
               + f" before {args.rounds} rounds" * bool(args.rounds) + f"; {r.folder}", flush=True)
-        ended, grad, clock = "", math.nan, (r.seconds(), r.start)
+        ended, grad = "", math.nan
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
             if due:
-                speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
                 figures = diagnose(net, data, args, N_VAL, 4)
                 losses.append(figures["val"]["loss"])
-                speed = speed if step > r.start else math.nan
-                log(r, step, figures, (step - first) * args.batch_size / n, grad, speed, args)
+                log(r, step, figures, (step - first) * args.batch_size / n, grad, args)
                 if losses[-1] <= best:
                     best = losses[-1]
                     r.save("best.pt", model=net.state_dict(), config=asdict(net.config), data=base,
                            context=format_of(net.config), best=best)
                 for verdict in verdicts(figures, losses) if step else []:
                     print(f"  {verdict}", flush=True)
-                if args.patience and len(losses) - 1 - int(np.argmin(losses)) >= args.patience:
+                if args.patience and first == part_of(args.steps, args)[0] and len(losses) - 1 - int(np.argmin(losses)) >= args.patience:
                     ended = f"no better validation loss in {args.patience} evaluations"
-                clock = r.seconds(), step
             last = last or bool(ended)
             if due or last:
                 r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=base,
@@ -1604,7 +1599,7 @@ def train(args: flags.Flags) -> dict:
                 break
             if len(found) < part_of(step, args)[0] // part_of(step, args)[1]:
                 found.append(harvest(net, data, args, len(found) + 1))
-                data, best, losses, first = with_more(data, found[-1]), math.inf, [], step
+                data, best, losses, first = with_more(data, *found[-1]), math.inf, [], step
                 n = len(data.examples["train"].targets)
             grad = update(net, optimizers, data, args, step, r.folder)
         r.leave_if_stopped()
@@ -1616,7 +1611,7 @@ def update(net: Net, optimizers: Sequence[torch.optim.Optimizer], data: Data, ar
     """One optimizer step; the norm of the gradient. Raises UserError if that is not finite."""
     rng, examples = np.random.default_rng([args.seed, BATCH, step]), data.examples["train"]
     torch.manual_seed(args.seed * 10**9 + step)  # for models with dropout or noise
-    context, labels = batch_of(epoch_batch(examples, args, step), data.functions["train"], rng, net.config)
+    context, labels, _ = batch_of(epoch_batch(examples, args, step), data.functions["train"], rng, net.config)
     logits = net(context, labels)
     losses = token_losses(logits, labels.to(logits.device))
     (losses.sum() / (labels != PAD).sum()).backward()
@@ -1637,26 +1632,17 @@ def epoch_batch(examples: Examples, args: argparse.Namespace, step: int) -> Exam
     n, done = len(examples.targets), step - part_of(step, args)[0]
     seen = np.arange(done * args.batch_size, (done + 1) * args.batch_size)
     orders = {k: np.random.default_rng([args.seed, BATCH, 0, int(k)]).permutation(n) for k in np.unique(seen // n)}
-    return examples.of(np.array([orders[k // n][k % n] for k in seen.tolist()]))
+    return take(examples, np.array([orders[k // n][k % n] for k in seen.tolist()]))
 
 
-class More(NamedTuple):
-    """What a round of expert iteration adds to train."""
-    functions: np.ndarray   # (F, L)
-    members: np.ndarray     # the fields of its examples
-    targets: np.ndarray
-    generation: np.ndarray
-    function: np.ndarray
-
-
-def with_more(data: Data, more: More) -> Data:
-    functions, old = data.functions["train"], data.examples["train"]
-    examples = Examples(*map(np.concatenate, zip(old, more[1:], strict=True)))
-    return Data({**data.functions, "train": np.concatenate([functions, more.functions])},
+def with_more(data: Data, functions: np.ndarray, *fields: np.ndarray) -> Data:
+    """Data whose train has these functions (F, L) more, and examples of these fields."""
+    examples = Examples(*map(np.concatenate, zip(data.examples["train"], fields, strict=True)))
+    return Data({**data.functions, "train": np.concatenate([data.functions["train"], functions])},
                 {**data.examples, "train": examples})
 
 
-def harvest(net: Net, data: Data, args: argparse.Namespace, k: int) -> More:
+def harvest(net: Net, data: Data, args: argparse.Namespace, k: int) -> list[np.ndarray]:
     """Examples of the k-th round: functions larger than those of train, with the programs by which mix solved them."""
     rng = np.random.default_rng([args.seed, FUNCTIONS, k])
     tokens, share = larger_functions(rng, args, args.functions // 20, args.max_size - args.target_size)
@@ -1667,22 +1653,21 @@ def harvest(net: Net, data: Data, args: argparse.Namespace, k: int) -> More:
     solved = np.flatnonzero(scored(s)["solved"])
     L = args.max_size
     found = np.array([padded(canonical(without_constants(answer(s, q)[0])), L) for q in solved], np.int8).reshape(-1, L)
-    problems = problems.of(solved)._replace(truth=found)
+    problems = take(problems, solved)._replace(truth=found)
     known = len(data.functions["train"])
     examples = trajectories(problems, net.config.grammar, args, (args.seed, TRAJECTORY, k), known)
     print(f"round {k}: mix solved {format_rate(len(solved), len(s.spent))} functions of {args.target_size + 1} to {L} "
           f"tokens; {len(examples.targets)} examples more", flush=True)
-    return More(s.problems.truth[solved], *examples)
+    return [s.problems.truth[solved], *examples]
 
 
-def log(r: run.Run, step: int, figures: dict, epoch: float, grad: float, speed: float, args: argparse.Namespace
-        ) -> None:
+def log(r: run.Run, step: int, figures: dict, epoch: float, grad: float, args: argparse.Namespace) -> None:
     """A row of metrics.csv, and the log line."""
     row = {"step": step, "epoch": epoch}
     for name, table in figures.items():
         row |= {f"{name}_{key}": value for key, value in table.items()
-                if isinstance(value, float) and key not in ("first_target", "first_predicted")}
-    r.record({**row, "lr": args.lr * schedule(step, args), "grad": grad, "examples_per_second": speed})
+                if isinstance(value, float)}
+    r.record({**row, "lr": args.lr * schedule(step, args), "grad": grad})
     r.show({"step": step, **{key: row[key] for key in (
         "train_loss", "val_loss", "val_first_token", "val_majority", "val_kl", "val_leaf", "val_valid_free",
         "val_match_greedy", "val_improves")}, "lr": args.lr * schedule(step, args)})
@@ -1695,10 +1680,10 @@ def describe(data: Data, args: argparse.Namespace) -> str:
         sizes = np.bincount((data.functions[name] != PAD).sum(1))
         lines.append(f"{name}: {len(data.functions[name])} functions (of " + ", ".join(
             f"{k} tokens {n}" for k, n in enumerate(sizes) if n) + f"), {len(data.examples[name].targets)} examples")
-    return "\n".join([f"objective {args.objective}, operators {','.join(args.ops)}, hash {fingerprint(data)}", *lines])
+    return "\n".join([f"objective {args.objective}, operators {','.join(args.ops)}, hash {hash_of(data)}", *lines])
 
 
-def fingerprint(data: Data) -> str:
+def hash_of(data: Data) -> str:
     """Twelve hexadecimal digits of a hash of all functions and examples."""
     digest = hashlib.sha256()
     for name in SPLITS:
@@ -1755,15 +1740,14 @@ def held_out(data: Data, args: argparse.Namespace) -> Problems:
     problems, _ = make_problems(rng, tokens[:2 * args.problems], args.points, args.variables)
     if len(problems.y) < args.problems:
         raise UserError(f"--problems {args.problems}: there are {len(problems.y)} held-out functions")
-    return problems.of(slice(args.problems))
+    return take(problems, slice(args.problems))
 
 
 def larger_functions(rng: np.random.Generator, args: argparse.Namespace, n: int, more: int
                      ) -> tuple[np.ndarray, np.ndarray]:
     """Functions among n random programs (F, L) with up to `more` tokens above --target-size, and their shares (F,)."""
-    grammar = Grammar(ops=tuple(args.ops), variables=args.variables, max_size=args.max_size)
     sizes = range(args.target_size + 1, min(args.target_size + more, args.max_size) + 1)
-    tokens, share = sample_functions(rng, grammar, n, sizes)
+    tokens, share = sample_functions(rng, config_of(args).grammar, n, sizes)
     larger = (tokens != PAD).sum(1) > args.target_size
     return tokens[larger], share[larger]
 
@@ -1778,7 +1762,7 @@ def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path
     by_time = copy.copy(args)
     by_time.population *= 8
 
-    def note(name: str, seed: int, s: Search, start: float) -> None:
+    def add(name: str, seed: int, s: Search, start: float) -> None:
         seconds = time.monotonic() - start
         results.setdefault(name, []).append({**scored(s), "spent": s.spent, "seconds": seconds})
         print(f"  {name}, seed {seed}: {format_rate(int(results[name][-1]['solved'].sum()), len(problems.y))} solved, "
@@ -1788,23 +1772,23 @@ def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path
             for name in args.method:
                 start = time.monotonic()
                 s = search(problems, name, net, args, seed, args.evaluations)
-                note(name, seed, s, start)
+                add(name, seed, s, start)
                 if name == "mix" and seed == 0:
                     draw_problems(s, net, folder / "problems.png")
             for name, how in (("gp", by_time), ("mix", args)) if "mix" in results else ():
                 start, limit = time.monotonic(), results["mix"][-1]["seconds"]
-                note(f"{name}, timed", seed, search(problems, name, net, how, seed, 1 << 40, limit), start)
+                add(f"{name}, timed", seed, search(problems, name, net, how, seed, 1 << 40, limit), start)
     stacked = {name: {key: np.stack([one[key] for one in runs], 1) for key in ("solved", "recovered", "at", "spent")}
                for name, runs in results.items()}
-    table = {name: {"solved": rate_of(x["solved"]), "recovered": rate_of(x["recovered"]),
-                    "solved_by_seed": x["solved"].mean(0).tolist(), "evaluations": rate_of(x["spent"]),
+    table = {name: {"solved": mean_of(x["solved"]), "recovered": mean_of(x["recovered"]),
+                    "solved_by_seed": x["solved"].mean(0).tolist(), "evaluations": mean_of(x["spent"]),
                     "times_solved": x["solved"].sum(1).tolist(),  # of each problem
-                    "seconds": rate_of([one["seconds"] for one in results[name]]),
+                    "seconds": mean_of([one["seconds"] for one in results[name]]),
                     "solved_at": np.sort(x["at"][x["at"] >= 0]).tolist()} for name, x in stacked.items()}
     pairs = [("mix", name) for name in args.method if name != "mix"] + [("mix, timed", "gp, timed")]
     differences = {f"{a} - {b}": paired(stacked[a]["solved"], stacked[b]["solved"]) for a, b in pairs if a in stacked}
     sizes = (problems.truth != PAD).sum(1)
-    by_size = {name: {int(k): rate_of(x["solved"][sizes == k]) for k in np.unique(sizes)}
+    by_size = {name: {int(k): mean_of(x["solved"][sizes == k]) for k in np.unique(sizes)}
                for name, x in stacked.items()}
     return {"n_problems": len(problems.y), "search_seeds": args.search_seeds, "methods": table,
             "differences": differences, "by_size": by_size}
@@ -2040,7 +2024,7 @@ def gen(args: flags.Flags) -> dict:
         print(describe(data, args), flush=True)
         save_data(r.folder / "data.npz", data, args)
         r.step = args.steps
-        summary = r.summary(n_params=0, data=fingerprint(data), n={
+        summary = r.summary(n_params=0, data=hash_of(data), n={
             name: [len(data.functions[name]), len(data.examples[name].targets)] for name in SPLITS})
         print(f"{r.folder / 'data.npz'}: {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s")
         return summary
@@ -2077,9 +2061,9 @@ def net_and_data(path: str, args: flags.Flags) -> tuple[Net, dict, Data]:
             raise UserError(f"--{name.replace('_', '-')}: the net of {path} has {getattr(old, name)}")
         setattr(args, name, getattr(old, name))
     data = load_data(args.data, args) if args.data else generate(args)
-    if fingerprint(data) != saved["data"]:
+    if hash_of(data) != saved["data"]:
         raise UserError(f"{path}: it was trained on examples with the hash {saved['data']}, those here have "
-                        f"{fingerprint(data)}: what is held out here may be known to it (--data, if it had one)")
+                        f"{hash_of(data)}: what is held out here may be known to it (--data, if it had one)")
     return net, saved, data
 
 

@@ -359,8 +359,8 @@ def test_time_to_solution_of_nguyens_problems_beside_pyoperon():
         problems = neural_sr.nguyen(name, 3, 1000)
         args = neural_sr.parse_args(["--mode", "bench", "--ops", "add,sub,mul,div,sin,cos,exp,log,sqrt,pow", "--variables",
                                      str(problems.X.shape[2])])
-        ours = [seconds_of_ours(problems.of(slice(q, q + 1)), args, limit) for q in range(3)]
-        theirs = [seconds_of_pyoperon(problems.of(slice(q, q + 1)), limit) for q in range(3)]
+        ours = [seconds_of_ours(neural_sr.take(problems, slice(q, q + 1)), args, limit) for q in range(3)]
+        theirs = [seconds_of_pyoperon(neural_sr.take(problems, slice(q, q + 1)), limit) for q in range(3)]
         ratios += [b / a for a, b in zip(ours, theirs, strict=True) if a < np.inf and b < np.inf]
         print(f"Nguyen-{name:2s} ours " + " ".join(f"{x:6.2f}" for x in ours) + "   pyoperon " +
               " ".join(f"{x:6.2f}" for x in theirs), flush=True)

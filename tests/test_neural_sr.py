@@ -265,9 +265,9 @@ def test_solutions_out_of_terms_have_their_weights_and_are_scored_on_other_point
 def test_a_fit_to_few_points_that_is_wrong_elsewhere_is_not_solved():
     problems = easy(["x0*x0*x1 - x1/x0"], n_points=4)
     s = searched(problems, budget=2000, islands=["terms"])
-    assert s.best["nmse"][0] < 1e-9 or s.solved_at[0] < 0
+    assert s.best["nmse"][0] < 1e-9 or s.ended_at[0] < 0
     figures = sr.scored(s)
-    assert figures["solved"][0] == (figures["nmse"][0] <= 1e-9 and s.solved_at[0] >= 0)
+    assert figures["solved"][0] == (figures["nmse"][0] <= 1e-9 and s.ended_at[0] >= 0)
 
 
 def test_the_interval_of_a_paired_difference_is_by_problem():
@@ -335,9 +335,8 @@ def test_other_targets_are_children_and_ancestors_of_the_next_generation(flags, 
     problems = easy(["x0*x0*x1 - x1/x0", "sin(x1*x1) + x0*x0", "x0 / (x1*x1 + 1)"])
     s = searched(problems, budget=1 << 30, rounds=3, record=True)
     of, tokens, parents = (np.concatenate(x) for x in zip(*s.births, strict=True))
-    born = [1, 2, 3, 4]
     examples = sr.Examples(np.zeros((9, 1, 15)), np.zeros((9, 15)), np.repeat([0, 1, 2], 3), np.tile([0, 1, 2], 3))
-    targets, there = sr.descendants(s, examples, born, objective)
+    targets, there = sr.next_targets(s, examples, objective)
     ancestors = [set(), set(), set()]
     for q in range(3):
         todo = [s.best["id"][q]]
@@ -468,7 +467,7 @@ def folder(tmp_path_factory):
 
 
 def rows_of(folder):
-    return [{k: v for k, v in row.items() if k not in ("sec", "examples_per_second")} for row in metrics.read(folder)]
+    return [{k: v for k, v in row.items() if k != "sec"} for row in metrics.read(folder)]
 
 
 def test_a_run_generates_trains_diagnoses_and_searches(folder):
