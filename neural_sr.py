@@ -25,7 +25,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -154,7 +154,11 @@ def check_flags(args: flags.Flags) -> None:
     used = {"gen": DATA_FLAGS, "eval": (*net, "samples"), "bench": ("ops", "max_size", *find),
             "search": (*net, *find, "problems", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net"},
             "train": set(vars(args)) - {"net", "problems", "larger", "method", "constants", "search_seeds"}}
-    flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir")
+    if not args.rounds:
+        used["train"] -= {"evaluations", "population", "islands", "mix", "temperature"}
+    flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir", "device")
+    if args.mode == "bench" and "method" in args.given and args.method != ["gp"]:
+        raise UserError(f"--method {','.join(args.method)}: --mode bench has gp alone")
     if args.steps % (args.rounds + 1) or args.warmup >= args.steps // (args.rounds + 1):
         raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than "
                         f"{args.warmup} steps of --warmup")
@@ -1222,22 +1226,23 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def sample(self, context: Context, n: int, generator: torch.Generator, temperature: float = 1.0,
-               masked: bool = True) -> np.ndarray:
+               masked: bool = True, variables: int | None = None) -> np.ndarray:
         """n programs (B, n, L) for each context; temperature 0: the likeliest token each time.
 
-        masked: only tokens that can be part of a program of up to L tokens. Otherwise rows may be no programs: they
-        hold what was sampled up to EOS.
+        masked: only tokens that can be part of a program of up to L tokens, of the first `variables` (default: all).
+        Otherwise rows may be no programs: they hold what was sampled up to EOS.
         """
-        size = max(1, SAMPLED // n)
-        return np.concatenate([self.continued(self.read(take(context, slice(k, k + size))), n, generator,
-                                              temperature, masked) for k in range(0, len(context.y), size)])
+        size, grammar = max(1, SAMPLED // n), self.config.grammar
+        choices = np.concatenate([replace(grammar, variables=variables or grammar.variables).leaves, grammar.operators])
+        parts = [take(context, slice(k, k + size)) for k in range(0, len(context.y), size)]
+        return np.concatenate([self.continued(self.read(part), n, generator, temperature, choices if masked else None)
+                               for part in parts])
 
-    def continued(self, read: torch.Tensor, n: int, generator: torch.Generator, temperature: float, masked: bool
-                  ) -> np.ndarray:
-        """The same of contexts that are read (B, T, D)."""
+    def continued(self, read: torch.Tensor, n: int, generator: torch.Generator, temperature: float,
+                  choices: np.ndarray | None) -> np.ndarray:
+        """The same of contexts that are read (B, T, D). choices: tokens that may come, None: unmasked."""
         c, device = self.config, read.device
         _, past = self.body(read, n_context=read.shape[1])
-        choices = np.concatenate([c.grammar.leaves, c.grammar.operators])
         tokens = np.full((len(read) * n, c.max_size), PAD, np.int8)
         rows, need = np.arange(len(tokens)), np.ones(len(tokens), np.int64)  # programs that are not done yet
         of = rows // n  # samples that begin alike are computed once: which beginning each has, (rows,)
@@ -1245,7 +1250,7 @@ class Net(nn.Module):
         for i in range(c.max_size):
             x, past = self.body(self.embed(torch.from_numpy(last).to(device))[:, None] + self.place[i], past)
             logits = self.head(x[:, 0]).float().cpu()
-            if masked:
+            if choices is not None:
                 allowed = np.zeros(logits.shape, bool)
                 allowed[:, choices] = fitting(need[first], np.full(len(first), c.max_size - i), ARITY[choices], False)
                 logits = logits.masked_fill(~torch.from_numpy(allowed), -math.inf)
@@ -1256,7 +1261,7 @@ class Net(nn.Module):
                 picked = logits.argmax(-1).numpy()[of]
             tokens[rows, i] = picked
             need += ARITY[picked] - 1
-            goes_on = np.flatnonzero(need > 0 if masked else picked != EOS)
+            goes_on = np.flatnonzero(need > 0 if choices is not None else picked != EOS)
             if not len(goes_on):
                 break
             rows, need = rows[goes_on], need[goes_on]
@@ -1694,25 +1699,37 @@ def hash_of(data: Data) -> str:
 
 def finish(r: run.Run, net: Net, data: Data, problems: Problems | None, args: flags.Flags, losses: Sequence[float],
            ended: str) -> dict:
-    """Diagnose the best net on all three splits, compare searches for problems, write summary and pictures."""
+    """Conclude with the best net, write the summary and the picture of training."""
     best = checkpoint.read(r.folder / "best.pt")
     net.load_state_dict(best["model"])
-    figures = diagnose(net, data, args, N_FINAL, args.samples, SPLITS)
-    found = compare(problems, net, args, r.folder) if problems else {}
-    said = verdicts(figures, losses)
-    if not ended and len(losses) > 2 and losses[-1] < losses[-2] - 0.01:
-        said.append(f"not converged: validation loss still falls, {losses[-2]:.3f} to {losses[-1]:.3f} at the end")
+    found = conclude(r.folder, net, data, problems, args, [math.inf] if ended else losses)
     summary = r.summary(n_params=count_parameters(net), arch=args.arch, objective=args.objective, ops=args.ops,
-                        data=best["data"], best_step=best["step"], ended=ended, verdicts=said, figures=figures,
-                        **found)
+                        data=best["data"], best_step=best["step"], ended=ended, **found)
     draw_training(r.folder)
-    draw_first_tokens(figures, r.folder / "first_tokens.png")
-    print(format_diagnosis(figures), *said, sep="\n", flush=True)
-    if found:
-        print(report(r.folder, found), flush=True)
     print(f"best at step {best['step']}, {ended or 'ended'} at step {r.step}; {summary['seconds']:.0f} s, "
           f"{summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
     return summary
+
+
+def conclude(folder: Path, net: Net, data: Data, problems: Problems | None, args: argparse.Namespace,
+             losses: Sequence[float]) -> dict:
+    """Diagnose a net on all three splits, but for --mode search, and compare searches for problems, if there are any;
+    print, draw and return what was found."""
+    found: dict = {}
+    if args.mode != "search":
+        figures = diagnose(net, data, args, N_FINAL, args.samples, SPLITS)
+        found = {"verdicts": verdicts(figures, losses), "figures": figures}
+        if len(losses) > 2 and losses[-1] < losses[-2] - 0.01:
+            found["verdicts"].append(f"not converged: validation loss still falls, {losses[-2]:.3f} to "
+                                     f"{losses[-1]:.3f} at the end")
+        draw_first_tokens(figures, folder / "first_tokens.png")
+        print(format_diagnosis(figures), *found["verdicts"], sep="\n", flush=True)
+    if problems is not None:
+        compared = compare(problems, net, args, folder)
+        found |= compared
+        draw_solve_rates(compared, folder / "solve_rates.png")
+        print(format_comparison(compared), flush=True)
+    return found
 
 
 def format_diagnosis(figures: dict[str, dict]) -> str:
@@ -1794,9 +1811,8 @@ def compare(problems: Problems, net: Net, args: argparse.Namespace, folder: Path
             "differences": differences, "by_size": by_size}
 
 
-def report(folder: Path, found: dict) -> str:
-    """The comparison as text, and its picture."""
-    draw_solve_rates(found, folder / "solve_rates.png")
+def format_comparison(found: dict) -> str:
+    """Tables of the comparison as text."""
     n = found["n_problems"] * found["search_seeds"]
     lines = [f"{'':16s}  solved at NMSE 1e-9              recovered  evaluations  seconds  (n = {n})"]
     for name, row in found["methods"].items():
@@ -1934,7 +1950,7 @@ def load(path: str) -> Callable[..., list[str]]:
     """`propose = load(path)`: propose(X, y, population, n) gives n expressions for data X (N, V), y (N,).
 
     population: expressions as Python writes them, of which the best are shown to the net. With more variables than
-    the net knows it works on those that y depends on most, by rank correlation. Raises UserError.
+    the net knows it works on those that y depends on most, by rank correlation, and says so. Raises UserError.
     """
     net, saved = load_net(path)
     net.eval()
@@ -1955,7 +1971,8 @@ def load(path: str) -> Callable[..., list[str]]:
             raise UserError("population: the net knows no numbers but 1")
         errors = np.nan_to_num(((evaluate(rows, X[None][:, :, columns]) - y) ** 2).mean(1), nan=np.inf)
         context = encode_context(X[None][:, :, columns], y[None], rows[np.argsort(errors)][None], c)
-        programs = net.sample(context, n, torch.Generator().manual_seed(seed), temperature)[0]
+        programs = net.sample(context, n, torch.Generator().manual_seed(seed), temperature,
+                              variables=len(columns))[0]
         return [infix(row, names=names) for row in programs]
     return propose
 
@@ -1986,8 +2003,11 @@ def nguyen(name: str, seeds: int, seed: int) -> Problems:
     text, bounds = NGUYEN[name]
     tokens, constants = parse(text)
     truth = np.repeat(padded(tokens, len(tokens))[None], seeds, 0)
+    variables = 1 + max(t - X0 for t in tokens if t < FIRST_OP)
     rng = np.random.default_rng([seed, PROBLEMS, int(name)])
-    problems, _ = make_problems(rng, truth, 20, 1 + ("x1" in text), np.repeat([constants], seeds, 0), [bounds])
+    problems, usable = make_problems(rng, truth, 20, variables, np.repeat([constants], seeds, 0), [bounds])
+    if len(usable) < seeds:
+        raise UserError(f"{text} has values that cannot be used on {bounds}")
     return problems
 
 
@@ -2034,17 +2054,12 @@ def with_net(args: flags.Flags) -> dict:
     """Diagnose the net of --net, or compare searches with it, on the functions that its run held out; the summary."""
     source = args.net or KEPT
     net, saved, data = net_and_data(source, args)
+    net.to(devices.get_device(args.device))
     with run.Run(args, SCRIPT, __file__, None) as r:
         print(f"{source}, step {saved['step']}\n{describe(data, args)}", flush=True)
         r.step = args.steps
-        if args.mode == "eval":
-            figures = diagnose(net, data, args, N_FINAL, args.samples, SPLITS)
-            found = {"verdicts": verdicts(figures, []), "figures": figures}
-            draw_first_tokens(figures, r.folder / "first_tokens.png")
-            print(format_diagnosis(figures), *found["verdicts"], sep="\n")
-        else:
-            found = compare(held_out(data, args), net, args, r.folder)
-            print(report(r.folder, found))
+        problems = held_out(data, args) if args.mode == "search" else None
+        found = conclude(r.folder, net, data, problems, args, [])
         return r.summary(n_params=count_parameters(net), net=str(source), **found)
 
 

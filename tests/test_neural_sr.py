@@ -309,8 +309,9 @@ def flags():
 
 SMALL_DATA = ["--functions", "3000", "--target-size", "6", "--max-size", "9", "--generations", "3", "--points", "12"]
 SMALL_NET = [*SMALL_DATA, "--steps", "4", "--eval-every", "2", "--warmup", "1", "--hidden", "16", "--heads", "1", "--layers", "1",
-             "--batch-size", "16", "--members", "4", "--samples", "4", "--evaluations", "60", "--population", "10"]
-SMALL = [*SMALL_NET, "--problems", "6", "--search-seeds", "2"]
+             "--batch-size", "16", "--members", "4", "--samples", "4"]
+SMALL_SEARCH = ["--evaluations", "60", "--population", "10"]
+SMALL = [*SMALL_NET, *SMALL_SEARCH, "--problems", "6", "--search-seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -501,7 +502,7 @@ def replace_flags(args, **values):
 @pytest.mark.parametrize("rounds, at", [(0, 2), (1, 3)])
 def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch, capsys, rounds, at):
     save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL_NET, "--functions", "6000", "--rounds", str(rounds),
-                                "--eval-every", "1", "--warmup", "0"]
+                                "--eval-every", "1", "--warmup", "0", *SMALL_SEARCH * rounds]
     sr.main([*args, "--out-dir", str(tmp_path / "unbroken")])
     said = capsys.readouterr().out
     assert said.count("round 1: mix solved") == rounds and "solved 0.0%" not in said
@@ -535,6 +536,7 @@ def test_a_net_proposes_from_python_also_with_more_variables_than_it_knows(folde
     assert len(out) == 20 and out == propose(X, X[:, 1] * X[:, 3], ["x1", "x1 + x3"], n=20)
     used = {name for text in out for name in ("x0", "x1", "x2", "x3") if name in text}
     assert used <= {"x1", "x3"} and used
+    assert not any("x1" in text for text in propose(X[:, :1], X[:, 0] ** 2, n=50))
     for bad in (lambda: propose(X, np.ones(30)), lambda: propose(X[:5], X[:, 0]), lambda: propose(X, X[:, 0], ["y"]),
                 lambda: propose(X, X[:, 0], ["2.5*x1"]), lambda: propose(X, X[:, 0], temperature=0),
                 lambda: propose(X, X[:, 0], ["x1*x1*x1*x1*x1*x1"])):
