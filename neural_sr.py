@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g = p.add_argument_group("data")
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
                    metavar="LIST", help=f"operators, some of {','.join(TOKENS)} (bench: these and sin,cos,exp,log)")
-    g.add_argument("--variables", type=integer(1, MAX_VARIABLES), default=2, help="of functions and programs")
+    g.add_argument("--variables", type=integer(1, 4), default=2, help="of functions and programs")
     g.add_argument("--functions", type=integer(10), default=300_000, help="programs that are sampled; how many "
                    "different functions they are is printed")
     g.add_argument("--target-size", type=integer(3, 40), default=11, help="tokens of the largest of them")
@@ -162,8 +162,9 @@ def check_flags(args: flags.Flags) -> None:
     if args.steps % (args.rounds + 1) or args.warmup >= args.steps // (args.rounds + 1):
         raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than "
                         f"{args.warmup} steps of --warmup")
-    if args.target_size > args.max_size:
-        raise UserError(f"--target-size {args.target_size}: larger than --max-size {args.max_size}")
+    if args.target_size + max(args.larger, args.rounds > 0) > args.max_size:
+        raise UserError(f"--target-size {args.target_size}: with --larger {args.larger} and --rounds {args.rounds} there "
+                        f"is no room in a --max-size of {args.max_size}")
     if args.evaluations < args.population:
         raise UserError(f"--evaluations {args.evaluations}: fewer than a --population of {args.population}")
 
@@ -643,7 +644,7 @@ def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) 
 
 def tournament(rng: np.random.Generator, there: np.ndarray) -> np.ndarray:
     """The best of 3 of `there` (P,) programs, which are in order: its place (P,)."""
-    return (rng.random((len(there), 3)) * np.maximum(1, there)[:, None]).astype(np.int64).min(1)
+    return (rng.random((len(there), 3)) * there[:, None]).astype(np.int64).min(1)
 
 
 # ---- Problems
@@ -682,7 +683,8 @@ def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, va
     parts, which, todo = [], [], np.arange(len(truth))
     for low, high in ranges:
         middle, half = (low + high) / 2, (high - low) / 2
-        bounds = (max(low / 2, middle - 2 * half) if low > 0 else middle - 2 * half, middle + 2 * half)
+        start = low / 2 if low > 0 else middle - 2 * half  # of a range twice as wide
+        bounds = (start, start + 4 * half)
         X, wide = (rng.uniform(*ends, (len(todo), n, variables)) for ends, n in (
             ((low, high), n_points + n_test), (bounds, n_test)))
         at, own = np.arange(len(todo)), None if constants is None else constants[todo]
@@ -697,23 +699,70 @@ def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, va
     return Problems(*(np.concatenate(x)[order] for x in zip(*parts, strict=True))), np.sort(np.concatenate(which))
 
 
-def fingerprints(tokens: np.ndarray, variables: int, order: Sequence[int] | None = None) -> list[bytes]:
-    """What tells functions apart: values at 16 fixed points, 9 digits of each; equal ones are taken for the same.
+def fixed_points(variables: int) -> np.ndarray:
+    """(1, 24, variables): half of them positive, where logarithms and roots have values."""
+    rng = np.random.default_rng(FUNCTIONS)
+    points = np.concatenate([rng.uniform(0.3, 3.0, (12, MAX_VARIABLES)), rng.uniform(-3.0, 3.0, (12, MAX_VARIABLES))])
+    return points[None, :, :variables]
 
-    order: the variables change places so.
-    """
-    points = np.random.default_rng(FUNCTIONS).uniform(0.3, 3.0, (1, 16, MAX_VARIABLES))[:, :, :variables]
-    values = evaluate(tokens, points[:, :, order if order is not None else slice(None)])
+
+def fingerprints(tokens: np.ndarray, variables: int) -> list[bytes]:
+    """What tells functions apart: values at fixed points, 9 digits of each; equal ones are taken for the same."""
+    values = evaluate(tokens, fixed_points(variables))
     with np.errstate(all="ignore"):
         unit = 10.0 ** (np.floor(np.log10(np.abs(values))) - 8)
         rounded = np.where(values == 0, 0.0, np.round(values / unit) * unit)
-    return [row.tobytes() for row in rounded]
+    return [row.tobytes() for row in np.where(np.isnan(rounded), np.nan, rounded)]
+
+
+def standardised(values: np.ndarray) -> list[bytes]:
+    """What values (P, 24) have in common with all that differ by a factor and a constant; b"" for constants."""
+    finite = np.abs(values) < 1e12
+    n, x = np.maximum(1, finite.sum(1, keepdims=True)), np.where(finite, values, 0.0)
+    size = np.abs(x).max(1)
+    x = np.where(finite, x - x.sum(1, keepdims=True) / n, 0.0)
+    scale = np.sqrt((x ** 2).sum(1, keepdims=True) / n)
+    both = [np.where(finite, np.round(sign * 1e5 * x / np.maximum(scale, 1e-300)), 1e9).astype(np.int32)
+            for sign in (1, -1)]
+    return [min(a.tobytes(), b.tobytes()) if varies else b""
+            for a, b, varies in zip(*both, scale[:, 0] > 1e-9 * size, strict=True)]
 
 
 def classes_of(tokens: np.ndarray, variables: int) -> list[bytes]:
-    """The function of each program, whatever its variables are called: the least of its fingerprints."""
-    return list(map(min, zip(*(fingerprints(tokens, variables, order)
+    """What each function is up to a factor, a constant, and the names of its variables."""
+    points = fixed_points(variables)
+    return list(map(min, zip(*(standardised(evaluate(tokens, points[:, :, order]))
                                for order in permutations(range(variables))), strict=True)))
+
+
+def expanded(tokens: Sequence[int], i: int = 0) -> list[list[int]]:
+    """The terms of a program's node once products of sums are written out."""
+    t, starts = tokens[i], operands(tokens, i)[0]
+    if t in (ADD, SUB):
+        return expanded(tokens, starts[0]) + expanded(tokens, starts[1])
+    if t == MUL:
+        return [[MUL, *a, *b] for a in expanded(tokens, starts[0]) for b in expanded(tokens, starts[1])]
+    end = operands(tokens, i)[1]
+    if t == DIV:
+        return [[DIV, *a, *tokens[starts[1]:end]] for a in expanded(tokens, starts[0])]
+    return [list(tokens[i:end])]
+
+
+def share_of(tokens: np.ndarray, variables: int) -> np.ndarray:
+    """Numbers (P,) in 0..1, by which functions are split: the same for all with the same terms, whatever the weights.
+
+    A search with weights solves a problem by any function of the same terms, so a net that was taught one knows all.
+    """
+    terms = [expanded(row) for row in tokens.tolist()]
+    ends, points = np.cumsum(list(map(len, terms))), fixed_points(variables)
+    L = max((len(term) for row in terms for term in row), default=1)
+    flat = np.array([term + [PAD] * (L - len(term)) for row in terms for term in row], np.int8).reshape(-1, L)
+    least = [b"\xff"] * len(tokens)
+    for order in permutations(range(variables)):
+        parts = standardised(evaluate(flat, points[:, :, order]))
+        keys = (b"".join(sorted(set(parts[start:end]))) for start, end in zip([0, *ends[:-1]], ends, strict=True))
+        least = list(map(min, least, keys))
+    return np.array([int.from_bytes(hashlib.sha256(key).digest()[:4], "big") / 2 ** 32 for key in least])
 
 
 def subtrees(tokens: np.ndarray) -> np.ndarray:
@@ -735,8 +784,8 @@ def nested(tokens: np.ndarray) -> np.ndarray:
 
 def sample_functions(rng: np.random.Generator, grammar: Grammar, n: int, sizes: Sequence[int]
                      ) -> tuple[np.ndarray, np.ndarray]:
-    """Different functions among n random programs: the shortest program of each (P, L), in canonical order; where
-    (P,) each belongs, a number in 0..1 that depends on the function alone."""
+    """Different functions among n random programs: the shortest program of each (P, L), in canonical order, and its
+    share (P,). Those without values at most of the fixed points are left out."""
     tokens = np.unique(random_programs(rng, rng.choice(np.array(sizes), n), grammar), axis=0)
     tokens = tokens[~nested(tokens)]
     tokens = np.unique(subtrees(tokens), axis=0)  # for exp(log(u)) to be found the same as u
@@ -744,12 +793,10 @@ def sample_functions(rng: np.random.Generator, grammar: Grammar, n: int, sizes: 
     tokens = tokens[np.lexsort((*tokens.T[::-1], (tokens != PAD).sum(1)))]  # shorter ones first
     first: dict[bytes, int] = {}
     for i, key in enumerate(fingerprints(tokens, grammar.variables)):
-        if np.isfinite(np.frombuffer(key)).all():
+        if np.isfinite(np.frombuffer(key)).sum() >= 12:
             first.setdefault(key, i)
     tokens = tokens[list(first.values())]
-    share = [int.from_bytes(hashlib.sha256(key).digest()[:4], "big") / 2 ** 32
-             for key in classes_of(tokens, grammar.variables)]
-    return tokens, np.array(share)
+    return tokens, share_of(tokens, grammar.variables)
 
 
 # ---- Search
@@ -918,9 +965,15 @@ class Search:
             self.offer(kind, of, (tokens, self.rng.normal(size=tokens.shape)))
 
     def breed(self, kind: str, n: int) -> None:
-        """n children for each active problem, of parents that won tournaments of 3."""
-        of, island = np.repeat(self.active(), n), self.islands[kind]
-        there = np.isfinite(island.score).sum(1)[of]
+        """n children for each active problem, of parents that won tournaments of 3; random programs where none is."""
+        empty = np.repeat([q for q in self.active() if self.islands[kind].score[q, 0] == np.inf], n).astype(int)
+        if len(empty):
+            tokens = random_programs(self.rng, self.rng.integers(1, self.grammar.max_size + 1, len(empty)), self.grammar)
+            self.offer(kind, empty, (tokens, self.rng.normal(size=tokens.shape)))
+        island = self.islands[kind]
+        there = np.isfinite(island.score).sum(1)
+        of = np.repeat(self.active()[there[self.active()] > 0], n)
+        there = there[of]
         a, b = (tournament(self.rng, there) for _ in range(2))
         parents = [(island.tokens[of, i], island.constants[of, i]) for i in (a, b)]
         children = breed(self.rng, *parents, self.grammar)
@@ -953,10 +1006,19 @@ def generate(args: argparse.Namespace) -> Data:
     size = (tokens != PAD).sum(1)
     tokens, share = tokens[size >= 3], share[size >= 3]
     split = np.where(share < TEST_SHARE, 2, np.where(share < TEST_SHARE + VAL_SHARE, 1, 0))
+    highest: dict[bytes, int] = {}  # by class: what is in test, too, is left out of train and val
+    classes = classes_of(tokens, args.variables)
+    for key, i in zip(classes, split.tolist(), strict=True):
+        highest[key] = max(i, highest.get(key, 0))
+    split = np.where(split == [highest[key] for key in classes], split, -1)
     functions, examples = {}, {}
     for i, name in enumerate(SPLITS):
+        if not (split == i).any():
+            raise UserError(f"--functions {args.functions}: there is none for {name} among them")
         rng = np.random.default_rng([args.seed, TRAJECTORY, i])
         problems, usable = make_problems(rng, tokens[split == i], args.points, args.variables)
+        if not len(usable):
+            raise UserError(f"--functions {args.functions}: those of {name} have no usable values")
         functions[name] = tokens[split == i][usable]
         parts = [trajectories(take(problems, slice(k, k + 2000)), grammar, args, (args.seed, TRAJECTORY, i, k), k)
                  for k in range(0, len(usable), 2000)]
@@ -966,12 +1028,12 @@ def generate(args: argparse.Namespace) -> Data:
 
 
 def refuse_overlap(functions: dict[str, np.ndarray], variables: int) -> None:
-    """Raise UserError if a function is in two splits, be it with its variables renamed."""
+    """Raise UserError if functions of one class are in two splits."""
     seen: dict[bytes, str] = {}
     for name, tokens in functions.items():
         for row, key in zip(tokens, classes_of(tokens, variables), strict=True):
             if seen.setdefault(key, name) != name:
-                raise UserError(f"the function {infix(row)} of {name} is in {seen[key]}, too")
+                raise UserError(f"the function {infix(row)} of {name}, or one of its class, is in {seen[key]}, too")
 
 
 def trajectories(problems: Problems, grammar: Grammar, args: argparse.Namespace, seed: Sequence[int], first: int
@@ -1287,10 +1349,23 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def batch_of(examples: Examples, functions: np.ndarray, rng: np.random.Generator, c: Config
              ) -> tuple[Context, torch.Tensor, Examples]:
-    """Contexts and labels of examples, with points of their functions that are drawn anew; and which ones these are."""
-    problems, usable = make_problems(rng, functions[examples.function], c.points, c.variables, n_test=0)
-    some = take(examples, usable)
-    return encode_context(problems.X, problems.y, some.members, c), labels_of(some.targets), some
+    """Contexts and labels of examples, with points of their functions that are drawn anew, and the examples.
+
+    Points on which a function has no usable values are drawn again, up to 50 times; then its example is left out.
+    """
+    n = len(examples.targets)
+    X, y, todo = np.empty((n, c.points, c.variables)), np.empty((n, c.points)), np.arange(n)
+    for _ in range(50):
+        problems, usable = make_problems(rng, functions[examples.function[todo]], c.points, c.variables, n_test=0)
+        X[todo[usable]], y[todo[usable]] = problems.X, problems.y
+        todo = np.delete(todo, usable)
+        if not len(todo):
+            break
+    kept = np.delete(np.arange(n), todo)
+    if not len(kept):
+        raise UserError("no example of this batch has usable values")
+    examples = take(examples, kept)
+    return encode_context(X[kept], y[kept], examples.members, c), labels_of(examples.targets), examples
 
 
 def part_of(step: int, args: argparse.Namespace) -> tuple[int, int]:
@@ -1377,8 +1452,9 @@ def ceiling(examples: Examples, grammar: Grammar, rng: np.random.Generator, k: i
 
 def diagnose(net: Net, data: Data, args: argparse.Namespace, n: int, k: int, splits: Sequence[str] = ("train", "val")
              ) -> dict[str, dict]:
-    """The same figures on n examples of each split, the same ones each time."""
+    """The same figures on n examples of each split, or as many as the smallest has, the same ones each time."""
     out = {}
+    n = min(n, *(len(data.examples[name].targets) for name in splits))
     with eval_mode(net):
         for name in splits:
             rng = np.random.default_rng([args.seed, EVAL, SPLITS.index(name)])
@@ -1653,11 +1729,17 @@ def harvest(net: Net, data: Data, args: argparse.Namespace, k: int) -> list[np.n
     tokens, share = larger_functions(rng, args, args.functions // 20, args.max_size - args.target_size)
     tokens = rng.permutation(tokens[share >= TEST_SHARE + VAL_SHARE])[:args.functions // 200]
     problems, _ = make_problems(rng, tokens, args.points, args.variables)
+    if not len(problems.y):
+        raise UserError(f"round {k}: --functions {args.functions} give no function of more than --target-size")
     with eval_mode(net):
         s = search(problems, "mix", net, args, args.seed + k, args.evaluations)
     solved = np.flatnonzero(scored(s)["solved"])
     L = args.max_size
     found = np.array([padded(canonical(without_constants(answer(s, q)[0])), L) for q in solved], np.int8).reshape(-1, L)
+    new = share_of(found, args.variables) >= TEST_SHARE + VAL_SHARE  # found may be of another class
+    solved, found = solved[new], found[new]
+    if not len(solved):
+        raise UserError(f"round {k}: mix solved none of {len(s.spent)} functions; --functions, --evaluations?")
     problems = take(problems, solved)._replace(truth=found)
     known = len(data.functions["train"])
     examples = trajectories(problems, net.config.grammar, args, (args.seed, TRAJECTORY, k), known)
@@ -1745,25 +1827,31 @@ def format_diagnosis(figures: dict[str, dict]) -> str:
 # ---- The comparison of searches
 
 def held_out(data: Data, args: argparse.Namespace) -> Problems:
-    """--problems functions that are in neither train nor val: of each size equally many, as far as there are."""
+    """--problems functions of different classes, none of them in train or val: of each size equally many, as far as
+    there are."""
     rng = np.random.default_rng([args.seed, PROBLEMS])
     tokens = data.functions["test"]
     if args.larger:
         tokens, share = larger_functions(rng, args, 200 * args.problems, args.larger)
-        tokens = tokens[share < TEST_SHARE]
+        known = {key for name in ("train", "val") for key in classes_of(data.functions[name], args.variables)}
+        tokens = tokens[[x < TEST_SHARE and key not in known
+                         for x, key in zip(share, classes_of(tokens, args.variables), strict=True)]]
     tokens = rng.permutation(tokens)
+    _, first = np.unique(share_of(tokens, args.variables), return_index=True)  # one of each class
+    tokens = tokens[np.sort(first)]
     size = (tokens != PAD).sum(1)
     tokens = tokens[np.lexsort((size, rank_among_equals(size)))]
     problems, _ = make_problems(rng, tokens[:2 * args.problems], args.points, args.variables)
     if len(problems.y) < args.problems:
-        raise UserError(f"--problems {args.problems}: there are {len(problems.y)} held-out functions")
+        raise UserError(f"--problems {args.problems}: there are {len(problems.y)} held-out functions of different "
+                        "classes; more --functions give more")
     return take(problems, slice(args.problems))
 
 
 def larger_functions(rng: np.random.Generator, args: argparse.Namespace, n: int, more: int
                      ) -> tuple[np.ndarray, np.ndarray]:
     """Functions among n random programs (F, L) with up to `more` tokens above --target-size, and their shares (F,)."""
-    sizes = range(args.target_size + 1, min(args.target_size + more, args.max_size) + 1)
+    sizes = range(args.target_size + 1, args.target_size + more + 1)
     tokens, share = sample_functions(rng, config_of(args).grammar, n, sizes)
     larger = (tokens != PAD).sum(1) > args.target_size
     return tokens[larger], share[larger]

@@ -177,6 +177,21 @@ def test_a_subtree_is_replaced_with_its_constants():
 
 # ---- Problems and splits
 
+def rows_of_text(texts):
+    return np.array([sr.padded([t if t != sr.C else sr.ONE for t in sr.parse(text)[0]], 15) for text in texts])
+
+
+def test_classes_and_shares_hold_what_least_squares_cannot_tell_apart():
+    groups = [["x0/x1", "(x0 + x1)/x1", "x1/x0 + 1"], ["x0 + x0", "x1", "1 - x0"], ["x0*x1*x1", "x0*x1*x0 + 1"],
+              ["x0*x1 + x1", "1 - (x0 + x0*x1)", "x1*(x0 + 1)"], ["sin(x0)*x1 - 1", "sin(x1)*x0"]]
+    classes = [set(sr.classes_of(rows_of_text(texts), 2)) for texts in groups]
+    assert [len(some) for some in classes] == [1] * 5 and len(set.union(*classes)) == 5
+    groups = [["x0*x1 + x1", "x0 - x1*x0", "x0*(x1 - 1)", "x0*x1 - (1 + 1)*x0"], ["x0/x1 + x1", "(x0*x0 - x1)/x0"],
+              ["sin(x0 + x1)*x0 - x1", "x1*sin(x0 + x1) + x0 + 1"], ["(x0 + x1)*(x0 - x1)", "x0*x0 + x1*x1"]]
+    shares = [set(sr.share_of(rows_of_text(texts), 2)) for texts in groups]
+    assert [len(some) for some in shares[:3]] == [1] * 3 and len(set.union(*shares)) >= 4
+
+
 def test_functions_are_different_short_and_split_by_what_they_are():
     tokens, share = sr.sample_functions(np.random.default_rng(0), PLAIN, 5000, range(1, 8))
     keys = sr.fingerprints(tokens, 2)
@@ -187,8 +202,8 @@ def test_functions_are_different_short_and_split_by_what_they_are():
     assert sr.classes_of(tokens, 2) == sr.classes_of(swapped, 2)
     both = {key: s for key, s in zip(keys, share, strict=True)}
     pairs = [(both[key], s) for key, s in zip(sr.fingerprints(swapped, 2), share, strict=True) if key in both]
-    assert len(pairs) > 100 and all(a == b for a, b in pairs)
-    with pytest.raises(UserError, match="of val is in train, too"):
+    assert len(pairs) > 100 and np.mean([a == b for a, b in pairs]) > 0.98  # the others are told by their classes
+    with pytest.raises(UserError, match="of val, or one of its class, is in train, too"):
         sr.refuse_overlap({"train": tokens[:50], "val": swapped[20:21]}, 2)
 
 
@@ -307,7 +322,7 @@ def flags():
     return sr.parse_args(["--threads", "1", *SMALL])
 
 
-SMALL_DATA = ["--functions", "3000", "--target-size", "6", "--max-size", "9", "--generations", "3", "--points", "12"]
+SMALL_DATA = ["--functions", "20000", "--target-size", "7", "--max-size", "9", "--generations", "3", "--points", "12"]
 SMALL_NET = [*SMALL_DATA, "--steps", "4", "--eval-every", "2", "--warmup", "1", "--hidden", "16", "--heads", "1", "--layers", "1",
              "--batch-size", "16", "--members", "4", "--samples", "4"]
 SMALL_SEARCH = ["--evaluations", "60", "--population", "10"]
@@ -501,7 +516,7 @@ def replace_flags(args, **values):
 
 @pytest.mark.parametrize("rounds, at", [(0, 2), (1, 3)])
 def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch, capsys, rounds, at):
-    save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL_NET, "--functions", "6000", "--rounds", str(rounds),
+    save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL_NET, "--rounds", str(rounds),
                                 "--eval-every", "1", "--warmup", "0", *SMALL_SEARCH * rounds]
     sr.main([*args, "--out-dir", str(tmp_path / "unbroken")])
     said = capsys.readouterr().out
@@ -550,7 +565,7 @@ def test_examples_of_a_file_are_those_that_were_made(folder, tmp_path, capsys):
                    str(tmp_path / "gen/data.npz"), "--out-dir", str(tmp_path / "eval")])
     assert "hash " + read_json(folder / "summary.json")["data"] in capsys.readouterr().out
     assert out["figures"]["test"]["loss"] == pytest.approx(read_json(folder / "summary.json")["figures"]["test"]["loss"])
-    with pytest.raises(SystemExit, match="was made with 3000"):
+    with pytest.raises(SystemExit, match="was made with 20000"):
         sr.main(["--mode", "train", "--data", str(tmp_path / "gen/data.npz"), "--functions", "1600", "--out-dir",
                  str(tmp_path / "other")])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "gen/data.npz").read_bytes()[:-100])
@@ -566,7 +581,7 @@ def test_figures_of_a_checkpoint_are_those_of_its_run(folder):
 
 @pytest.mark.parametrize("flags, message", [
     (["--ops", "add,foo"], "expected some of"), (["--ops", ""], "expected some of"), (["--net", ""], "empty"),
-    (["--evaluations", "10"], "fewer than"), (["--target-size", "20"], "larger than"), (["--hidden", "10", "--heads", "3"],
+    (["--evaluations", "10"], "fewer than"), (["--target-size", "20"], "no room"), (["--hidden", "10", "--heads", "3"],
      "divided"), (["--temperature", "0"], "temperature"), (["--warmup", "900"], "equal parts"), (["--method", "gp,gp"],
      "expected some of"), (["--objective", "x"], "choice")])
 def test_wrong_flags_are_one_line(flags, message, capsys):
