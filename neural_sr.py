@@ -159,12 +159,19 @@ def check_flags(args: flags.Flags) -> None:
     flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir", "device")
     if args.mode == "bench" and "method" in args.given and args.method != ["gp"]:
         raise UserError(f"--method {','.join(args.method)}: --mode bench has gp alone")
+    check_sizes(args)
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers that do not go together."""
     if args.steps % (args.rounds + 1) or args.warmup >= args.steps // (args.rounds + 1):
         raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than "
                         f"{args.warmup} steps of --warmup")
     if args.target_size + max(args.larger, args.rounds > 0) > args.max_size:
         raise UserError(f"--target-size {args.target_size}: with --larger {args.larger} and --rounds {args.rounds} there "
                         f"is no room in a --max-size of {args.max_size}")
+    if args.rounds and args.constants:
+        raise UserError("--rounds: not together with --constants, which the net does not know")
     if args.evaluations < args.population:
         raise UserError(f"--evaluations {args.evaluations}: fewer than a --population of {args.population}")
 
@@ -409,8 +416,8 @@ def fit_terms(tokens: np.ndarray, X: np.ndarray, y: np.ndarray, of: np.ndarray, 
               shape: Shape | None = None) -> np.ndarray:
     """Mean squared errors (P,) with least-squares weights of a program's additive terms and an intercept.
 
-    They are those of generalised cross-validation (Craven and Wahba 1979): of N points and k weights, times
-    (N / (N - k))^2. A program of more than 8 terms, or with a value that is not finite, has the error inf.
+    They are those of generalised cross-validation (Craven and Wahba 1979): of N points and k weights, the intercept
+    one of them, times (N / (N - k))^2. A program of more than 8 terms, or with a value that is not finite, has the error inf.
     """
     shape = shape or shape_of(tokens)
     top = split_terms(tokens, shape)
@@ -483,21 +490,26 @@ def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], lis
     def refuse(what: str) -> UserError:
         return UserError(f"expression {text[:60]!r}: {what[:60]}")
 
+    def number(x: int | float) -> float:
+        if isinstance(x, bool) or not abs(x) < 1e300:
+            raise refuse(f"{str(x)[:20]} is no number that can be used")
+        return float(x)
+
     def read(node: ast.AST) -> tuple[list[int], list[float]]:
         match node:
             case ast.Name(id=name) if name in known:
                 return [known[name]], [0.0]
-            case ast.Constant(value=bool()):
-                raise refuse(f"{node.value} is no number")
-            case ast.Constant(value=int() | float() as x) if math.isfinite(x):
-                return ([ONE], [0.0]) if x == 1 else ([C], [float(x)])
+            case ast.Constant(value=int() | float() as x):
+                return ([ONE], [0.0]) if number(x) == 1 else ([C], [number(x)])
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as x)):
-                return [C], [-float(x)]
+                return [C], [-number(x)]
             case ast.UnaryOp(op=ast.USub(), operand=a):
                 (t, c) = read(a)
                 return [MUL, C, *t], [0.0, -1.0, *c]
             case ast.BinOp(left=a, op=ast.Pow(), right=ast.Constant(value=int() as n)) if 2 <= n <= 6:
                 (t, c) = read(a)
+                if len(t) > 1000:
+                    raise refuse("too long, with its powers written out")
                 return [MUL] * (n - 1) + t * n, [0.0] * (n - 1) + c * n
             case ast.BinOp(left=a, op=op, right=b) if type(op) in joins:
                 (s, c), (t, d) = read(a), read(b)
@@ -571,14 +583,14 @@ class Grammar:
         return np.array([TOKENS[name] for name in self.ops])
 
 
-def fitting(need: np.ndarray, room: np.ndarray, arity: np.ndarray, whole: bool) -> np.ndarray:
+def fitting(need: np.ndarray, room: np.ndarray, arity: np.ndarray, fill: bool) -> np.ndarray:
     """Which tokens (P, choices) of some arity may come next, for `need` (P,) missing operands and `room` tokens.
 
-    whole: all the room must be filled, which binary operators alone can do for odd sizes only.
+    fill: all the room must be filled, which binary operators alone can do for odd sizes only.
     """
     after, room = need[:, None] + arity - 1, room[:, None] - 1
     fits = (after >= 0) & (after <= room)
-    if whole:
+    if fill:
         fits &= ((after > 0) == (room > 0)) & (bool((arity == 1).any()) | ((room - after) % 2 == 0))
     return fits
 
@@ -639,6 +651,8 @@ def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) 
         some = np.flatnonzero(~fits & (ARITY[tokens[rows, at]] == arity))
         if len(some):
             child[some, at[some]] = rng.choice(choices[ARITY[choices] == arity], len(some))
+            if grammar.constants:
+                constants[some, at[some]] = rng.normal(size=len(some))
     return child, constants
 
 
@@ -662,8 +676,8 @@ class Problems(NamedTuple):
 
 def check_data(X: np.ndarray, y: np.ndarray) -> None:
     """Raise UserError for a data set X (N, V), y (N,) that no formula can be searched for."""
-    if X.ndim != 2 or y.ndim != 1 or len(X) != len(y):
-        raise UserError(f"X has the shape {X.shape} and y {y.shape}: expected (N, V) and (N,)")
+    if X.ndim != 2 or y.ndim != 1 or len(X) != len(y) or not X.shape[1]:
+        raise UserError(f"X has the shape {X.shape} and y {y.shape}: expected (N, V) and (N,), V 1 or more")
     for name, x in (("X", X), ("y", y)):
         if not np.isfinite(x).all():
             raise UserError(f"{name} has a value that is not finite, in row {int(np.argwhere(~np.isfinite(x))[0, 0])}")
@@ -858,7 +872,7 @@ class Search:
         """Evaluate the programs (P, L) for problems `of` (P,) that are new to them, and let the best survive."""
         np.add.at(self.proposed, of, 1)
         shape = shape_of(programs[0])
-        new, at = self.novel(kind, of, programs[0], shape)
+        new, at = self.novel(kind, of, programs, shape)
         self.idle = 0 if len(new) else self.idle + 1
         if not len(new):
             return
@@ -906,11 +920,14 @@ class Search:
         self.note(kind, of, tokens, constants, nmse, ids, at)
         self.select(kind, of, (tokens, constants, nmse, score, ids))
 
-    def novel(self, kind: str, of: np.ndarray, tokens: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    def novel(self, kind: str, of: np.ndarray, programs: Programs, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
         """Rows (n,) that are not in the cache and within the budget; evaluations (n,) spent when each is done."""
-        cost = 1 + (kind == "terms")
+        (tokens, constants), cost = programs, 1 + (kind == "terms")
         salt = (of * len(self.islands) + list(self.islands).index(kind) + 1).astype(np.uint64)
         keys = keys_of(tokens, shape) ^ (salt * np.uint64(0x2545F4914F6CDD1D))
+        if self.grammar.constants:  # the same program with other constants is another one
+            sizes = np.sqrt(np.arange(2, tokens.shape[1] + 2))
+            keys = keys ^ (np.where(tokens == C, constants, 0.0) * sizes).sum(1).view(np.uint64)
         _, first = np.unique(keys, return_index=True)
         first = np.sort(first)  # of equal ones the first counts
         known = np.fromiter(map(self.cache.__contains__, keys[first].tolist()), bool, len(first))
@@ -1408,7 +1425,7 @@ def teacher_forced(net: Net, context: Context, labels: torch.Tensor) -> dict:
     right = (logits.argmax(-1) == labels) | ~asked
     return {"loss": float(losses.sum() / asked.sum()), "first_token": mean_of(right[:, 0].numpy()),
             "majority": float(target.max()), "token": float((right & asked).sum() / asked.sum()),
-            "kl": float((target[there] * np.log(target[there] / predicted[there])).sum()),
+            "kl": float((target[there] * np.log(target[there] / np.maximum(predicted[there], 1e-12))).sum()),
             "first_target": target.tolist(), "first_predicted": predicted.tolist()}
 
 
@@ -1539,26 +1556,32 @@ def answers(s: Search) -> Programs:
 
 
 def answer(s: Search, q: int) -> tuple[Sequence[int], Sequence[float]]:
+    """The best program of a problem; 1 where none has a value."""
     n = int((s.best["tokens"][q] != PAD).sum())
+    if not n:
+        return [ONE], [0.0]
     program = s.best["tokens"][q, :n], s.best["constants"][q, :n]
-    return weighted(*program, s.problems.X[q], s.problems.y[q]) if s.best["weighted"][q] and n else program
+    return weighted(*program, s.problems.X[q], s.problems.y[q]) if s.best["weighted"][q] else program
 
 
 def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.ndarray) -> tuple[list, list]:
-    """A program (n,) as a sum of its terms with their weights, which are rounded where that changes the 12th digit;
-    those that are 0, 1 or -1 up to 1e-7 are not written."""
+    """A program (n,) as a sum of its terms with their weights. A weight is rounded, made 1 or -1, or left out with its
+    term, where that changes the values by less than 1e-10 of y's standard deviation."""
     shape = shape_of(tokens[None])
     top = split_terms(tokens[None], shape)
     values = evaluate(tokens[None], X[None], None, constants[None], top, shape)
     vary = np.ptp(values, 1) > 0  # the others are part of the intercept
-    w, *_ = np.linalg.lstsq(np.vstack([np.ones_like(y), values[vary]]).T, y, rcond=None)
-    w = np.where(np.abs(np.round(w, 9) - w) < 1e-12 * (1 + np.abs(w)), np.round(w, 9), w)
-    terms = [([C], [w[0]], 1.0)] if abs(w[0]) > 1e-7 * np.abs(y).max() else []
+    A = np.vstack([np.ones_like(y), values[vary]])
+    size = np.sqrt((A ** 2).mean(1))
+    w = np.linalg.lstsq((A / size[:, None]).T, y, rcond=None)[0] / size
+    w = [next((x for x in (0.0, 1.0, -1.0, float(f"{weight:.9g}"), float(weight))
+               if abs(x - weight) * scale <= 1e-10 * y.std()), weight) for weight, scale in zip(w, size, strict=True)]
+    terms = [([C], [w[0]], 1.0)] if w[0] else []
     for i, weight in zip(np.flatnonzero(top[0])[vary], w[1:], strict=True):
         t, c = (list(x[i:i + shape.size[0, i]]) for x in (tokens, constants))
-        if abs(abs(weight) - 1) < 1e-7:
+        if abs(weight) == 1:
             terms.append((t, c, weight))
-        elif abs(weight) > 1e-9:
+        elif weight:
             terms.append(([MUL, C, *t], [0.0, weight, *c], 1.0))
     terms.sort(key=lambda term: term[2] < 0)  # one to add stands first, if there is one
     t, c, sign = terms[0] if terms else ([C], [0.0], 1.0)
@@ -1592,7 +1615,7 @@ def simplified(tokens: Sequence[int], constants: Sequence[float], i: int = 0) ->
 
 
 def without_constants(tokens: Sequence[int]) -> list[int]:
-    """A program without its fitted constants: the weight of each term, and what is added."""
+    """What `weighted` wrote without the constants: they are weights of terms, and an intercept."""
     def read(i: int) -> list[int]:
         t, parts = tokens[i], [read(k) for k in operands(tokens, i)[0]]
         there = [part for part in parts if part]
@@ -1630,6 +1653,7 @@ def train(args: flags.Flags) -> dict:
     """Train a net, diagnose it and, in the mode demo, search with it; the summary. Raises UserError."""
     devices.refuse_ranks(SCRIPT)
     args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, best=float, losses=list, data=str, found=list)
+    check_sizes(args)  # once more, of flags out of a file
     device = devices.get_device(args.device)
     data = load_data(args.data, args) if args.data else generate(args)
     if saved and saved["data"] != hash_of(data):
@@ -1646,9 +1670,11 @@ def train(args: flags.Flags) -> dict:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             found = [[x.numpy() for x in one] for one in saved["found"]]
+            for more in found:
+                data = with_more(data, *more)
+                check_examples(data.examples["train"], data.functions["train"], argparse.Namespace(
+                    **{**vars(args), "objective": "any"}))
         best, losses = saved["best"], saved["losses"]
-        for more in found:
-            data = with_more(data, *more)
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(describe(data, args), flush=True)
@@ -1669,9 +1695,8 @@ def train(args: flags.Flags) -> dict:
                            context=format_of(net.config), best=best)
                 for verdict in verdicts(figures, losses) if step else []:
                     print(f"  {verdict}", flush=True)
-                if args.patience and first == part_of(args.steps, args)[0] and len(losses) - 1 - int(np.argmin(losses)) >= args.patience:
-                    ended = f"no better validation loss in {args.patience} evaluations"
-            last = last or bool(ended)
+            if patience_is_over(losses, step, args):
+                last, ended = True, f"no better validation loss in {args.patience} evaluations"
             if due or last:
                 r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=base,
                        context=format_of(net.config), best=best, losses=losses, optimizers=[o.state_dict() for o in optimizers],
@@ -1687,12 +1712,19 @@ def train(args: flags.Flags) -> dict:
         return finish(r, net, data, problems, args, losses, ended)
 
 
+def patience_is_over(losses: Sequence[float], step: int, args: argparse.Namespace) -> bool:
+    """Whether --patience ends training, which it does in the last part alone."""
+    in_last = step > part_of(args.steps, args)[0]
+    return bool(args.patience and in_last and losses and len(losses) - 1 - int(np.argmin(losses)) >= args.patience)
+
+
 def update(net: Net, optimizers: Sequence[torch.optim.Optimizer], data: Data, args: argparse.Namespace, step: int,
            folder: Path) -> float:
     """One optimizer step; the norm of the gradient. Raises UserError if that is not finite."""
     rng, examples = np.random.default_rng([args.seed, BATCH, step]), data.examples["train"]
     torch.manual_seed(args.seed * 10**9 + step)  # for models with dropout or noise
     context, labels, _ = batch_of(epoch_batch(examples, args, step), data.functions["train"], rng, net.config)
+    assert len(labels) == args.batch_size  # epochs are counted by it
     logits = net(context, labels)
     losses = token_losses(logits, labels.to(logits.device))
     (losses.sum() / (labels != PAD).sum()).backward()
@@ -1951,7 +1983,8 @@ def draw_problems(s: Search, net: Net, out: Path, n: int = 6) -> Path:
     """A search's answers to n problems on their test points, with what the net proposes for the last population."""
     p, (tokens, constants), kind = s.problems, answers(s), next(iter(s.islands))
     some = np.linspace(0, len(p.y) - 1, min(n, len(p.y))).astype(int)
-    context = encode_context(p.X[some], p.y[some], s.islands[kind].tokens[some], net.config)
+    island = s.islands[kind]
+    context = encode_context(p.X[some], p.y[some], island.tokens[some], net.config, island.constants[some])
     proposals = net.sample(context, 3, torch.Generator().manual_seed(0))
     fig, axes = plots.new_figure(2, 3, width=4.6, height=3.6)
     for ax, q, rows in zip(axes.flat, some, proposals, strict=False):
@@ -2001,19 +2034,33 @@ def load_data(path: str, args: flags.Flags) -> Data:
                 made = ast.literal_eval(str(z["flags"]))
                 functions = {name: z[f"{name}_functions"] for name in SPLITS}
                 examples = {name: Examples(*(z[f"{name}_{key}"] for key in Examples._fields)) for name in SPLITS}
-        except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        except (zipfile.BadZipFile, zlib.error, EOFError, SyntaxError) as e:
             raise ValueError(str(e)) from None
         for name in DATA_FLAGS:
             if made[name] != getattr(args, name) and name in args.given:
                 raise UserError(f"--{name.replace('_', '-')}: {path} was made with {made[name]}")
-            setattr(args, name, made[name])
+        old = flags.restored(parse_args([]), made, path, DATA_FLAGS)
+        for name in DATA_FLAGS:
+            setattr(args, name, getattr(old, name))
         for name in SPLITS:
-            for rows in (functions[name], examples[name].targets):
-                check_programs(rows, config_of(args).grammar)
-            if len(set(map(len, examples[name]))) > 1:
-                raise ValueError(f"fields of {name} differ in length")
+            check_examples(examples[name], functions[name], args)
     refuse_overlap(functions, args.variables)
     return Data(functions, examples)
+
+
+def check_examples(examples: Examples, functions: np.ndarray, args: argparse.Namespace) -> None:
+    """Raise UserError or ValueError for examples of a file that cannot be trained on."""
+    n, L, grammar = len(examples.targets), args.max_size, config_of(args).grammar
+    shapes = [functions.shape[1:], examples.members.shape[2:], examples.targets.shape[1:]]
+    if not n or shapes != [(L,)] * 3 or any(len(x) != n for x in examples):
+        raise ValueError(f"arrays of the shapes {[x.shape for x in (functions, *examples)]}")
+    members = examples.members.reshape(-1, L)
+    for rows in (functions, examples.targets, members[members.any(1)]):
+        check_programs(rows, grammar)
+    if not 0 <= examples.function.min() <= examples.function.max() < len(functions):
+        raise ValueError("an example of a function that there is not")
+    if args.objective == "solution" and (functions[examples.function] != examples.targets).any():
+        raise ValueError("a target that is not its function")
 
 
 def load_net(path: str, like: Config | None = None) -> tuple[Net, dict]:
@@ -2044,10 +2091,14 @@ def load(path: str) -> Callable[..., list[str]]:
     net.eval()
 
     def propose(X, y, population: Sequence[str] = (), n: int = 1, temperature: float = 1.0, seed: int = 0) -> list[str]:
-        X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
+        try:
+            X, y = (np.asarray(x).astype(np.float64, casting="same_kind" if np.iscomplexobj(x) else "unsafe") for x in (X, y))
+        except (TypeError, ValueError) as e:
+            raise UserError(f"X and y: not numbers ({e})") from None
         check_data(X, y)
-        if temperature <= 0 or n < 1:
-            raise UserError(f"temperature {temperature} and n {n}: both must be above 0")
+        if not 0.01 <= temperature <= 100 or not (isinstance(n, int) and n > 0) or not 0 <= seed < 2 ** 63:
+            raise UserError(f"temperature {temperature}, n {n}, seed {seed}: expected 0.01 to 100, a whole number above 0, "
+                            "and one in 0..2^63 - 1")
         c = net.config
         columns = strongest(X, y, c.variables)
         if len(columns) < X.shape[1]:
@@ -2069,8 +2120,13 @@ def strongest(X: np.ndarray, y: np.ndarray, n: int) -> list[int]:
     """Up to n columns of X (N, V), those whose ranks have the greatest correlation with the ranks of y."""
     if X.shape[1] <= n:
         return list(range(X.shape[1]))
-    ranks = np.argsort(np.argsort(np.column_stack([X, y]), 0), 0).astype(float)
-    correlation = np.abs(np.corrcoef(ranks.T)[-1, :-1])
+
+    def ranks(x: np.ndarray) -> np.ndarray:  # equal ones have the mean of theirs
+        _, which, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - counts / 2)[which]
+    with np.errstate(all="ignore"):
+        correlation = np.abs(np.corrcoef([ranks(x) for x in (*X.T, y)])[-1, :-1])
+    correlation = np.nan_to_num(correlation)  # of a column that is the same everywhere
     return sorted(np.argsort(-correlation, kind="stable")[:n].tolist())
 
 
@@ -2102,6 +2158,7 @@ def nguyen(name: str, seeds: int, seed: int) -> Problems:
 def bench(args: flags.Flags) -> dict:
     """GP alone on Nguyen 1-12, --search-seeds times each; the summary."""
     with run.Run(args, SCRIPT, __file__, None) as r:
+        r.leave_if_stopped()  # a Ctrl-C acts at once from here on
         found = {}
         for name in NGUYEN:
             problems = nguyen(name, args.search_seeds, args.seed)
@@ -2127,8 +2184,8 @@ def bench(args: flags.Flags) -> dict:
 
 def gen(args: flags.Flags) -> dict:
     """Make the examples and write data.npz; the summary."""
+    data = generate(args)
     with run.Run(args, SCRIPT, __file__, None) as r:
-        data = generate(args)
         print(describe(data, args), flush=True)
         save_data(r.folder / "data.npz", data, args)
         r.step = args.steps
@@ -2143,11 +2200,14 @@ def with_net(args: flags.Flags) -> dict:
     source = args.net or KEPT
     net, saved, data = net_and_data(source, args)
     net.to(devices.get_device(args.device))
+    problems = held_out(data, args) if args.mode == "search" else None
+    record = checkpoint.file_of(source).parent / "metrics.csv"
+    losses = [row["val_loss"] for row in metrics.read(record)] if record.exists() else []
     with run.Run(args, SCRIPT, __file__, None) as r:
+        r.leave_if_stopped()  # a Ctrl-C acts at once from here on
         print(f"{source}, step {saved['step']}\n{describe(data, args)}", flush=True)
         r.step = args.steps
-        problems = held_out(data, args) if args.mode == "search" else None
-        found = conclude(r.folder, net, data, problems, args, [])
+        found = conclude(r.folder, net, data, problems, args, losses)
         return r.summary(n_params=count_parameters(net), net=str(source), **found)
 
 
