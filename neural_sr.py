@@ -168,8 +168,8 @@ def check_sizes(args: argparse.Namespace) -> None:
         raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than "
                         f"{args.warmup} steps of --warmup")
     if args.target_size + max(args.larger, args.rounds > 0) > args.max_size:
-        raise UserError(f"--target-size {args.target_size}: with --larger {args.larger} and --rounds {args.rounds} there "
-                        f"is no room in a --max-size of {args.max_size}")
+        raise UserError(f"--target-size {args.target_size}: with --larger {args.larger} and --rounds {args.rounds} "
+                        f"there is no room in a --max-size of {args.max_size}")
     if args.rounds and args.constants:
         raise UserError("--rounds: not together with --constants, which the net does not know")
     if args.evaluations < args.population:
@@ -417,7 +417,8 @@ def fit_terms(tokens: np.ndarray, X: np.ndarray, y: np.ndarray, of: np.ndarray, 
     """Mean squared errors (P,) with least-squares weights of a program's additive terms and an intercept.
 
     They are those of generalised cross-validation (Craven and Wahba 1979): of N points and k weights, the intercept
-    one of them, times (N / (N - k))^2. A program of more than 8 terms, or with a value that is not finite, has the error inf.
+    one of them, times (N / (N - k))^2. A program of more than 8 terms, or with a value that is not finite, has the
+    error inf.
     """
     shape = shape or shape_of(tokens)
     top = split_terms(tokens, shape)
@@ -486,6 +487,7 @@ def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], lis
     """
     known = {name: X0 + i for i, name in enumerate(names or [f"x{i}" for i in range(MAX_VARIABLES)])}
     joins = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV, ast.Pow: POW}
+    called = {op.name: op.arity for op in OPS if op.text.startswith(op.name)}
 
     def refuse(what: str) -> UserError:
         return UserError(f"expression {text[:60]!r}: {what[:60]}")
@@ -514,10 +516,9 @@ def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], lis
             case ast.BinOp(left=a, op=op, right=b) if type(op) in joins:
                 (s, c), (t, d) = read(a), read(b)
                 return [joins[type(op)], *s, *t], [0.0, *c, *d]
-            case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]) if (
-                    name in TOKENS and f"{name}(" in OPS[TOKENS[name] - FIRST_OP].text and ARITY[TOKENS[name]] == len(parts)):
-                read_parts = list(map(read, parts))
-                return [TOKENS[name], *sum((t for t, _ in read_parts), [])], [0.0, *sum((c for _, c in read_parts), [])]
+            case ast.Call(func=ast.Name(id=name), args=nodes, keywords=[]) if called.get(name) == len(nodes):
+                parts = list(map(read, nodes))
+                return [TOKENS[name], *sum((t for t, _ in parts), [])], [0.0, *sum((c for _, c in parts), [])]
         raise refuse(f"{ast.unparse(node)} is unknown here")
     try:
         return read(ast.parse(text.strip(), mode="eval").body)
@@ -985,7 +986,8 @@ class Search:
         """n children for each active problem, of parents that won tournaments of 3; random programs where none is."""
         empty = np.repeat([q for q in self.active() if self.islands[kind].score[q, 0] == np.inf], n).astype(int)
         if len(empty):
-            tokens = random_programs(self.rng, self.rng.integers(1, self.grammar.max_size + 1, len(empty)), self.grammar)
+            sizes = self.rng.integers(1, self.grammar.max_size + 1, len(empty))
+            tokens = random_programs(self.rng, sizes, self.grammar)
             self.offer(kind, empty, (tokens, self.rng.normal(size=tokens.shape)))
         island = self.islands[kind]
         there = np.isfinite(island.score).sum(1)
@@ -1699,8 +1701,8 @@ def train(args: flags.Flags) -> dict:
                 last, ended = True, f"no better validation loss in {args.patience} evaluations"
             if due or last:
                 r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=base,
-                       context=format_of(net.config), best=best, losses=losses, optimizers=[o.state_dict() for o in optimizers],
-                       found=[[torch.from_numpy(x) for x in one] for one in found])
+                       context=format_of(net.config), best=best, losses=losses,
+                       optimizers=[o.state_dict() for o in optimizers], found=[[torch.from_numpy(x) for x in one] for one in found])
             if last:
                 break
             if len(found) < part_of(step, args)[0] // part_of(step, args)[1]:
@@ -1990,11 +1992,13 @@ def draw_problems(s: Search, net: Net, out: Path, n: int = 6) -> Path:
     for ax, q, rows in zip(axes.flat, some, proposals, strict=False):
         found = evaluate(tokens[[q]], p.X_test[[q]], None, constants[[q]])[0]
         ax.plot(p.y_test[q], found, ".", ms=3)
-        ax.axline((p.y_test[q][0],) * 2, slope=1, color="gray", lw=0.7)
+        ax.axline((0, 0), slope=1, color="gray", lw=0.7)
         lines = [f"truth {infix(p.truth[q])}", f"found {infix(tokens[q], constants[q]):.60}",
                  *(f"net {infix(row)}" for row in rows)]
         ax.set_title("\n".join(map(plots.as_label, lines)), fontsize=6, loc="left")
-        ax.set(xlabel="y of a test point", ylabel="found")
+        low, high = np.quantile(p.y_test[q], (0.02, 0.98))  # without what is near a pole
+        ends = low - 0.1 * (high - low), high + 0.1 * (high - low)
+        ax.set(xlabel="y of a test point", ylabel="found", xlim=ends, ylim=ends)
     return plots.save_figure(fig, out)
 
 
@@ -2092,17 +2096,19 @@ def load(path: str) -> Callable[..., list[str]]:
 
     def propose(X, y, population: Sequence[str] = (), n: int = 1, temperature: float = 1.0, seed: int = 0) -> list[str]:
         try:
-            X, y = (np.asarray(x).astype(np.float64, casting="same_kind" if np.iscomplexobj(x) else "unsafe") for x in (X, y))
+            if np.iscomplexobj(X) or np.iscomplexobj(y):
+                raise TypeError("complex")
+            X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
         except (TypeError, ValueError) as e:
-            raise UserError(f"X and y: not numbers ({e})") from None
+            raise UserError(f"X and y: not real numbers ({e})") from None
         check_data(X, y)
         if not 0.01 <= temperature <= 100 or not (isinstance(n, int) and n > 0) or not 0 <= seed < 2 ** 63:
-            raise UserError(f"temperature {temperature}, n {n}, seed {seed}: expected 0.01 to 100, a whole number above 0, "
-                            "and one in 0..2^63 - 1")
+            raise UserError(f"temperature {temperature}, n {n}, seed {seed}: expected 0.01 to 100, a whole number above "
+                            "0, and one in 0..2^63 - 1")
         c = net.config
         columns = strongest(X, y, c.variables)
         if len(columns) < X.shape[1]:
-            print(f"the net knows {c.variables} variables and works on " + ", ".join(f"x{i}" for i in columns), flush=True)
+            print(f"the net knows {c.variables} variables: it works on {', '.join(f'x{i}' for i in columns)}")
         names = [f"x{i}" for i in columns]
         rows = np.array([padded(parse(text, names)[0], c.max_size) for text in population], np.int8)
         rows = rows.reshape(-1, c.max_size)
@@ -2244,7 +2250,7 @@ def format_evaluation(out: dict) -> str:
 
 
 MODES = {"demo": train, "gen": gen, "train": train, "eval": with_net, "search": with_net, "bench": bench}
-KEPT = "logs/kept/neural_sr/default-s0"
+KEPT = "logs/kept/neural_sr/large-s0"
 
 
 def main(argv: list[str] | None = None) -> dict | None:
