@@ -1656,34 +1656,19 @@ def train(args: flags.Flags) -> dict:
     devices.refuse_ranks(SCRIPT)
     args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, best=float, losses=list, data=str, found=list)
     check_sizes(args)  # once more, of flags out of a file
-    device = devices.get_device(args.device)
     data = load_data(args.data, args) if args.data else generate(args)
     if saved and saved["data"] != hash_of(data):
         raise UserError(f"{args.resume}: its examples have the hash {saved['data']}, those here {hash_of(data)}")
     problems = held_out(data, args) if args.mode == "demo" else None  # too few are told now
-    torch.manual_seed(args.seed)
-    net = Net(config_of(args)).to(device)
-    if args.init_from and not saved:
-        net.load_state_dict(load_net(args.init_from, net.config)[0].state_dict())
-    optimizers, best, losses, found, base = make_optimizers(net, args), math.inf, [], [], hash_of(data)
-    if saved:
-        with files.refuse_damaged(args.resume):
-            net.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            found = [[x.numpy() for x in one] for one in saved["found"]]
-            for more in found:
-                data = with_more(data, *more)
-                check_examples(data.examples["train"], data.functions["train"], argparse.Namespace(
-                    **{**vars(args), "objective": "any"}))
-        best, losses = saved["best"], saved["losses"]
+    base, described = hash_of(data), describe(data, args)
+    net, optimizers, found, data = set_up(args, saved, data)
+    best, losses = (saved["best"], saved["losses"]) if saved else (math.inf, [])
+    kind = {"config": asdict(net.config), "context": format_of(net.config), "data": base}
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
-        print(describe(data, args), flush=True)
         n, first = len(data.examples["train"].targets), part_of(r.start, args)[0]
-        print(f"{args.arch} on {devices.describe(device)}; {count_parameters(net)} parameters, {args.steps} steps of "
-              f"{args.batch_size} examples, {part_of(0, args)[1] * args.batch_size / n:.2f} epochs of {n}"
-              + f" before {args.rounds} rounds" * bool(args.rounds) + f"; {r.folder}", flush=True)
+        print(f"{described}\n{args.arch} on {devices.describe(net.place.device)}; {count_parameters(net)} parameters, "
+              f"{args.steps} steps of {args.batch_size} examples, of which there are {n}; {r.folder}", flush=True)
         ended, grad = "", math.nan
         for step in range(r.start, args.steps + 1):
             due, last = r.due(step), r.last(step)
@@ -1693,16 +1678,15 @@ def train(args: flags.Flags) -> dict:
                 log(r, step, figures, (step - first) * args.batch_size / n, grad, args)
                 if losses[-1] <= best:
                     best = losses[-1]
-                    r.save("best.pt", model=net.state_dict(), config=asdict(net.config), data=base,
-                           context=format_of(net.config), best=best)
+                    r.save("best.pt", **kind, model=net.state_dict(), best=best)
                 for verdict in verdicts(figures, losses) if step else []:
                     print(f"  {verdict}", flush=True)
             if patience_is_over(losses, step, args):
                 last, ended = True, f"no better validation loss in {args.patience} evaluations"
             if due or last:
-                r.save("last.pt", model=net.state_dict(), config=asdict(net.config), data=base,
-                       context=format_of(net.config), best=best, losses=losses,
-                       optimizers=[o.state_dict() for o in optimizers], found=[[torch.from_numpy(x) for x in one] for one in found])
+                r.save("last.pt", **kind, model=net.state_dict(), best=best, losses=losses,
+                       optimizers=[o.state_dict() for o in optimizers],
+                       found=[[torch.from_numpy(x) for x in one] for one in found])
             if last:
                 break
             if len(found) < part_of(step, args)[0] // part_of(step, args)[1]:
@@ -1712,6 +1696,26 @@ def train(args: flags.Flags) -> dict:
             grad = update(net, optimizers, data, args, step, r.folder)
         r.leave_if_stopped()
         return finish(r, net, data, problems, args, losses, ended)
+
+
+def set_up(args: flags.Flags, saved: dict | None, data: Data
+           ) -> tuple[Net, list[torch.optim.Optimizer], list[list[np.ndarray]], Data]:
+    """The net, its optimizers, what rounds found so far, and the data with that. Raises UserError."""
+    torch.manual_seed(args.seed)
+    net = Net(config_of(args)).to(devices.get_device(args.device))
+    if args.init_from and not saved:
+        net.load_state_dict(load_net(args.init_from, net.config)[0].state_dict())
+    optimizers, found = make_optimizers(net, args), []
+    if saved:
+        with files.refuse_damaged(args.resume):
+            net.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            found = [[x.numpy() for x in one] for one in saved["found"]]
+            for more in found:
+                data = with_more(data, *more)
+                check_examples(data.examples["train"], data.functions["train"], args, own_targets=False)
+    return net, optimizers, found, data
 
 
 def patience_is_over(losses: Sequence[float], step: int, args: argparse.Namespace) -> bool:
@@ -2047,13 +2051,14 @@ def load_data(path: str, args: flags.Flags) -> Data:
         for name in DATA_FLAGS:
             setattr(args, name, getattr(old, name))
         for name in SPLITS:
-            check_examples(examples[name], functions[name], args)
+            check_examples(examples[name], functions[name], args, args.objective == "solution")
     refuse_overlap(functions, args.variables)
     return Data(functions, examples)
 
 
-def check_examples(examples: Examples, functions: np.ndarray, args: argparse.Namespace) -> None:
-    """Raise UserError or ValueError for examples of a file that cannot be trained on."""
+def check_examples(examples: Examples, functions: np.ndarray, args: argparse.Namespace, own_targets: bool) -> None:
+    """Raise UserError or ValueError for examples of a file that cannot be trained on. own_targets: they must be the
+    functions themselves."""
     n, L, grammar = len(examples.targets), args.max_size, config_of(args).grammar
     shapes = [functions.shape[1:], examples.members.shape[2:], examples.targets.shape[1:]]
     if not n or shapes != [(L,)] * 3 or any(len(x) != n for x in examples):
@@ -2063,7 +2068,7 @@ def check_examples(examples: Examples, functions: np.ndarray, args: argparse.Nam
         check_programs(rows, grammar)
     if not 0 <= examples.function.min() <= examples.function.max() < len(functions):
         raise ValueError("an example of a function that there is not")
-    if args.objective == "solution" and (functions[examples.function] != examples.targets).any():
+    if own_targets and (functions[examples.function] != examples.targets).any():
         raise ValueError("a target that is not its function")
 
 
@@ -2103,8 +2108,8 @@ def load(path: str) -> Callable[..., list[str]]:
             raise UserError(f"X and y: not real numbers ({e})") from None
         check_data(X, y)
         if not 0.01 <= temperature <= 100 or not (isinstance(n, int) and n > 0) or not 0 <= seed < 2 ** 63:
-            raise UserError(f"temperature {temperature}, n {n}, seed {seed}: expected 0.01 to 100, a whole number above "
-                            "0, and one in 0..2^63 - 1")
+            raise UserError(f"temperature {temperature}, n {n}, seed {seed}: expected 0.01 to 100, a whole number "
+                            "above 0, and one in 0..2^63 - 1")
         c = net.config
         columns = strongest(X, y, c.variables)
         if len(columns) < X.shape[1]:
