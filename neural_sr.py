@@ -875,11 +875,11 @@ class Search:
         shape = shape_of(programs[0])
         new, at = self.novel(kind, of, programs, shape)
         self.idle = 0 if len(new) else self.idle + 1
-        if not len(new):
-            return
         if self.record:
             nobody = np.full((len(of), 2), -1)
             self.births.append((of[new], programs[0][new], (nobody if parents is None else parents)[new]))
+        if not len(new):
+            return
         self.judge(kind, of[new], (programs[0][new], programs[1][new]), at, take(shape, new))
 
     def fit(self, kind: str, iterations: int = 8) -> None:
@@ -989,14 +989,17 @@ class Search:
             sizes = self.rng.integers(1, self.grammar.max_size + 1, len(empty))
             tokens = random_programs(self.rng, sizes, self.grammar)
             self.offer(kind, empty, (tokens, self.rng.normal(size=tokens.shape)))
+        there = np.isfinite(self.islands[kind].score).any(1)
+        of = np.repeat(self.active()[there[self.active()]], n)
+        self.offer(kind, of, *self.children(kind, of))
+
+    def children(self, kind: str, of: np.ndarray) -> tuple[Programs, np.ndarray]:
+        """A child for each of the problems (P,), and the ids (P, 2) of its parents."""
         island = self.islands[kind]
-        there = np.isfinite(island.score).sum(1)
-        of = np.repeat(self.active()[there[self.active()] > 0], n)
-        there = there[of]
+        there = np.isfinite(island.score).sum(1)[of]
         a, b = (tournament(self.rng, there) for _ in range(2))
         parents = [(island.tokens[of, i], island.constants[of, i]) for i in (a, b)]
-        children = breed(self.rng, *parents, self.grammar)
-        self.offer(kind, of, children, np.stack([island.ids[of, a], island.ids[of, b]], 1))
+        return breed(self.rng, *parents, self.grammar), np.stack([island.ids[of, a], island.ids[of, b]], 1)
 
 
 # ---- Examples: what the net learns from
@@ -1059,37 +1062,35 @@ def trajectories(problems: Problems, grammar: Grammar, args: argparse.Namespace,
                  ) -> Examples:
     """Examples of GP runs of --generations on these problems, whose functions are the split's from `first` on.
 
-    The target is the solution; an ancestor of the run's best among the next generation; or any child in that. A
-    generation that has no such target gives no example.
+    The target is the solution; an ancestor of the run's best among the next generation, where there is one; or a
+    child that GP might have next.
     """
-    s = Search(problems, grammar, budget=1 << 40, population=GP_POPULATION, islands=["raw"],
-               seed=seed, record=True)
+    s = Search(problems, grammar, budget=1 << 40, population=GP_POPULATION, islands=["raw"], seed=seed, record=True)
     s.begin()
     parts = []
     for generation in range(args.generations):
         of = s.active()
-        parts.append((s.islands["raw"].tokens[of], problems.truth[of], np.full(len(of), generation), of))
+        targets = s.children("raw", of)[0][0] if args.objective == "gp" else problems.truth[of]
+        parts.append((s.islands["raw"].tokens[of], targets, np.full(len(of), generation), of))
         s.breed("raw", GP_POPULATION)
     out = Examples(*map(np.concatenate, zip(*parts, strict=True)))
-    if args.objective != "solution":
-        chosen, there = next_targets(s, out, args.objective)
+    if args.objective == "ancestor":
+        chosen, there = ancestors(s, out)
         out = take(out._replace(targets=chosen), there)
     return out._replace(function=out.function + first)
 
 
-def next_targets(s: Search, examples: Examples, objective: str) -> tuple[np.ndarray, np.ndarray]:
-    """A program (n, L) of the next generation for each example, an ancestor of the best or any; whether (n,) one is."""
+def ancestors(s: Search, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """A program (n, L) of the next generation for each example, an ancestor of the best; whether (n,) there is one."""
     of, tokens, parents = (np.concatenate(x) for x in zip(*s.births, strict=True))
     generation = np.repeat(np.arange(len(s.births)), [len(b[0]) for b in s.births])  # 0: those of `begin`
-    wanted = np.ones(len(of), bool)
-    if objective == "ancestor":
-        wanted[:] = False
-        wanted[s.best["id"][s.best["id"] >= 0]] = True
-        for i in range(len(of) - 1, -1, -1):  # children are born behind their parents
-            if wanted[i]:
-                wanted[parents[i][parents[i] >= 0]] = True
+    wanted = np.zeros(len(of), bool)
+    wanted[s.best["id"][s.best["id"] >= 0]] = True
+    for i in range(len(of) - 1, -1, -1):  # children are born behind their parents
+        if wanted[i]:
+            wanted[parents[i][parents[i] >= 0]] = True
     order = s.rng.permutation(np.flatnonzero(wanted))
-    born_in = {(int(of[i]), int(generation[i])): i for i in order.tolist()}
+    born_in = {(int(of[i]), int(generation[i])): i for i in order.tolist()}  # the last one is as good as any
     chosen = [born_in.get((q, g + 1), -1) for q, g in
               zip(examples.function.tolist(), examples.generation.tolist(), strict=True)]
     return tokens[chosen], np.array(chosen, np.int64) >= 0
