@@ -1479,7 +1479,7 @@ def diagnose(net: Net, data: Data, args: argparse.Namespace, n: int, k: int, spl
         for name in splits:
             rng = np.random.default_rng([args.seed, EVAL, SPLITS.index(name)])
             examples, functions = data.examples[name], data.functions[name]
-            some = take(examples, rng.permutation(len(examples.targets))[:n])
+            some = take(examples, chosen_examples(len(examples.targets), n, args, name))
             context, labels, some = batch_of(some, functions, rng, net.config)
             generator = torch.Generator().manual_seed(args.seed)
             out[name] = {**teacher_forced(net, context, labels),
@@ -1487,6 +1487,12 @@ def diagnose(net: Net, data: Data, args: argparse.Namespace, n: int, k: int, spl
             if args.objective == "gp":
                 out[name]["ceiling"] = ceiling(take(some, slice(200)), net.config.grammar, rng)
     return out
+
+
+def chosen_examples(n_there: int, n: int, args: argparse.Namespace, split: str) -> np.ndarray:
+    """Which n examples of a split are diagnosed, always the same; all in their order where there are n."""
+    rng = np.random.default_rng([args.seed, EVAL, SPLITS.index(split), 0])
+    return rng.permutation(n_there)[:n] if n_there > n else np.arange(n)
 
 
 def verdicts(figures: dict[str, dict], losses: Sequence[float]) -> list[str]:
@@ -1657,12 +1663,14 @@ def train(args: flags.Flags) -> dict:
     devices.refuse_ranks(SCRIPT)
     args, saved = run.restore(args, SCRIPT, model=dict, optimizers=list, best=float, losses=list, data=str, found=list)
     check_sizes(args)  # once more, of flags out of a file
-    data = load_data(args.data, args) if args.data else generate(args)
+    data, base = load_data(args.data, args) if args.data else (generate(args), None)
+    if base not in (None, hash_of(data)):
+        raise UserError(f"{args.data}: it holds a part of the examples, for --mode eval and search")
     if saved and saved["data"] != hash_of(data):
         raise UserError(f"{args.resume}: its examples have the hash {saved['data']}, those here {hash_of(data)}")
     problems = held_out(data, args) if args.mode == "demo" else None  # too few are told now
     base, described = hash_of(data), describe(data, args)
-    net, optimizers, found, data = set_up(args, saved, data)
+    small, (net, optimizers, found, data) = a_part(data, args), set_up(args, saved, data)
     best, losses = (saved["best"], saved["losses"]) if saved else (math.inf, [])
     kind = {"config": asdict(net.config), "context": format_of(net.config), "data": base}
 
@@ -1696,6 +1704,7 @@ def train(args: flags.Flags) -> dict:
                 n = len(data.examples["train"].targets)
             grad = update(net, optimizers, data, args, step, r.folder)
         r.leave_if_stopped()
+        save_data(r.folder / "data.npz", small, args, base)
         return finish(r, net, data, problems, args, losses, ended)
 
 
@@ -1766,7 +1775,10 @@ def harvest(net: Net, data: Data, args: argparse.Namespace, k: int) -> list[np.n
     """Examples of the k-th round: functions larger than those of train, with the programs by which mix solved them."""
     rng = np.random.default_rng([args.seed, FUNCTIONS, k])
     tokens, share = larger_functions(rng, args, args.functions // 20, args.max_size - args.target_size)
-    tokens = rng.permutation(tokens[share >= TEST_SHARE + VAL_SHARE])[:args.functions // 200]
+    known = {key for name in ("val", "test") for key in classes_of(data.functions[name], args.variables)}
+    new = [x >= TEST_SHARE + VAL_SHARE and key not in known
+           for x, key in zip(share, classes_of(tokens, args.variables), strict=True)]
+    tokens = rng.permutation(tokens[new])[:args.functions // 200]
     problems, _ = make_problems(rng, tokens, args.points, args.variables)
     if not len(problems.y):
         raise UserError(f"round {k}: --functions {args.functions} give no function of more than --target-size")
@@ -2027,20 +2039,30 @@ def draw_solve_rates(found: dict, out: Path) -> Path:
 
 # ---- Files: examples, and a trained net
 
-def save_data(file: Path, data: Data, args: argparse.Namespace) -> None:
+def a_part(data: Data, args: argparse.Namespace) -> Data:
+    """All functions, and of the examples those that are diagnosed: what --mode eval and search need."""
+    n = min(N_FINAL, *(len(x.targets) for x in data.examples.values()))
+    return Data(data.functions, {name: take(x, chosen_examples(len(x.targets), n, args, name))
+                                 for name, x in data.examples.items()})
+
+
+def save_data(file: Path, data: Data, args: argparse.Namespace, hash_: str) -> None:
+    """hash_: of the data that these are all, or a part, of."""
     arrays = {f"{name}_{key}": value for name in SPLITS for key, value in (
         ("functions", data.functions[name]), *data.examples[name]._asdict().items())}
     out = io.BytesIO()
-    np.savez_compressed(out, **arrays, flags=np.array(repr({name: getattr(args, name) for name in DATA_FLAGS})))
+    np.savez_compressed(out, **arrays, flags=np.array(repr({name: getattr(args, name) for name in DATA_FLAGS})),
+                        hash=np.array(hash_))
     files.write_atomic(file, out.getvalue())
 
 
-def load_data(path: str, args: flags.Flags) -> Data:
-    """A data.npz of --mode gen, checked. Raises UserError: damaged, of other flags, a function in two splits."""
+def load_data(path: str | Path, args: flags.Flags) -> tuple[Data, str]:
+    """A data.npz, checked, and the hash of what it is all, or a part, of. Raises UserError: damaged, of other flags, a
+    function in two splits."""
     with files.refuse_damaged(path):
         try:
             with np.load(path, allow_pickle=False) as z:
-                made = ast.literal_eval(str(z["flags"]))
+                made, hash_ = ast.literal_eval(str(z["flags"])), str(z["hash"])
                 functions = {name: z[f"{name}_functions"] for name in SPLITS}
                 examples = {name: Examples(*(z[f"{name}_{key}"] for key in Examples._fields)) for name in SPLITS}
         except (zipfile.BadZipFile, zlib.error, EOFError, SyntaxError) as e:
@@ -2054,7 +2076,7 @@ def load_data(path: str, args: flags.Flags) -> Data:
         for name in SPLITS:
             check_examples(examples[name], functions[name], args, args.objective == "solution")
     refuse_overlap(functions, args.variables)
-    return Data(functions, examples)
+    return Data(functions, examples), hash_
 
 
 def check_examples(examples: Examples, functions: np.ndarray, args: argparse.Namespace, own_targets: bool) -> None:
@@ -2199,7 +2221,7 @@ def gen(args: flags.Flags) -> dict:
     data = generate(args)
     with run.Run(args, SCRIPT, __file__, None) as r:
         print(describe(data, args), flush=True)
-        save_data(r.folder / "data.npz", data, args)
+        save_data(r.folder / "data.npz", data, args, hash_of(data))
         r.step = args.steps
         summary = r.summary(n_params=0, data=hash_of(data), n={
             name: [len(data.functions[name]), len(data.examples[name].targets)] for name in SPLITS})
@@ -2235,10 +2257,13 @@ def net_and_data(path: str, args: flags.Flags) -> tuple[Net, dict, Data]:
         if name in args.given and getattr(args, name) != getattr(old, name):
             raise UserError(f"--{name.replace('_', '-')}: the net of {path} has {getattr(old, name)}")
         setattr(args, name, getattr(old, name))
-    data = load_data(args.data, args) if args.data else generate(args)
-    if hash_of(data) != saved["data"]:
+    beside = checkpoint.file_of(path).parent / "data.npz"
+    source = args.data or (beside if beside.exists() else None)
+    data, hash_ = load_data(source, args) if source else (generate(args), None)
+    hash_ = hash_ or hash_of(data)
+    if hash_ != saved["data"]:
         raise UserError(f"{path}: it was trained on examples with the hash {saved['data']}, those here have "
-                        f"{hash_of(data)}: what is held out here may be known to it (--data, if it had one)")
+                        f"{hash_}: what is held out here may be known to it (--data, if it had one)")
     return net, saved, data
 
 

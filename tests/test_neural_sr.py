@@ -613,6 +613,8 @@ def test_examples_of_a_file_are_those_that_were_made(folder, tmp_path, capsys):
     with pytest.raises(SystemExit, match="was made with 20000"):
         sr.main(["--mode", "train", "--data", str(tmp_path / "gen/data.npz"), "--functions", "1600", "--out-dir",
                  str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match="holds a part"):
+        sr.main(["--mode", "train", "--data", str(folder / "data.npz"), "--out-dir", str(tmp_path / "part")])
     with np.load(tmp_path / "gen/data.npz") as z:
         whole = dict(z)
     for change in ({"train_targets": whole["train_targets"][:-1]}, {"flags": np.array("{'ops': [")}, {"val_targets": whole["val_targets"][:0]},
