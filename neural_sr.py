@@ -342,16 +342,17 @@ def evaluate(tokens: np.ndarray, X: np.ndarray, of: np.ndarray | None = None, co
     constants (P, L): the value of each token c. at (P, L): instead of the roots the nodes whose values (n, N) are
     wanted, row by row.
     """
-    P, L = tokens.shape
+    L = max(1, longest(tokens))
+    (P, _), tokens = tokens.shape, tokens[:, :L]
     of = np.zeros(P, np.int64) if of is None else of
-    shape = shape or shape_of(tokens)
-    at = np.broadcast_to(np.arange(L) == 0, (P, L)) if at is None else at
+    at = np.broadcast_to(np.arange(L) == 0, (P, L)) if at is None else at[:, :L]
     parts = [np.empty((0, X.shape[1]))]
     with np.errstate(all="ignore"):
         for start in range(0, P, chunk):  # a chunk's table stays in the cache
             some = slice(start, start + chunk)
-            plan = Plan(tokens[some], take(shape, some), of[some], len(X), X.shape[2])
-            table = plan.values(X, None if constants is None else constants[some])
+            part = take(shape, (some, slice(L))) if shape else shape_of(tokens[some])
+            plan = Plan(tokens[some], part, of[some], len(X), X.shape[2])
+            table = plan.values(X, None if constants is None else constants[some, :L])
             parts.append(table[plan.ids[at[some]]])
     return np.concatenate(parts)
 

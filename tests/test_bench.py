@@ -278,7 +278,7 @@ def test_programs_a_second_beside_python(n_ops):
     rng, grammar = np.random.default_rng(0), replace(GRAMMAR, ops=GRAMMAR.ops[:n_ops])
     tokens = neural_sr.random_programs(rng, rng.integers(1, 24, 20_000), grammar)
     X = fifty_points().X
-    ours = len(tokens) / cpu_seconds(lambda: neural_sr.evaluate(tokens, X))
+    ours = len(tokens) / cpu_seconds(lambda: neural_sr.evaluate(tokens, X), 20)
     space = {name: getattr(np, name) for name in ("sin", "cos", "exp", "log")} | {"x0": X[0, :, 0], "x1": X[0, :, 1]}
     texts = [text for text in map(neural_sr.infix, tokens[:2000]) if "/ (1 " not in text]  # Python's 1 / 0
 
