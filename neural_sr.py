@@ -1670,7 +1670,8 @@ def train(args: flags.Flags) -> dict:
     if saved and saved["data"] != hash_of(data):
         raise UserError(f"{args.resume}: its examples have the hash {saved['data']}, those here {hash_of(data)}")
     problems = held_out(data, args) if args.mode == "demo" else None  # too few are told now
-    base, described = hash_of(data), describe(data, args)
+    base = hash_of(data)
+    described = describe(data, args, base)
     small, (net, optimizers, found, data) = a_part(data, args), set_up(args, saved, data)
     best, losses = (saved["best"], saved["losses"]) if saved else (math.inf, [])
     kind = {"config": asdict(net.config), "context": format_of(net.config), "data": base}
@@ -1812,14 +1813,14 @@ def log(r: run.Run, step: int, figures: dict, epoch: float, grad: float, args: a
         "val_match_greedy", "val_improves")}, "lr": args.lr * schedule(step, args)})
 
 
-def describe(data: Data, args: argparse.Namespace) -> str:
-    """What the data hold, counted."""
+def describe(data: Data, args: argparse.Namespace, hash_: str) -> str:
+    """What the data hold, counted. hash_: of what they are all, or a part, of."""
     lines = []
     for name in SPLITS:
         sizes = np.bincount((data.functions[name] != PAD).sum(1))
         lines.append(f"{name}: {len(data.functions[name])} functions (of " + ", ".join(
             f"{k} tokens {n}" for k, n in enumerate(sizes) if n) + f"), {len(data.examples[name].targets)} examples")
-    return "\n".join([f"objective {args.objective}, operators {','.join(args.ops)}, hash {hash_of(data)}", *lines])
+    return "\n".join([f"objective {args.objective}, operators {','.join(args.ops)}, hash {hash_}", *lines])
 
 
 def hash_of(data: Data) -> str:
@@ -2221,7 +2222,7 @@ def gen(args: flags.Flags) -> dict:
     """Make the examples and write data.npz; the summary."""
     data = generate(args)
     with run.Run(args, SCRIPT, __file__, None) as r:
-        print(describe(data, args), flush=True)
+        print(describe(data, args, hash_of(data)), flush=True)
         save_data(r.folder / "data.npz", data, args, hash_of(data))
         r.step = args.steps
         summary = r.summary(n_params=0, data=hash_of(data), n={
@@ -2240,7 +2241,7 @@ def with_net(args: flags.Flags) -> dict:
     losses = [row["val_loss"] for row in metrics.read(record)] if record.exists() else []
     with run.Run(args, SCRIPT, __file__, None) as r:
         r.leave_if_stopped()  # a Ctrl-C acts at once from here on
-        print(f"{source}, step {saved['step']}\n{describe(data, args)}", flush=True)
+        print(f"{source}, step {saved['step']}\n{describe(data, args, saved['data'])}", flush=True)
         r.step = args.steps
         found = conclude(r.folder, net, data, problems, args, losses)
         return r.summary(n_params=count_parameters(net), net=str(source), **found)
