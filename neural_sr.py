@@ -1868,12 +1868,16 @@ def conclude(folder: Path, net: Net, data: Data, problems: Problems | None, args
 
 
 def format_diagnosis(figures: dict[str, dict]) -> str:
-    """A table of the diagnosis, a column for each split."""
+    """A table of the diagnosis, a column for each split, and the first tokens of targets beside the predicted ones."""
     names = [name for name in next(iter(figures.values())) if name not in ("first_target", "first_predicted")]
     lines = [f"{'':18s}" + "".join(f"{split:>12s}" for split in figures)]
     for name in names:
         lines.append(f"{name:18s}" + "".join(f"{table[name]:12.4f}" if isinstance(table[name], float) else
                                              f"{table[name]:12d}" for table in figures.values()))
+    for split, table in figures.items():
+        pairs = enumerate(zip(table["first_target"], table["first_predicted"], strict=True))
+        lines.append(f"first tokens of {split}, targets / predicted in %: " + ", ".join(
+            f"{name_of(t)} {100 * a:.1f} / {100 * b:.1f}" for t, (a, b) in pairs if a > 0 or b > 0.01))
     return "\n".join(lines)
 
 
@@ -1981,7 +1985,8 @@ def draw_training(folder: Path) -> Path:
 
 
 def name_of(token: int) -> str:
-    return OPS[token - FIRST_OP].name if ARITY[token] else infix([token])
+    known = token in (ONE, C) or X0 <= token < FIRST_OP
+    return OPS[token - FIRST_OP].name if ARITY[token] else infix([token]) if known else f"token {token}"
 
 
 def draw_first_tokens(figures: dict[str, dict], out: Path) -> Path:
@@ -1993,8 +1998,7 @@ def draw_first_tokens(figures: dict[str, dict], out: Path) -> Path:
         at = np.arange(len(some))
         ax.bar(at - 0.2, target[some], 0.4, label="targets")
         ax.bar(at + 0.2, predicted[some], 0.4, label="predicted")
-        ax.set_xticks(at, [name_of(t) if ARITY[t] or t in (ONE, C) or X0 <= t < FIRST_OP else "other" for t in some],
-                      rotation=60, fontsize=7)
+        ax.set_xticks(at, [name_of(t) for t in some], rotation=60, fontsize=7)
         ax.set(title=f"{split}: KL {table['kl']:.4f}, n = {table['n']}")
         ax.legend(frameon=False, fontsize=7)
     return plots.save_figure(fig, out)
