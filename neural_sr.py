@@ -1091,7 +1091,8 @@ def ancestors(s: Search, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
         if wanted[i]:
             wanted[parents[i][parents[i] >= 0]] = True
     order = s.rng.permutation(np.flatnonzero(wanted))
-    born_in = {(int(of[i]), int(generation[i])): i for i in order.tolist()}  # the last one is as good as any
+    # Of several in a generation the last one stays, which in this order is any of them.
+    born_in = {(int(of[i]), int(generation[i])): i for i in order.tolist()}
     chosen = [born_in.get((q, g + 1), -1) for q, g in
               zip(examples.function.tolist(), examples.generation.tolist(), strict=True)]
     return tokens[chosen], np.array(chosen, np.int64) >= 0
