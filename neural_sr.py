@@ -17,10 +17,14 @@ from common import files, flags  # before torch: a Ctrl-C while that loads is on
 # isort: split
 import argparse
 import ast
+import builtins
 import copy
+import csv
 import hashlib
 import io
+import keyword
 import math
+import re
 import time
 import zipfile
 import zlib
@@ -48,6 +52,8 @@ N_VAL, N_FINAL = 500, 1000         # examples of each split that are diagnosed i
 N_SAMPLED = 250                    # of these get many samples each
 SAMPLED = 2048                     # programs that are sampled at a time: more do not fit the cache
 RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no value, or too large ones, on the first
+MOST_ROWS = 5000                  # of a table that are used
+REGRESS_OPS = ("add", "sub", "mul", "div", "sin", "cos", "exp", "log", "sqrt", "square")
 IDLE = 100                        # offers without a new program, after which a search ends: there may be no more
 N_TEST = 400                      # points that nothing is fitted on
 VAL_SHARE, TEST_SHARE = 0.07, 0.08  # of functions, by a hash of what they are
@@ -71,11 +77,30 @@ def names_of(options: Iterable[str]) -> Callable[[str], list[str]]:
     return parse_names
 
 
+def columns(text: str) -> list[str]:
+    """An argparse type: names of columns, with commas between them."""
+    names = [x.strip() for x in next(csv.reader([text], skipinitialspace=True))] if text.strip() else [""]
+    if not all(names):
+        raise argparse.ArgumentTypeError("an empty name")
+    return names
+
+
 def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p = flags.Parser(description=__doc__)
-    p.add_argument("--mode", choices=["demo", "gen", "train", "eval", "search", "bench"],
-                   default="demo", help="demo: all stages. gen: write data.npz; train; "
-                   "eval: diagnose --net; search: compare methods with --net; bench: Nguyen 1-12 by GP")
+    g = p.add_argument_group("regress")
+    g.add_argument("--target", type=path, metavar="COLUMN", help="the column of y (default: the last)")
+    g.add_argument("--features", type=columns, metavar="LIST", help="columns that y may depend on (default: all others)")
+    g.add_argument("--ignore", type=columns, metavar="LIST", help="columns that are left out")
+    g.add_argument("--weights", type=path, metavar="COLUMN", help="of rows, in every fit and figure")
+    g.add_argument("--loss", choices=["mse", "l1", "huber", "log"], default="mse", help="mean squared error; mean absolute "
+                   "error; squared up to a tenth of y's spread and linear beyond; squared error of log y")
+    g.add_argument("--test-fraction", type=real(0, 0.9), default=0.25, help="of rows that nothing is fitted on, from 20 rows on")
+    g.add_argument("--predict", type=path, metavar="FILE", help="with --checkpoint: write its predictions for this table")
+    g.add_argument("--checkpoint", type=path, metavar="RUN", help="a run of --mode regress")
+    g.add_argument("--output", type=path, metavar="FILE", help="of --predict (default: predictions.csv beside the run)")
+    p.add_argument("--mode", choices=list(MODES), default="demo", help="demo: all stages. gen: write data.npz; "
+                   "train; eval: diagnose --net; search: compare methods with --net; bench: Nguyen 1-12 by GP; regress: "
+                   "formulas for the table of --data")
     g = p.add_argument_group("data")
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
                    metavar="LIST", help=f"operators, some of {','.join(TOKENS)} (bench: these and sin,cos,exp,log)")
@@ -136,6 +161,11 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p.set_defaults(threads=2)
 
     args = flags.parse(p, argv)
+    if args.mode == "regress":
+        flags.use(args, {"ops": list(REGRESS_OPS), "max_size": 40, "steps": 10**9, "threads": 1} |
+                  ({} if "evaluations" in args.given else {"evaluations": 0, "max_minutes": 1.0}))
+        if args.predict is not None and args.checkpoint is None:
+            p.error("--predict: --checkpoint RUN is missing")
     if args.mode == "bench":
         flags.use(args, {"ops": ["add", "sub", "mul", "div", "sin", "cos", "exp", "log"], "max_size": 30,
                          "population": 500, "islands": ["raw", "terms"], "evaluations": 100_000})
@@ -149,17 +179,20 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
 def check_flags(args: flags.Flags) -> None:
     """Raise UserError for flags that do not go together, or that the mode does not look at."""
+    table = ("target", "features", "ignore", "weights", "loss", "test_fraction", "predict", "checkpoint", "output")
     net = (*DATA_FLAGS, "data", "net", "arch", "members", "hidden", "layers", "heads")
     find = ("method", "constants", "evaluations", "population", "islands", "search_seeds")
     used = {"gen": DATA_FLAGS, "eval": (*net, "samples"), "bench": ("ops", "max_size", *find),
-            "search": (*net, *find, "problems", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net"},
-            "train": set(vars(args)) - {"net", "problems", "larger", "method", "constants", "search_seeds"}}
+            "search": (*net, *find, "problems", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net", *table},
+            "train": set(vars(args)) - {"net", "problems", "larger", "method", "constants", "search_seeds", *table},
+            "regress": (*table, "data", "ops", "max_size", "evaluations", "net", "max_minutes", "resume", "tracker")}
     if not args.rounds:
         used["train"] -= {"evaluations", "population", "islands", "mix", "temperature"}
     flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir", "device")
     if args.mode == "bench" and "method" in args.given and args.method != ["gp"]:
         raise UserError(f"--method {','.join(args.method)}: --mode bench has gp alone")
-    check_sizes(args)
+    if args.mode != "regress":
+        check_sizes(args)
 
 
 def check_sizes(args: argparse.Namespace) -> None:
@@ -183,8 +216,8 @@ def config_of(args: argparse.Namespace) -> Config:
 
 # ---- Expressions. P programs in prefix order of L tokens each; N points, Q data sets, V variables
 
-PAD, EOS, BOS, ONE, C, X0 = range(6)  # tokens; x1, x2, ... follow x0, and operators are from FIRST_OP on
-MAX_VARIABLES, FIRST_OP, VOCAB = 10, 16, 64
+PAD, EOS, BOS, ONE, C, X0 = range(6)  # tokens; x0 to x10 are from X0 on, then operators, then x11 and so on
+FIRST_OP, N_TOKENS, VOCAB = 16, 128, 64  # VOCAB: those that a net can know
 
 
 class Op(NamedTuple):
@@ -210,12 +243,17 @@ OPS = (
     Op("sqrt", 1, np.sqrt, lambda a, v: (0.5 / v,), "sqrt({})"),
     Op("tanh", 1, np.tanh, lambda a, v: (1 - v * v,), "tanh({})"),
     Op("abs", 1, np.abs, lambda a, v: (np.sign(a),), "abs({})"),
+    Op("square", 1, np.square, lambda a, v: (2 * a,), "({} ** 2)"),
 )
 TOKENS = {op.name: FIRST_OP + i for i, op in enumerate(OPS)}
-ADD, SUB, MUL, DIV, POW = (TOKENS[name] for name in ("add", "sub", "mul", "div", "pow"))
-ARITY = np.zeros(VOCAB, np.int64)
+VARIABLES = np.array([*range(X0, FIRST_OP), *range(FIRST_OP + len(OPS), N_TOKENS)])  # tokens of x0, x1, ...
+INDEX = np.full(N_TOKENS, -1)  # of a variable's token: which it is
+INDEX[VARIABLES] = np.arange(len(VARIABLES))
+ADD, SUB, MUL, DIV, POW, EXP, LOG, SQRT, SQUARE = (
+    TOKENS[name] for name in ("add", "sub", "mul", "div", "pow", "exp", "log", "sqrt", "square"))
+ARITY = np.zeros(N_TOKENS, np.int64)
 ARITY[FIRST_OP:FIRST_OP + len(OPS)] = [op.arity for op in OPS]
-COMMUTES = np.zeros(VOCAB, bool)
+COMMUTES = np.zeros(N_TOKENS, bool)
 COMMUTES[FIRST_OP:FIRST_OP + len(OPS)] = [op.commutes for op in OPS]
 
 
@@ -296,10 +334,11 @@ class Plan:
 
     def __init__(self, tokens: np.ndarray, shape: Shape, of: np.ndarray, Q: int, V: int):
         used = np.arange(tokens.shape[1]) < shape.size[:, :1]
-        if tokens.max(where=tokens < FIRST_OP, initial=0) >= X0 + V:
-            raise ValueError(f"programs with more variables than the {V} of the data")
         tokens = tokens.astype(np.int64)
-        self.ids = np.where(tokens == ONE, V, tokens - X0) + (V + 1) * of[:, None]
+        column = INDEX[tokens]
+        if column.max(initial=-1) >= V:
+            raise ValueError(f"programs with more variables than the {V} of the data")
+        self.ids = np.where(tokens == ONE, V, column) + (V + 1) * of[:, None]
         self.constants = np.nonzero(used & (tokens == C))
         self.n_rows = Q * (V + 1) + len(self.constants[0])
         self.ids[self.constants] = np.arange(Q * (V + 1), self.n_rows)
@@ -357,10 +396,88 @@ def evaluate(tokens: np.ndarray, X: np.ndarray, of: np.ndarray | None = None, co
     return np.concatenate(parts)
 
 
-def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndarray
+class Loss:
+    """How far values (P, N) are from y (Q, N): mse, l1, huber (squared up to a tenth of y's spread, linear beyond) or log
+    (mse of logarithms). A mean over rows, with weights (Q, N) where there are any."""
+
+    def __init__(self, y: np.ndarray, name: str = "mse", weights: np.ndarray | None = None):
+        self.y, self.name, self.degrees = y, name, 2 if name == "l1" else 1
+        self.weights = None if weights is None else weights / weights.mean(1, keepdims=True)
+        self.rounds = 1 if name == "mse" else 8  # of reweighted least squares
+        spread = np.median(np.abs(y - np.median(y, 1, keepdims=True)), 1, keepdims=True) * 1.4826
+        self.corner = 0.1 * np.where(spread > 0, spread, y.std(1, keepdims=True))
+        self.tiny = 1e-12 * y.std(1, keepdims=True)
+        middle = np.zeros((len(y), 0, y.shape[1]))
+        self.of_constant = self(least_squares(middle, self, np.arange(len(y)))[1], np.arange(len(y)))  # (Q,)
+
+    def floor(self, digit: float) -> float:
+        """The loss of the first data set that rounding makes, to the digit that y is written to, and of float64."""
+        y = self.y[0]
+        digit = max(digit, 1e-12 * y.std(), 4e-16 * np.abs(y).max()) / (np.median(np.abs(y)) if self.name == "log" else 1)
+        return digit / 4 if self.name == "l1" else digit ** 2 / 12
+
+    def __call__(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """The loss (P,) of each program; inf or NaN where it has no value. of (P,): the data set of each."""
+        y = self.y[of]
+        with np.errstate(all="ignore"):
+            if self.name == "log":
+                each = np.log(values / y) ** 2
+            else:
+                each = np.abs(values - y) if self.name == "l1" else (values - y) ** 2
+            if self.name == "huber":
+                corner = self.corner[of]
+                each = np.where(each > corner ** 2, 2 * corner * np.abs(values - y) - corner ** 2, each)
+            return each.mean(1) if self.weights is None else (each * self.weights[of]).mean(1)
+
+    def pull(self, values: np.ndarray | None, of: np.ndarray) -> np.ndarray | None:
+        """Weights (P, N) with which squared errors have the loss's slopes at these values (None: nothing is known yet);
+        None: all are 1. Reweighted least squares go on from there (Holland and Welsch 1977)."""
+        weights = None if self.weights is None else self.weights[of]
+        if self.name == "mse":
+            return weights
+        y = self.y[of]
+        with np.errstate(all="ignore"):
+            if self.name == "log":
+                f = y if values is None else np.where(values > 0, values, y)
+                ratio = (f - y) / y
+                own = np.where(np.abs(ratio) < 1e-6, 1 / y ** 2, np.log(f / y) / (f * (f - y)))
+            elif values is None:
+                own = np.ones_like(y)
+            else:
+                own = 1 / np.maximum(np.abs(values - y), self.tiny[of] if self.name == "l1" else self.corner[of])
+            own = own if weights is None else own * weights
+            return own / own.mean(1, keepdims=True)
+
+
+def without_own(values: np.ndarray, leverage: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What a fit's values (n, N) would be, each without its own row of y having been fitted (PRESS, Allen 1974)."""
+    return y + (values - y) / np.maximum(1 - leverage, 1e-10)
+
+
+def least_squares(A: np.ndarray, loss: Loss, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (n, k) of the terms A (n, k, N), beside an intercept, for the least loss; the values (n, N) of the sums, and
+    how much each is drawn by its own row of y (the hat matrix's diagonal)."""
+    (n, k, N), y = A.shape, loss.y[of]
+    A = A - A.mean(2, keepdims=True) if k else A
+    scale = np.sqrt((A ** 2).mean(2)) + 1e-100
+    A = np.concatenate([np.ones((n, 1, N)), A / scale[:, :, None]], 1)
+    values = None
+    for _ in range(loss.rounds):
+        pull = loss.pull(values, of)
+        weighted = A if pull is None else A * pull[:, None]
+        gram, w, residual = A @ weighted.transpose(0, 2, 1) / N + 1e-12 * np.eye(k + 1), 0.0, y
+        for _ in range(3):  # again, since the normal equations lose digits
+            w = w + np.linalg.solve(gram, weighted @ residual[:, :, None] / N)
+            residual = y - (w * A).sum(1)
+        values = y - residual
+    leverage = (A * np.linalg.solve(gram, weighted)).sum(1) / N
+    return w[:, 1:, 0] / scale, values, leverage
+
+
+def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndarray, at: np.ndarray, shape: Shape
            ) -> tuple[np.ndarray, np.ndarray]:
-    """Values (P, N) and their derivatives (P, K, N) by the constants of each program, K the most that one has."""
-    shape = shape_of(tokens)
+    """Values (n, N) of the nodes at (P, L), and their derivatives (n, K, N) by the constants of their programs, K the most
+    that one has."""
     rank = np.cumsum(tokens == C, 1) - 1
     with np.errstate(all="ignore"):
         plan = Plan(tokens, shape, of, len(X), X.shape[2])
@@ -373,34 +490,58 @@ def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndar
                 # 0 * inf is 0 here: an operand without constants has no say.
                 there = D[operand] != 0
                 D[rows] += np.where(there, part[:, None] * D[operand], 0.0)
-    return table[plan.ids[:, 0]], D[plan.ids[:, 0]]
+    return table[plan.ids[at]], D[plan.ids[at]]
 
 
-def fit_constants(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.ndarray, of: np.ndarray,
-                  iterations: int = 8) -> np.ndarray:
-    """Constants (P, L) after Levenberg-Marquardt steps on the mean squared error, each program for itself."""
-    constants, place = constants.copy(), tokens == C
-    rank = np.where(place, np.cumsum(place, 1) - 1, 0)
-    damping = np.full(len(tokens), 1e-3)
-    values, J = slopes(tokens, constants, X, of)
+def fit_constants(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Loss, of: np.ndarray,
+                  iterations: int = 8, terms: bool = False) -> np.ndarray:
+    """Constants (P, L) after Levenberg-Marquardt steps on the loss, each program for itself.
+
+    terms: with the best weights of a program's additive terms at every step, as in `fit_terms`: variable projection
+    (Golub and Pereyra 1973, with Kaufman's Jacobian).
+    """
+    shape, place, constants = shape_of(tokens), tokens == C, constants.copy()
+    at = split_terms(tokens, shape) if terms else np.arange(tokens.shape[1]) == np.zeros((len(tokens), 1))
+    n = at.sum(1)
+    rank, program, which = np.where(place, np.cumsum(place, 1) - 1, 0), *np.nonzero(at)
+    which, start = (np.cumsum(at, 1) - 1)[program, which], np.cumsum(n) - n
+
+    def look(constants: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Losses (P,), values (P, N), and their slopes (P, J, N); those by the constants are the last ones."""
+        each, D = slopes(tokens, constants, X, of, at, shape)
+        if not terms:
+            return loss(each, of), each, D
+        A = np.zeros((len(tokens), n.max(), X.shape[1]))
+        A[program, which] = each
+        usable = (np.abs(A) < 1e100).all((1, 2)) & (n <= MAX_TERMS)
+        A[~usable] = 0.0
+        weights, values, _ = least_squares(A, loss, of)
+        D = np.add.reduceat(D * weights[program, which][:, None, None], start, 0)
+        error = np.where(usable, loss(values, of), np.inf)
+        return error, values, np.concatenate([np.ones_like(A[:, :1]), A, D], 1)
     with np.errstate(all="ignore"):
-        error = ((values - y[of]) ** 2).mean(1)
+        damping, (error, values, J) = np.full(len(tokens), 1e-3), look(constants)
         for _ in range(iterations):
             usable = np.isfinite(error) & np.isfinite(J).all((1, 2))
-            H = J @ J.transpose(0, 2, 1) / J.shape[2]
-            slope = (J @ (values - y[of])[:, :, None])[:, :, 0] / J.shape[2]
-            scale = np.einsum("pkk->pk", H)
-            H = H + np.eye(H.shape[1]) * (damping[:, None] * scale + 1e-12 * (1 + scale))[:, None]
-            H[~usable], slope[~usable] = np.eye(H.shape[1]), 0.0
-            step = np.linalg.solve(H, slope[:, :, None])[:, :, 0]
+            J[~usable], values[~usable] = 0.0, 0.0
+            pull = loss.pull(values, of)
+            size = np.sqrt((J ** 2).mean(2, keepdims=True)) + 1e-100
+            unit = J / size
+            weighted = unit if pull is None else unit * pull[:, None]
+            H = unit @ weighted.transpose(0, 2, 1) / J.shape[2]
+            H += np.eye(H.shape[1]) * (damping[:, None] * np.einsum("pkk->pk", H) + 1e-12)[:, None]
+            step = np.linalg.solve(H, weighted @ (values - loss.y[of])[:, :, None]) / size / J.shape[2]
+            step = step[:, 1 + n.max():, 0] if terms else step[:, :, 0]
             trial = constants - np.where(place, np.take_along_axis(step, rank, 1), 0.0)
-            new_values, new_J = slopes(tokens, trial, X, of)
-            new_error = ((new_values - y[of]) ** 2).mean(1)
+            new_error, new_values, new_J = look(trial)
             better = new_error < error
             constants[better], error[better] = trial[better], new_error[better]
             values[better], J[better] = new_values[better], new_J[better]
             damping = np.where(better, damping / 5, damping * 4)
     return constants
+
+
+MAX_TERMS = 8
 
 
 def split_terms(tokens: np.ndarray, shape: Shape) -> np.ndarray:
@@ -413,33 +554,30 @@ def split_terms(tokens: np.ndarray, shape: Shape) -> np.ndarray:
     return top[:, :tokens.shape[1]]
 
 
-def fit_terms(tokens: np.ndarray, X: np.ndarray, y: np.ndarray, of: np.ndarray, constants: np.ndarray | None = None,
-              shape: Shape | None = None) -> np.ndarray:
-    """Mean squared errors (P,) with least-squares weights of a program's additive terms and an intercept.
+def fit_terms(tokens: np.ndarray, X: np.ndarray, loss: Loss, of: np.ndarray, constants: np.ndarray | None = None,
+              shape: Shape | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Losses (P,) with the best weights of a program's additive terms and an intercept; the numbers (P,) of terms.
 
-    They are those of generalised cross-validation (Craven and Wahba 1979): of N points and k weights, the intercept
-    one of them, times (N / (N - k))^2. A program of more than 8 terms, or with a value that is not finite, has the
-    error inf.
+    They are those of rows that the weights are not fitted on, as if each in turn was left out; for k constants they are
+    multiplied by (N / (N - k))^2 (Craven and Wahba 1979). A program of more than MAX_TERMS terms, or with a value that is
+    not finite, has the loss inf.
     """
     shape = shape or shape_of(tokens)
     top = split_terms(tokens, shape)
     values, n, N = evaluate(tokens, X, of, constants, top, shape), top.sum(1), X.shape[1]
     start, error = np.cumsum(n) - n, np.full(len(tokens), np.inf)
-    for k in range(1, min(8, N - 2) + 1):
-        some = np.flatnonzero(n == k)
-        A = np.ones((len(some), k + 1, N))
-        A[:, 1:] = values[start[some][:, None] + np.arange(k)]
-        usable = np.isfinite(A).all((1, 2)) & (np.abs(A).max((1, 2)) < 1e100)
+    used = (tokens == C).sum(1)
+    free = N - 1 - n - used
+    for k in range(1, MAX_TERMS + 1):
+        some = np.flatnonzero((n == k) & (free > 0))
+        A = values[start[some][:, None] + np.arange(k)]
+        usable = (np.abs(A) < 1e100).all((1, 2))
         some, A = some[usable], A[usable]
-        if not len(some):
-            continue
-        A /= np.sqrt((A ** 2).mean(2, keepdims=True)) + 1e-100
-        gram, residual = A @ A.transpose(0, 2, 1) / N + 1e-12 * np.eye(k + 1), y[of[some]]
-        for _ in range(3):  # again, since the normal equations lose digits
-            w = np.linalg.solve(gram, A @ residual[:, :, None] / N)
-            residual = residual - (w * A).sum(1)
-        error[some] = (residual ** 2).mean(1) * (N / (N - k - 1)) ** 2
-    return error
+        if len(some):
+            _, found, leverage = least_squares(A, loss, of[some])
+            found = without_own(found, leverage, loss.y[of[some]])
+            error[some] = loss(found, of[some]) * (N / (N - used[some])) ** 2
+    return error, n
 
 
 # ---- Expressions as text
@@ -460,25 +598,17 @@ def infix(tokens: Sequence[int], constants: Sequence[float] | None = None, names
     if ARITY[t]:
         return OPS[t - FIRST_OP].text.format(*(infix(tokens, constants, names, k) for k in operands(tokens, i)[0]))
     if t == C:
-        text = "c" if constants is None else repr(float(constants[i]))
+        text = "c" if constants is None else repr(float(constants[i])).removesuffix(".0")
         return f"({text})" if text[0] == "-" else text  # -2.0 ** x is another thing in Python
-    return "1" if t == ONE else names[t - X0] if names else f"x{t - X0}"
+    return "1" if t == ONE else names[INDEX[t]] if names else f"x{INDEX[t]}"
 
 
-def to_sympy(tokens: Sequence[int], constants: Sequence[float] | None = None, names: Sequence[str] | None = None,
-             i: int = 0):
+def to_sympy(tokens: Sequence[int], constants: Sequence[float] | None = None, names: Sequence[str] | None = None):
     """A program as a sympy expression of Symbol objects, so that columns may be called N, S or lambda."""
     import sympy
-    t = int(tokens[i])
-    if not ARITY[t]:
-        if t == C:
-            return sympy.Symbol("c") if constants is None else sympy.Float(float(constants[i]))
-        return sympy.Integer(1) if t == ONE else sympy.Symbol(infix(tokens, None, names, i))
-    parts = [to_sympy(tokens, constants, names, k) for k in operands(tokens, i)[0]]
-    name = OPS[t - FIRST_OP].name
-    joined = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-              "div": lambda a, b: a / b, "pow": lambda a, b: a ** b}
-    return joined[name](*parts) if name in joined else getattr(sympy, name if name != "abs" else "Abs")(*parts)
+    symbols = {f"x{i}": sympy.Symbol(names[i] if names else f"x{i}") for i in INDEX[np.array(tokens)] if i >= 0}
+    functions = {name: getattr(sympy, name) for name in ("sin", "cos", "exp", "log", "sqrt", "tanh")}
+    return sympy.S(eval(infix(tokens, constants), {**functions, **symbols, "abs": sympy.Abs, "c": sympy.Symbol("c")}))
 
 
 def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], list[float]]:
@@ -486,7 +616,7 @@ def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], lis
 
     Raises UserError: not such an expression, an unknown name or function.
     """
-    known = {name: X0 + i for i, name in enumerate(names or [f"x{i}" for i in range(MAX_VARIABLES)])}
+    known = {name: int(VARIABLES[i]) for i, name in enumerate(names or [f"x{i}" for i in range(len(VARIABLES))])}
     joins = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV, ast.Pow: POW}
     called = {op.name: op.arity for op in OPS if op.text.startswith(op.name)}
 
@@ -572,13 +702,13 @@ class Grammar:
         if unknown or not self.ops:
             raise UserError(f"--ops: no operator {unknown[0][:30]!r}; there are {', '.join(TOKENS)}" if unknown
                             else "--ops: none is given")
-        if not 1 <= self.variables <= MAX_VARIABLES or not 3 <= self.max_size <= 100:
+        if not 1 <= self.variables <= len(VARIABLES) or not 3 <= self.max_size <= 100:
             raise UserError(f"a grammar of {self.variables} variables and {self.max_size} tokens: there may be "
-                            f"1 to {MAX_VARIABLES} and 3 to 100")
+                            f"1 to {len(VARIABLES)} and 3 to 100")
 
     @property
     def leaves(self) -> np.ndarray:
-        return np.array([*range(X0, X0 + self.variables), ONE, *[C] * self.constants])
+        return np.array([*VARIABLES[:self.variables], ONE, *[C] * self.constants])
 
     @property
     def operators(self) -> np.ndarray:
@@ -678,15 +808,28 @@ class Problems(NamedTuple):
 
 def check_data(X: np.ndarray, y: np.ndarray) -> None:
     """Raise UserError for a data set X (N, V), y (N,) that no formula can be searched for."""
-    if X.ndim != 2 or y.ndim != 1 or len(X) != len(y) or not X.shape[1]:
-        raise UserError(f"X has the shape {X.shape} and y {y.shape}: expected (N, V) and (N,), V 1 or more")
-    for name, x in (("X", X), ("y", y)):
-        if not np.isfinite(x).all():
-            raise UserError(f"{name} has a value that is not finite, in row {int(np.argwhere(~np.isfinite(x))[0, 0])}")
-    if len(y) < 3:
-        raise UserError(f"{len(y)} points; there must be 3 or more")
+    X, y = as_data(X, y)
     if y.max() == y.min():
         raise UserError(f"y is {y[0]} everywhere; there is nothing to search for")
+
+
+def as_data(X, y) -> tuple[np.ndarray, np.ndarray | None]:
+    """X (N, V) and y (N,) in float64. Raises UserError for what cannot be used."""
+    try:
+        if np.iscomplexobj(X) or np.iscomplexobj(y):
+            raise TypeError("complex")
+        X, y = np.asarray(X, np.float64), None if y is None else np.asarray(y, np.float64)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"X and y: not real numbers ({e})") from None
+    if X.ndim != 2 or not X.shape[1] or (y is not None and y.shape != X.shape[:1]):
+        raise UserError(f"X has the shape {X.shape}{f' and y {y.shape}' if y is not None else ''}: expected (N, V) and (N,), "
+                        "V 1 or more")
+    for name, x in (("X", X), ("y", y)) if y is not None else ():
+        if not np.isfinite(x).all():
+            raise UserError(f"{name} has a value that is not finite, in row {int(np.argwhere(~np.isfinite(x))[0, 0])}")
+    if y is not None and len(y) < 3:
+        raise UserError(f"{len(y)} points; there must be 3 or more")
+    return X, y
 
 
 def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, variables: int,
@@ -718,7 +861,7 @@ def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, va
 def fixed_points(variables: int) -> np.ndarray:
     """(1, 24, variables): half of them positive, where logarithms and roots have values."""
     rng = np.random.default_rng(FUNCTIONS)
-    points = np.concatenate([rng.uniform(0.3, 3.0, (12, MAX_VARIABLES)), rng.uniform(-3.0, 3.0, (12, MAX_VARIABLES))])
+    points = np.concatenate([rng.uniform(0.3, 3.0, (12, 10)), rng.uniform(-3.0, 3.0, (12, 10))])
     return points[None, :, :variables]
 
 
@@ -842,6 +985,23 @@ def rank_among_equals(x: np.ndarray) -> np.ndarray:
     return rank
 
 
+class Front(NamedTuple):
+    """Of each problem and each size the program of the least error, (Q, S, L) and (Q, S)."""
+    tokens: np.ndarray
+    constants: np.ndarray
+    nmse: np.ndarray
+    weighted: np.ndarray  # whether it is so with weights of its terms
+    id: np.ndarray
+    at: np.ndarray        # evaluations spent by then
+    source: np.ndarray    # who proposed it: what Search.source was
+
+
+def empty_front(Q: int, L: int) -> Front:
+    S = L + 2 * MAX_TERMS + 3  # sizes: the tokens, and with weights those too
+    return Front(np.full((Q, S, L), PAD, np.int8), np.zeros((Q, S, L)), np.full((Q, S), np.inf), np.zeros((Q, S), bool),
+                 *(np.full((Q, S), -1) for _ in range(3)))
+
+
 class Search:
     """A search of all problems in lockstep. One cache counts distinct evaluations, the same for all methods.
 
@@ -850,20 +1010,19 @@ class Search:
     """
 
     def __init__(self, problems: Problems, grammar: Grammar, *, budget: int, population: int, islands: Sequence[str],
-                 seed: int | Sequence[int], parsimony: float = 0.05, record: bool = False):
+                 seed: int | Sequence[int], parsimony: float = 0.05, record: bool = False, loss: Loss | None = None,
+                 exact: float = EXACT):
         Q, M, L = len(problems.y), population, grammar.max_size
         if not set(islands) <= {"raw", "terms"}:
             raise ValueError(f"islands {islands}: raw and terms are known")
         for X, y in zip(problems.X, problems.y, strict=True):
             check_data(X, y)
         self.problems, self.grammar, self.budget, self.parsimony = problems, grammar, budget, parsimony
-        self.rng, self.variance = np.random.default_rng([*np.atleast_1d(seed), SEARCH]), problems.y.var(1)
+        self.rng, self.loss = np.random.default_rng([*np.atleast_1d(seed), SEARCH]), loss or Loss(problems.y)
         self.islands = {kind: empty_island(Q, M, L) for kind in islands}
         self.cache: set[int] = set()
         self.spent, self.proposed, self.ended_at = np.zeros(Q, int), np.zeros(Q, int), np.full(Q, -1)
-        self.best = {"tokens": np.full((Q, L), PAD, np.int8), "constants": np.zeros((Q, L)),
-                     "nmse": np.full(Q, np.inf), "weighted": np.zeros(Q, bool), "id": np.full(Q, -1),
-                     "at": np.full(Q, -1)}
+        self.front, self.exact, self.source, self.gains = empty_front(Q, L), exact, 0, np.zeros(3)
         self.n_ids, self.record, self.births, self.fitted, self.idle = 0, record, [], set(), 0
 
     def active(self) -> np.ndarray:
@@ -886,8 +1045,7 @@ class Search:
     def fit(self, kind: str, iterations: int = 8) -> None:
         """Fit the constants of each problem's best twentieth, once each program.
 
-        Every residual and every Jacobian counts as an evaluation. In the island `terms` this is of the program as it
-        is, without weights.
+        Every residual and every Jacobian counts as an evaluation.
         """
         island, cost = self.islands[kind], 2 * (iterations + 1)
         some = island.tokens[:, :max(1, island.score.shape[1] // 20)]
@@ -900,26 +1058,37 @@ class Search:
         if not len(q):
             return
         self.fitted.update(island.ids[q, i].tolist())
-        tokens, p = island.tokens[q, i], self.problems
-        constants = fit_constants(tokens, island.constants[q, i], p.X, p.y, q, iterations)
+        tokens = island.tokens[q, i]
+        tokens = tokens[:, :longest(tokens)]
+        constants = fit_constants(tokens, island.constants[q, i][:, :tokens.shape[1]], self.problems.X, self.loss, q,
+                                  iterations, kind == "terms")
         np.maximum.at(self.spent, q, at)
+        constants = np.pad(constants, ((0, 0), (0, self.grammar.max_size - tokens.shape[1])))
+        tokens = island.tokens[q, i]
         self.judge(kind, q, (tokens, constants), at, shape_of(tokens))
 
     def judge(self, kind: str, of: np.ndarray, programs: Programs, at: np.ndarray, shape: Shape) -> None:
         """Errors and scores of programs; the best of them survive. at (P,): the evaluations spent by then."""
-        (tokens, constants), p = programs, self.problems
+        (tokens, constants), X, size = programs, self.problems.X, shape.size[:, 0]
         used = constants if self.grammar.constants else None
+        if kind == "terms":
+            errors, n = fit_terms(tokens, X, self.loss, of, used, shape)
+            full_size = size + 2 * np.minimum(n, MAX_TERMS) + 2
+        else:
+            errors, full_size = self.loss(evaluate(tokens, X, of, used, shape=shape), of), size
+            if used is not None:
+                N = X.shape[1]
+                free = np.maximum(0, N - (tokens == C).sum(1))
+                with np.errstate(all="ignore"):
+                    errors = errors * (N / free) ** 2
         with np.errstate(all="ignore"):
-            if kind == "terms":
-                errors = fit_terms(tokens, p.X, p.y, of, used, shape)
-            else:
-                errors = ((evaluate(tokens, p.X, of, used, shape=shape) - p.y[of]) ** 2).mean(1)
-            nmse = errors / self.variance[of]
+            nmse = errors / self.loss.of_constant[of]
         nmse[~np.isfinite(nmse)] = np.inf
-        score = np.log10(nmse + 1e-30) + self.parsimony * shape.size[:, 0]
+        score = np.log10(nmse + 1e-30) + self.parsimony * size
         ids = self.n_ids + np.arange(len(of))
         self.n_ids += len(of)
-        self.note(kind, of, tokens, constants, nmse, ids, at)
+        self.note(of, full_size, Front(tokens, constants, nmse, np.full(len(of), kind == "terms"), ids, at,
+                                       np.full(len(of), self.source)))
         self.select(kind, of, (tokens, constants, nmse, score, ids))
 
     def novel(self, kind: str, of: np.ndarray, programs: Programs, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
@@ -942,18 +1111,18 @@ class Search:
         self.cache.update(keys[new].tolist())
         return new, at
 
-    def note(self, kind: str, of: np.ndarray, tokens: np.ndarray, constants: np.ndarray, nmse: np.ndarray,
-             ids: np.ndarray, at: np.ndarray) -> None:
-        """Keep the best program of each problem, and after how many evaluations it was solved."""
-        for i in np.flatnonzero(nmse < self.best["nmse"][of]):
+    def note(self, of: np.ndarray, size: np.ndarray, born: Front) -> None:
+        """Keep the best program of each size; a problem ends where one is exact. born: its fields without the axis Q."""
+        better = np.flatnonzero((born.nmse < self.front.nmse[of, size]) & (self.ended_at[of] < 0))
+        order = better[np.lexsort((born.nmse[better], size[better], of[better]))]
+        _, first = np.unique(of[order] * self.front.nmse.shape[1] + size[order], return_index=True)
+        some = order[first]
+        self.gains[self.source] += len(some)
+        for old, new in zip(self.front, born, strict=True):
+            old[of[some], size[some]] = new[some]
+        for i in some[born.nmse[some] <= self.exact]:
             q = of[i]
-            if nmse[i] < self.best["nmse"][q] and self.ended_at[q] < 0:
-                for name, value in (("tokens", tokens[i]), ("constants", constants[i]), ("nmse", nmse[i]),
-                                    ("weighted", kind == "terms"), ("id", ids[i])):
-                    self.best[name][q] = value
-                self.best["at"][q] = at[i]
-                if nmse[i] <= EXACT:
-                    self.ended_at[q] = at[i]
+            self.ended_at[q] = born.at[i] if self.ended_at[q] < 0 else min(self.ended_at[q], born.at[i])
 
     def select(self, kind: str, of: np.ndarray, born: tuple[np.ndarray, ...]) -> None:
         """The island keeps its M best; of programs with equal errors, which are the same function, the best alone."""
@@ -976,12 +1145,22 @@ class Search:
             old[some] = new
 
     def begin(self) -> None:
-        """Random programs of up to 7 tokens."""
-        for kind, island in self.islands.items():
-            of = np.repeat(np.arange(len(self.spent)), island.score.shape[1])
-            sizes = self.rng.integers(1, min(8, self.grammar.max_size + 1), len(of))
-            tokens = random_programs(self.rng, sizes, self.grammar)
-            self.offer(kind, of, (tokens, self.rng.normal(size=tokens.shape)))
+        for kind in self.islands:
+            self.sow(kind, np.arange(len(self.spent)))
+
+    def sow(self, kind: str, problems: np.ndarray) -> None:
+        """Random programs of up to 7 tokens, in place of what these problems' islands hold."""
+        island = self.islands[kind]
+        for old, new in zip(island, empty_island(1, *island.tokens.shape[1:]), strict=True):
+            old[problems] = new
+        of = np.repeat(problems, island.score.shape[1])
+        sizes = self.rng.integers(1, min(8, self.grammar.max_size + 1), len(of))
+        tokens = random_programs(self.rng, sizes, self.grammar)
+        self.offer(kind, of, (tokens, self.rng.normal(size=tokens.shape)))
+
+    def best(self) -> Front:
+        """The program of the least error of each problem, the smallest of equal ones: fields without the axis S."""
+        return take(self.front, (np.arange(len(self.spent)), self.front.nmse.argmin(1)))
 
     def breed(self, kind: str, n: int) -> None:
         """n children for each active problem, of parents that won tournaments of 3; random programs where none is."""
@@ -1086,7 +1265,8 @@ def ancestors(s: Search, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     of, tokens, parents = (np.concatenate(x) for x in zip(*s.births, strict=True))
     generation = np.repeat(np.arange(len(s.births)), [len(b[0]) for b in s.births])  # 0: those of `begin`
     wanted = np.zeros(len(of), bool)
-    wanted[s.best["id"][s.best["id"] >= 0]] = True
+    best = s.best()
+    wanted[best.id[best.id >= 0]] = True
     for i in range(len(of) - 1, -1, -1):  # children are born behind their parents
         if wanted[i]:
             wanted[parents[i][parents[i] >= 0]] = True
@@ -1568,23 +1748,28 @@ def answers(s: Search) -> Programs:
 
 def answer(s: Search, q: int) -> tuple[Sequence[int], Sequence[float]]:
     """The best program of a problem; 1 where none has a value."""
-    n = int((s.best["tokens"][q] != PAD).sum())
+    best = take(s.best(), q)
+    n = int((best.tokens != PAD).sum())
     if not n:
         return [ONE], [0.0]
-    program = s.best["tokens"][q, :n], s.best["constants"][q, :n]
-    return weighted(*program, s.problems.X[q], s.problems.y[q]) if s.best["weighted"][q] else program
+    program = best.tokens[:n], best.constants[:n]
+    return weighted(*program, s.problems.X[q], s.loss, q) if best.weighted else program
 
 
-def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.ndarray) -> tuple[list, list]:
-    """A program (n,) as a sum of its terms with their weights. A weight is rounded, made 1 or -1, or left out with its
+def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Loss, q: int) -> tuple[list, list]:
+    """A program (n,) as a sum of its terms with their best weights. A weight is rounded, made 1 or -1, or left out with its
     term, where that changes the values by less than 1e-10 of y's standard deviation."""
-    shape = shape_of(tokens[None])
+    shape, y = shape_of(tokens[None]), loss.y[q]
     top = split_terms(tokens[None], shape)
     values = evaluate(tokens[None], X[None], None, constants[None], top, shape)
     vary = np.ptp(values, 1) > 0  # the others are part of the intercept
-    A = np.vstack([np.ones_like(y), values[vary]])
+    A, found = np.vstack([np.ones_like(y), values[vary]]), None
     size = np.sqrt((A ** 2).mean(1))
-    w = np.linalg.lstsq((A / size[:, None]).T, y, rcond=None)[0] / size
+    for _ in range(loss.rounds):
+        pull = loss.pull(found, np.array([q]))
+        root = 1.0 if pull is None else np.sqrt(pull[0])
+        w = np.linalg.lstsq((A / size[:, None] * root).T, y * root, rcond=None)[0] / size
+        found = (w @ A)[None]
     w = [next((x for x in (0.0, 1.0, -1.0, float(f"{weight:.9g}"), float(weight))
                if abs(x - weight) * scale <= 1e-10 * y.std()), weight) for weight, scale in zip(w, size, strict=True)]
     terms = [([C], [w[0]], 1.0)] if w[0] else []
@@ -1603,26 +1788,99 @@ def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, y: np.nda
     return t, c
 
 
-def simplified(tokens: Sequence[int], constants: Sequence[float], i: int = 0) -> tuple[list, list]:
-    """A program whose parts without a variable are one constant each, and without u * 1, u / 1, u + 0 and u - 0."""
+Node = tuple[float, tuple]  # a coefficient, and pairs of a base and its power: (x,), (operator, Node), (ADD, Node, ...)
+
+
+def normal_form(tokens: Sequence[int], constants: Sequence[float], i: int = 0) -> Node:
+    """A program as a product of powers, in which sums are flat and numbers are one."""
     t = int(tokens[i])
     if not ARITY[t]:
-        return ([ONE], [0.0]) if t == C and constants[i] == 1 else ([t], [float(constants[i])])
-    parts = [simplified(tokens, constants, k) for k in operands(tokens, i)[0]]
-    numbers = [1.0 if part[0] == [ONE] else part[1][0] if part[0] == [C] else None for part in parts]
-    if None not in numbers:
+        return (1.0 if t == ONE else float(constants[i]), ()) if t in (ONE, C) else (1.0, (((t,), 1),))
+    parts = [normal_form(tokens, constants, k) for k in operands(tokens, i)[0]]
+    (f, a), (g, b) = parts[0], parts[-1]
+    if not a and not b:
         with np.errstate(all="ignore"):
-            value = float(OPS[t - FIRST_OP].value(*map(np.float64, numbers)))
-        return ([ONE], [0.0]) if abs(value - 1) < 1e-12 else ([C], [value])
-    if t == MUL and parts[0][0] == [C] and parts[1][0][:2] == [MUL, C]:  # two factors are one
-        (t, c), factor = parts[1], parts[0][1][0] * parts[1][1][1]
-        return (t[2:], c[2:]) if abs(factor - 1) < 1e-12 else (t, [0.0, factor, *c[2:]])
-    neutral = {MUL: 1, DIV: 1, ADD: 0, SUB: 0}.get(t)
-    if neutral is not None and numbers[1] == neutral:
-        return parts[0]
-    if t in (MUL, ADD) and numbers[0] == neutral:
-        return parts[1]
-    return [t, *parts[0][0], *(parts[1][0] if len(parts) > 1 else [])], [0.0, *(c for part in parts for c in part[1])]
+            return float(OPS[t - FIRST_OP].value(*(np.float64(part[0]) for part in parts))), ()
+    if t in (ADD, SUB):
+        return total([(f, a), (g if t == ADD else -g, b)])
+    if t in (MUL, DIV):
+        powers = dict(a)
+        for base, k in b:
+            powers[base] = powers.get(base, 0) + (k if t == MUL else -k)
+        with np.errstate(all="ignore"):
+            return float(np.multiply(f, g) if t == MUL else np.divide(f, g)), tuple((x, k) for x, k in powers.items() if k)
+    if t == SQUARE or (t == POW and not b and g in (1, 2, 3, 4)):
+        k = int(g) if t == POW else 2
+        return f ** k, tuple((base, k * n) for base, n in a)
+    if t == SQRT and f > 0:
+        return math.sqrt(f), (((t, (1.0, a)), 1),)
+    name, sign = OPS[t - FIRST_OP].name, -1.0 if f < 0 else 1.0
+    if name in ("sin", "tanh"):
+        return sign, (((t, (sign * f, a)), 1),)
+    if name == "exp" and len(a) == 1 and a[0][1] == 1 and a[0][0][0] == ADD and f == 1 and not a[0][0][-1][1]:
+        *rest, (number, _) = a[0][0][1:]  # exp(u + 2) is exp(2) exp(u)
+        return float(np.exp(number)), (((t, total(rest)), 1),)
+    return 1.0, (((t, *((sign * f, a) if name in ("cos", "abs") else part for part in parts)), 1),)
+
+
+def total(parts: list[Node]) -> Node:
+    """The sum of some nodes; a number stands last in it."""
+    found: dict[tuple, float] = {}
+    for f, a in parts:
+        flat = a[0][0][1:] if abs(f) == 1 and len(a) == 1 and a[0][1] == 1 and a[0][0][0] == ADD else [(1.0, a)]
+        for g, b in flat:
+            found[b] = found.get(b, 0.0) + f * g
+    terms = sorted(((f, a) for a, f in found.items() if f), key=lambda node: not node[1])
+    if len(terms) < 2:
+        return terms[0] if terms else (0.0, ())
+    sizes = {abs(f) for f, _ in terms}
+    common = (-1.0 if all(f < 0 for f, _ in terms) else 1.0) * (sizes.pop() if len(sizes) == 1 else 1.0)
+    return common, (((ADD, *((f / common, a) for f, a in terms)), 1),)
+
+
+def written(node: Node) -> list[tuple[int, float]]:
+    """Tokens and constants of a normal form."""
+    def number(x: float) -> list[tuple[int, float]]:
+        return [(ONE, 0.0)] if abs(x - 1) < 1e-12 else [(C, x)]
+
+    def base_of(base: tuple) -> list[tuple[int, float]]:
+        if base[0] != ADD:
+            return [(base[0], 0.0), *sum(map(written, base[1:]), [])]
+        first, *rest = sorted(base[1:], key=lambda part: part[0] < 0)  # one to add stands first
+        out = written(first)
+        for f, a in rest:
+            out = [(ADD if f > 0 else SUB, 0.0), *out, *written((abs(f), a))]
+        return out
+
+    def power(base: list, k: int) -> list:
+        if k == 1:
+            return base
+        return [(SQUARE, 0.0), *power(base, k // 2)] if k % 2 == 0 else [(MUL, 0.0), *base, *power(base, k - 1)]
+
+    def product(parts: list[list]) -> list:
+        return [(MUL, 0.0)] * (len(parts) - 1) + sum(parts, [])
+    f, powers = node
+    above, below = ([power(base_of(base), sign * k) for base, k in powers if sign * k > 0] for sign in (1, -1))
+    if abs(f - 1) >= 1e-12 or not above:
+        above = [number(f), *above]
+    return [(DIV, 0.0), *product(above), *product(below)] if below else product(above)
+
+
+def with_fewer_terms(node: Node) -> list[tuple[list[int], list[float]]]:
+    """A formula as tokens and constants, and what is left of it without one of the terms of a sum in it."""
+    out = [node]
+    for i, (base, k) in enumerate(node[1]):
+        for j in range(1, len(base)) if base[0] == ADD else ():
+            rest = total([*base[1:j], *base[j + 1:]])
+            powers = tuple((b, k * n) for b, n in rest[1])
+            out.append((node[0] * rest[0] ** k, node[1][:i] + powers + node[1][i + 1:]))
+    return [tuple(map(list, zip(*written(x), strict=True))) for x in out]
+
+
+def simplified(tokens: Sequence[int], constants: Sequence[float]) -> tuple[list[int], list[float]]:
+    """A program in its normal form: numbers that meet are one, and so are equal factors and equal terms."""
+    t, c = zip(*written(normal_form(tokens, constants)), strict=True)
+    return list(t), list(c)
 
 
 def without_constants(tokens: Sequence[int]) -> list[int]:
@@ -1647,7 +1905,7 @@ def scored(s: Search) -> dict[str, np.ndarray]:
     solved = nmse <= SOLVED
     small = (tokens != PAD).sum(1) <= 2 * (p.truth != PAD).sum(1)
     return {"solved": solved, "recovered": solved & (close | ~there).all(1) & small, "nmse": nmse,
-            "at": np.where(solved, s.best["at"], -1)}
+            "at": np.where(solved, s.best().at, -1)}
 
 
 def paired(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -1986,7 +2244,7 @@ def draw_training(folder: Path) -> Path:
 
 
 def name_of(token: int) -> str:
-    known = token in (ONE, C) or X0 <= token < FIRST_OP
+    known = token in (ONE, C) or INDEX[token] >= 0
     return OPS[token - FIRST_OP].name if ARITY[token] else infix([token]) if known else f"token {token}"
 
 
@@ -2126,16 +2384,13 @@ def load(path: str) -> Callable[..., list[str]]:
     population: expressions as Python writes them, of which the best are shown to the net. With more variables than
     the net knows it works on those that y depends on most, by rank correlation, and says so. Raises UserError.
     """
-    net, saved = load_net(path)
-    net.eval()
+    saved = checkpoint.read(checkpoint.file_of(path))
+    if "regressor" in saved:
+        return load_regressor(checkpoint.check(saved, path, SCRIPT, regressor=dict), path)
+    net = load_net(path)[0].eval()
 
     def propose(X, y, population: Sequence[str] = (), n: int = 1, temperature: float = 1.0, seed: int = 0) -> list[str]:
-        try:
-            if np.iscomplexobj(X) or np.iscomplexobj(y):
-                raise TypeError("complex")
-            X, y = np.asarray(X, np.float64), np.asarray(y, np.float64)
-        except (TypeError, ValueError) as e:
-            raise UserError(f"X and y: not real numbers ({e})") from None
+        X, y = as_data(X, y)
         check_data(X, y)
         if not 0.01 <= temperature <= 100 or not (isinstance(n, int) and n > 0) or not 0 <= seed < 2 ** 63:
             raise UserError(f"temperature {temperature}, n {n}, seed {seed}: expected 0.01 to 100, a whole number "
@@ -2171,6 +2426,945 @@ def strongest(X: np.ndarray, y: np.ndarray, n: int) -> list[int]:
     return sorted(np.argsort(-correlation, kind="stable")[:n].tolist())
 
 
+# ---- Sums and products of a dictionary: what least squares finds without evolution
+
+def monomials(variables: int, n: int) -> list[list[int]]:
+    """Up to n products and quotients of variables, those of the lowest degree first."""
+    exponents = [(0,) * variables]
+    known = set(exponents)
+    for e in exponents:  # grows while it is gone through: by degree
+        for i, step in ((i, step) for step in (1, -1) for i in range(variables)):
+            new = (*e[:i], e[i] + step, *e[i + 1:])
+            if e[i] * step >= 0 and new not in known and len(exponents) <= n:
+                known.add(new)
+                exponents.append(new)
+    parts = ([[[int(VARIABLES[i])] for i, k in enumerate(e) for _ in range(max(0, sign * k))] for sign in (1, -1)]
+             for e in exponents[1:])
+    return [quotient(*x) for x in parts]
+
+
+def quotient(above: list[list[int]], below: list[list[int]]) -> list[int]:
+    """The product of some programs over that of others."""
+    def product(parts: list[list[int]]) -> list[int]:
+        return [MUL] * (len(parts) - 1) + sum(parts, []) if parts else [ONE]
+    return [DIV, *product(above), *product(below)] if below else product(above)
+
+
+def unit_columns(values: np.ndarray, given: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to n different ones of values (M, N), without what the rows of `given` (k, N) explain, of length 1: which, and
+    they themselves."""
+    Q = np.linalg.qr(given.T)[0]
+    some = np.flatnonzero((np.abs(values) < 1e12).all(1))
+    with np.errstate(all="ignore"):
+        C = values[some] - (values[some] @ Q) @ Q.T
+        size = np.sqrt((C ** 2).sum(1))
+        varies = size > 1e-7 * np.sqrt((values[some] ** 2).sum(1))
+        some, C = some[varies], C[varies] / size[varies, None]
+    sign = np.sign(C[np.arange(len(C)), np.abs(C).argmax(1)])[:, None]
+    first = np.sort(np.unique(np.round(1e6 * sign * C).astype(np.int32), axis=0, return_index=True)[1])[:n]
+    return some[first], C[first]
+
+
+def best_sets(C: np.ndarray, z: np.ndarray, width: int, depth: int) -> list[tuple[int, ...]]:
+    """The sets of up to `depth` columns C (M, N), of length 1, whose sums explain most of z (N,): about `width` of each size.
+
+    All pairs are looked at, and of larger sets those that have one column more than a good one. In the spirit of SISSO
+    (Ouyang et al. 2018), without its screening.
+    """
+    M, r = len(C), C @ z
+    sets = np.argsort(-r ** 2, kind="stable")[:width, None]
+    out = list(map(tuple, sets.tolist()))
+    pairs, gains = [], []
+    for a in range(0, M if depth > 1 else 0, 256):
+        some = r[a:a + 256, None]
+        G = C[a:a + 256] @ C.T
+        with np.errstate(all="ignore"):
+            gain = (some ** 2 + r ** 2 - 2 * some * r * G) / (1 - G * G)
+        gain[(1 - G * G < 1e-8) | (np.arange(M) <= np.arange(a, a + len(G))[:, None])] = 0.0
+        top = np.argpartition(-gain.ravel(), min(width, gain.size - 1))[:width]
+        pairs.append(np.stack([top // M + a, top % M], 1))
+        gains.append(gain.ravel()[top])
+    for size in range(2, min(depth, M) + 1):
+        if size > 2:
+            Q = np.linalg.qr(C[sets].transpose(0, 2, 1))[0]                          # (W, N, size - 1)
+            left = z - (Q @ (Q.transpose(0, 2, 1) @ z[:, None]))[:, :, 0]
+            known = np.einsum("mn,wnk->wmk", C, Q, optimize=True)
+            gain = (left @ C.T) ** 2 / np.maximum(1 - (known ** 2).sum(2), 1e-8) - (left ** 2).sum(1)[:, None]
+            top = np.argsort(-gain.ravel(), kind="stable")[:3 * width]
+            pairs, gains = [np.concatenate([sets[top // M], (top % M)[:, None]], 1)], [gain.ravel()[top]]
+        order = np.argsort(-np.concatenate(gains), kind="stable")
+        found = dict.fromkeys(tuple(sorted(row)) for row in np.concatenate(pairs)[order].tolist())
+        sets = np.array([row for row in found if len(set(row)) == size][:width])
+        if not len(sets):
+            break
+        out += list(map(tuple, sets.tolist()))
+    return out
+
+
+def sums(tokens: np.ndarray, values: np.ndarray, z: np.ndarray, pull: np.ndarray) -> list[list[int]]:
+    """Sums of programs (M, L) with these values (M, N) that are near z (N,), once they have weights."""
+    root = np.sqrt(pull)
+    which, C = unit_columns(values * root, root[None], 4000)
+    goal = unit_columns((z * root)[None], root[None], 1)[1]
+    if not len(C) or not len(goal):
+        return []
+    parts = {i: tokens[i, :int((tokens[i] != PAD).sum())].tolist() for i in which.tolist()}
+    return [[ADD] * (len(row) - 1) + sum((parts[which[i]] for i in row), []) for row in best_sets(C, goal[0], 100, 6)]
+
+
+def products(tokens: np.ndarray, values: np.ndarray, X: np.ndarray, y: np.ndarray, pull: np.ndarray) -> list[list[int]]:
+    """Products of powers of variables and of up to two programs (M, L) that are near y up to a factor.
+
+    In logarithms they are sums. Powers are multiples of 1/2.
+    """
+    with np.errstate(all="ignore"):
+        logs = [np.log(np.abs(x)) for x in (X.T, values, y[None])]
+        root = np.sqrt(pull) * np.abs(y)
+    plain = np.flatnonzero(np.isfinite(logs[0]).all(1))
+    given = np.concatenate([np.ones((1, len(y))), logs[0][plain]]) * root
+    if not np.isfinite(logs[2]).all() or len(given) >= len(y) - 2:
+        return []
+    which, C = unit_columns(logs[1] * root, given, 2000)
+    goal = unit_columns(logs[2] * root, given, 1)[1]
+    out = []
+    for row in [(), *(best_sets(C, goal[0], 60, 2) if len(goal) and len(C) else [])]:
+        chosen = [*([int(VARIABLES[i])] for i in plain), *(tokens[which[i], :int((tokens[which[i]] != PAD).sum())].tolist()
+                                                          for i in row)]
+        A = np.concatenate([given, logs[1][which[list(row)]] * root])
+        powers = 2 * np.linalg.lstsq(A.T, logs[2][0] * root, rcond=None)[0][1:]
+        whole = np.round(powers).astype(int)
+        if np.abs(whole - powers).max() < 0.2 and 0 < np.abs(whole).sum() <= 20:
+            out.append(quotient(*([part for part, k in zip(chosen, sign * whole, strict=True) if k > 0
+                                   for part in [part] * (k // 2) + [[SQRT, *part]] * (k % 2)] for sign in (1, -1))))
+    return out
+
+
+# ---- Regression: one data set, and for each size of a formula the least error
+
+LINKS = {  # outer tokens of y = outer(s): s of y, and the slope dy / ds
+    (): (lambda y: y, np.ones_like),
+    (DIV, ONE): (lambda y: 1 / y, np.square),
+    (SQRT,): (np.square, lambda y: 0.5 / y),
+    (EXP,): (np.log, lambda y: y),
+    (SQUARE,): (np.sqrt, lambda y: 2 * np.sqrt(y)),
+}
+SOURCES = ("evolution", "dictionary", "net")
+
+
+class Regression:
+    """A search of formulas for one data set. What is bred are programs for s in y = outer(s), s being y itself, 1 / y,
+    y^2, log y or sqrt y: each link is a problem of one `Search`, with the weights by which errors of s are errors of y."""
+
+    POPULATION, RENEWAL, PATIENCE = 100, 80, 30  # programs of an island; rounds between dictionaries; rounds until it is sown anew
+
+    def __init__(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray | None, loss: str, grammar: Grammar, seed: int,
+                 net: Net | None = None, digit: float = 0.0):
+        self.units, self.unit = unit_of(np.sqrt((X ** 2).mean(0))), float(unit_of(y.std()))
+        self.seed, self.net, self.k, self.grammar, self.name = seed, net, 0, grammar, loss
+        self.X, y = X / self.units, y / self.unit
+        self.y, self.weights = y, np.ones_like(y) if weights is None else weights
+        self.outer, Z, pulls = [], [], []
+        for tokens, (s_of, slope) in LINKS.items():
+            with np.errstate(all="ignore"):
+                s, pull = s_of(y), np.abs(slope(y)) ** (1 if loss == "l1" else 2)
+            known = {OPS[t - FIRST_OP].name for t in tokens if ARITY[t]} <= {*grammar.ops, "square"}
+            in_range = (y > 0).all() or tokens == (DIV, ONE)
+            if not tokens or (loss != "log" and known and in_range and np.isfinite(s + pull).all() and np.ptp(s) > 0):
+                n = 1 if tokens else 4
+                self.outer, Z, pulls = self.outer + [tokens] * n, Z + [s] * n, pulls + [pull * self.weights] * n
+        Q, Z, nothing = len(Z), np.array(Z), np.zeros((len(Z), 0))
+        problems = Problems(np.repeat(self.X[None], Q, 0), Z, *[nothing] * 5)
+        self.search = Search(problems, grammar, budget=1 << 60, population=self.POPULATION, islands=["raw", "terms"],
+                             seed=seed, parsimony=0.02, loss=Loss(Z, loss, np.array(pulls)), exact=-1.0)
+        floor = Loss(y[None], loss, self.weights[None]).floor(digit / self.unit)
+        self.exact = 1.5 * floor * self.weights.mean() / np.array([pull.mean() for pull in pulls]) / self.search.loss.of_constant
+        self.exact_at: int | None = None  # in which round a program was
+        self.seconds = 0.0
+        self.age = {kind: np.zeros(Q, int) for kind in self.search.islands}
+        self.least = {kind: np.full(Q, np.inf) for kind in self.search.islands}
+        self.n_children = max(10, min(self.POPULATION, 40_000 // len(y)))
+
+    def round(self) -> None:
+        """A generation of every island; in some rounds the dictionary, or the net, has its say first."""
+        s, start = self.search, time.monotonic()
+        s.rng = np.random.default_rng([self.seed, SEARCH, self.k])
+        if self.k == 0:
+            s.begin()
+        if self.k % self.RENEWAL == 0:
+            s.source = 1
+            self.offer_dictionary()
+        if self.net is not None and self.k in {3 ** i for i in range(40)}:
+            s.source = 2
+            self.offer_proposals()
+        s.source = 0
+        for kind in s.islands:
+            s.breed(kind, self.n_children)
+            s.fit(kind)
+            self.renew(kind)
+        if len(s.cache) > 3_000_000:
+            s.cache.clear()  # an hour's programs do not fit the memory
+        self.k += 1
+        if self.exact_at is None and (s.front.nmse <= self.exact[:, None]).any():
+            self.exact_at = self.k
+        self.seconds += time.monotonic() - start
+
+    def state(self) -> dict:
+        """All that a search needs to go on, of plain types."""
+        s = self.search
+        arrays = {"spent": s.spent, "gains": s.gains, **{f"front_{k}": x for k, x in s.front._asdict().items()},
+                  "cache": np.array(sorted(s.cache), np.uint64).view(np.int64), "fitted": np.array(sorted(s.fitted), np.int64)}
+        for kind, island in s.islands.items():
+            arrays |= {f"{kind}_{k}": x for k, x in island._asdict().items()}
+            arrays |= {f"{kind}_age": self.age[kind], f"{kind}_least": self.least[kind]}
+        return {"k": self.k, "seconds": self.seconds, "exact_at": -1 if self.exact_at is None else self.exact_at,
+                "idle": s.idle, "n_ids": s.n_ids, **{k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}}
+
+    def restore(self, state: dict) -> None:
+        """Go on from a state."""
+        s = self.search
+        self.k, self.seconds, s.idle, s.n_ids = (state[k] for k in ("k", "seconds", "idle", "n_ids"))
+        self.exact_at = None if state["exact_at"] < 0 else state["exact_at"]
+        s.cache = set(state["cache"].numpy().view(np.uint64).tolist())
+        s.fitted = set(state["fitted"].tolist())
+        for name, x in [("spent", s.spent), ("gains", s.gains), *((f"front_{k}", x) for k, x in s.front._asdict().items()), *(
+                (f"{kind}_{k}", x) for kind, island in s.islands.items()
+                for k, x in {**island._asdict(), "age": self.age[kind], "least": self.least[kind]}.items())]:
+            x[...] = state[name].numpy()
+
+    def renew(self, kind: str) -> None:
+        """Sow the island anew that has not got better for longest; now and then let a program move to another of its link."""
+        s, island = self.search, self.search.islands[kind]
+        better = island.score[:, 0] < self.least[kind] - 0.01
+        self.least[kind] = np.minimum(self.least[kind], island.score[:, 0])
+        self.age[kind] = np.where(better, 0, self.age[kind] + 1)
+        a, b = s.rng.integers(0, len(self.outer), 2)
+        if s.rng.random() < 0.2 and self.outer[a] == self.outer[b]:
+            i = int(s.rng.integers(0, 3))
+            for field in island:
+                field[b, -1] = field[a, i]
+        old = int(self.age[kind].argmax())
+        if self.age[kind][old] > self.PATIENCE:
+            self.age[kind][old], self.least[kind][old] = 0, np.inf
+            s.sow(kind, np.array([old]))
+
+    def offer_dictionary(self) -> None:
+        """Sums and products of monomials, of small programs, and of what the islands hold."""
+        s, g = self.search, self.grammar
+        parts = [random_programs(s.rng, s.rng.integers(1, 7, 6000), replace(g, constants=False))]
+        if {"mul", "div"} <= set(g.ops):
+            parts.append(np.array([padded(t, g.max_size) for t in monomials(g.variables, 2500) if len(t) <= g.max_size]))
+        for island in s.islands.values() if self.k else ():
+            there = island.tokens[np.isfinite(island.score) & (island.tokens != C).all(2)]
+            nodes, at = subtrees(there), split_terms(there, shape_of(there))
+            parts.append(nodes[at[there != PAD]])
+        tokens = np.unique(np.concatenate(parts), axis=0)
+        some = s.rng.permutation(len(self.y))[:200]  # to choose by; what is offered is measured on all
+        X, y, weights = self.X[some], self.y[some], self.weights[some]
+        values = evaluate(tokens, X[None])
+        for outer in dict.fromkeys(self.outer):
+            q = np.flatnonzero([x == outer for x in self.outer])
+            t, v = tokens, values
+            if outer == (EXP,) and "log" in g.ops:
+                has_log = (values > 0).all(1) & (tokens[:, -1] == PAD)
+                t = np.concatenate([tokens, np.pad(tokens[has_log, :-1], ((0, 0), (1, 0)), constant_values=LOG)])
+                v = np.concatenate([values, np.log(values[has_log])])
+            found = sums(t, v, s.loss.y[q[0], some], s.loss.weights[q[0], some])
+            if not outer:
+                found += products(tokens, values, X, y, weights)
+            found = [row for row in found if len(row) <= g.max_size]
+            rows = np.array([padded(row, g.max_size) for row in found], np.int8).reshape(-1, g.max_size)
+            of = np.repeat(q if self.k == 0 else q[:1], len(rows))
+            s.offer("terms", of, (np.tile(rows, (len(of) // max(1, len(rows)), 1)), np.zeros((len(of), g.max_size))))
+
+    def offer_proposals(self) -> None:
+        """What the net proposes for the first problem, in as many variables as it knows."""
+        s, c = self.search, self.net.config
+        columns = strongest(self.X, self.y, c.variables)
+        rows = s.rng.permutation(len(self.y))[:c.points]
+        back = np.arange(N_TOKENS)
+        back[VARIABLES[:len(columns)]] = VARIABLES[columns]
+        there = np.arange(N_TOKENS)
+        there[VARIABLES] = -1
+        there[VARIABLES[columns]] = VARIABLES[:len(columns)]
+        island = s.islands["raw"]
+        shown = [t for t in island.tokens[0] if (there[t] >= 0).all() and not t[c.max_size:].any() and whole(there[t][None], c.grammar)[0]][:c.members]
+        shown = there[np.array(shown, np.int64).reshape(-1, self.grammar.max_size)][:, :c.max_size]
+        context = encode_context(self.X[None][:, rows][:, :, columns], self.y[None, rows], shown[None].astype(np.int8), c)
+        generator = torch.Generator().manual_seed(self.seed * 1000 + self.k)
+        tokens = back[self.net.sample(context, self.POPULATION, generator, variables=len(columns))[0]]
+        known = whole(tokens, self.grammar) & ((tokens != PAD).sum(1) <= self.grammar.max_size)
+        tokens = np.pad(tokens[known], ((0, 0), (0, self.grammar.max_size)))[:, :self.grammar.max_size].astype(np.int8)
+        for kind in s.islands:
+            s.offer(kind, np.zeros(len(tokens), int), (tokens, np.zeros(tokens.shape)))
+
+    # What is found, in the units of the file
+
+    def programs(self) -> list[tuple[list, list]]:
+        """All programs of the front, as formulas of y."""
+        s, out = self.search, []
+        for q, i in zip(*np.nonzero(np.isfinite(s.front.nmse)), strict=True):
+            f = take(s.front, (q, i))
+            n = int((f.tokens != PAD).sum())
+            t, c = list(map(int, f.tokens[:n])), list(map(float, f.constants[:n]))
+            if f.weighted:
+                t, c = weighted(np.array(t), np.array(c), self.X, s.loss, q)
+            t, c = [*self.outer[q], *t], [0.0] * len(self.outer[q]) + c
+            pairs = [[(MUL, 0.0), (C, float(1 / self.units[INDEX[token]]))] * int(INDEX[token] >= 0) + [(token, value)]
+                     for token, value in zip(t, c, strict=True)]
+            t, c = map(list, zip(*[(MUL, 0.0), (C, self.unit), *sum(pairs, [])], strict=True))
+            out += with_fewer_terms(normal_form(t, c))
+        return out
+
+
+def unit_of(size: np.ndarray) -> np.ndarray:
+    """The power of ten that numbers of this size are measured in: 1 where they are of 0.03 to 30."""
+    decade = np.round(np.log10(np.maximum(size, 1e-300)))
+    return 10.0 ** np.where(np.abs(decade) > 1, decade, 0)
+
+
+class Row(NamedTuple):
+    """A formula of the front, in the units of the data."""
+    tokens: list[int]
+    constants: list[float]
+    loss: float    # on the rows that it was fitted on
+    test: float    # on others; NaN where there are none
+    length: float  # of its description, in nats: by it a row is recommended
+    pole: bool     # somewhere in the range of the data it has no value, or an infinite one
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+
+def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: tuple[np.ndarray, Loss] | None,
+            max_size: int, n_symbols: int, digit: float) -> list[Row]:
+    """The front of these programs: constants fitted until nothing changes and written with as few digits as that needs; each
+    row has a smaller loss than all that are shorter.
+
+    The description length of a row: n / 2 log(loss) + k / 2 log(n) + size log(symbols), of n data, k constants (Rissanen
+    1978). This loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less
+    than rounding to the last digit of y makes it. With l1 and huber the errors are coded by a Cauchy distribution, whose
+    scale is their median. A pole inside the data's range costs n / 2.
+    """
+    N, first, floor = loss.y.shape[1], np.zeros(1, int), loss.floor(digit)
+    middle = least_squares(np.zeros((1, 0, N)), loss, first)[1][0, 0]
+    programs = [([C], [float(middle)]), *(x for x in programs if len(x[0]) <= max_size)]
+    L = max(len(t) for t, _ in programs)
+    tokens = np.array([[*t, *[PAD] * (L - len(t))] for t, _ in programs], np.int8)
+    constants = np.array([[*c, *[0.0] * (L - len(c))] for _, c in programs])
+    size, of = (tokens != PAD).sum(1), np.zeros(len(tokens), int)
+    error = loss(evaluate(tokens, X[None], None, constants), of)
+    error[~np.isfinite(error) | ((tokens == C).sum(1) > max(1, N - 2))] = np.inf
+    some, least = [], np.inf
+    for k in np.unique(size):  # of each size the best three forms, if they may still get better than what is shorter
+        here = np.flatnonzero((size == k) & (error < np.inf) & (error <= 3 * least))
+        here = here[np.argsort(error[here], kind="stable")]
+        some += here[np.sort(np.unique(tokens[here], axis=0, return_index=True)[1])[:3]].tolist()
+        least = min(least, error[here].min(initial=np.inf))
+    tokens, constants = tokens[some], converged(tokens[some], constants[some], X, loss)
+    out = []
+    for row, c in zip(tokens, constants, strict=True):
+        t, c = rounded(*simplified(row[row != PAD].tolist(), c[row != PAD].tolist()), X, loss, floor)
+        values, pole = left_out(t, c, X, loss), has_pole(t, c, X)
+        error, outside = measure(t, c, X, loss), float(loss(values, first)[0])
+        if np.isfinite(error) and np.isfinite(outside):
+            n_data = N / 2 * math.log(max(outside, floor))
+            if loss.name in ("l1", "huber"):
+                far = np.abs(values - loss.y)
+                scale = max(np.median(far), floor if loss.name == "l1" else math.sqrt(floor))
+                n_data = N * math.log(scale) + np.log1p((far / scale) ** 2).sum()
+            length = n_data + t.count(C) / 2 * math.log(N) + len(t) * math.log(n_symbols) + pole * N / 2
+            out.append((outside, Row(t, c, error, measure(t, c, *test) if test else math.nan, length, pole)))
+    front: list[Row] = []
+    least = np.inf
+    for outside, row in sorted(out, key=lambda one: (one[1].size, one[0])):
+        if outside < 0.99 * least and least > 2 * floor:
+            front.append(row)
+            least = outside
+    return front
+
+
+def left_out(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss) -> np.ndarray:
+    """Values (1, N) of a formula, each as if its constants had been fitted without that row (PRESS, to first order)."""
+    t, c, first = np.array([tokens], np.int8), np.array([constants]), np.zeros(1, int)
+    values, J = slopes(t, c, X[None], first, np.arange(len(tokens))[None] == 0, shape_of(t))
+    if not (t == C).any() or not np.isfinite(J).all():
+        return values if np.isfinite(J).all() else values + np.nan
+    root = np.ones_like(loss.y) if loss.weights is None else np.sqrt(loss.weights)
+    Q, R = np.linalg.qr((J[0] * root).T)
+    Q = Q[:, np.abs(np.diag(R)) > 1e-12 * np.abs(R).max(initial=1e-300)]  # the others are there twice
+    leverage, far = (Q ** 2).sum(1), (values - loss.y)[0] * root[0]
+    # Where a row alone decides, l1 leaves no residual to scale up: that of least squares is taken.
+    far = np.where(leverage > 0.9, far - Q @ (Q.T @ far), far) / np.maximum(1 - leverage, 1e-10)
+    return loss.y + far / root
+
+
+def measure(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss) -> float:
+    """The loss of a formula."""
+    return float(loss(evaluate(np.array([tokens], np.int8), X[None], None, np.array([constants])), np.zeros(1, int))[0])
+
+
+def converged(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Loss) -> np.ndarray:
+    """Constants (P, L) from which no step makes a loss smaller by more than 1e-12 of it, or after 200 steps."""
+    constants, chunk = constants.copy(), max(1, 300_000 // len(X))
+    for k in range(0, len(tokens), chunk):
+        todo = np.arange(k, min(k + chunk, len(tokens)))
+        todo = todo[(tokens[todo] == C).any(1)]
+        for _ in range(10):
+            if not len(todo):
+                break
+            of = np.zeros(len(todo), int)
+            before = loss(evaluate(tokens[todo], X[None], of, constants[todo]), of)
+            constants[todo] = fit_constants(tokens[todo], constants[todo], X[None], loss, of, 20)
+            after = loss(evaluate(tokens[todo], X[None], of, constants[todo]), of)
+            todo = todo[after < before * (1 - 1e-12)]
+    return constants
+
+
+def rounded(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss, floor: float) -> tuple[list, list]:
+    """A formula whose constants have as few digits as leave its loss what it is: to 1e-9 of it, or to the floor."""
+    t, c = np.array([tokens], np.int8), np.array([constants])
+    most = measure(tokens, constants, X, loss) * (1 + 1e-9) + floor
+    for i in np.tile(np.flatnonzero(t[0] == C), 2):  # once more, when the others are short
+        tried = np.array([0.0, *(float(f"{c[0, i]:.{n}g}") for n in range(1, 18))])
+        rows = np.repeat(c, len(tried), 0)
+        rows[:, i] = tried
+        of = np.zeros(len(tried), int)
+        fits = np.flatnonzero(loss(evaluate(np.repeat(t, len(tried), 0), X[None], of, rows), of) <= most)
+        c[0, i] = tried[fits[0]] if len(fits) else c[0, i]
+    return simplified(tokens, c[0].tolist())
+
+
+def has_pole(tokens: list[int], constants: list[float], X: np.ndarray) -> bool:
+    """Whether a formula has no value somewhere between the data's least and greatest, by 4,096 points and the data."""
+    low, high = X.min(0), X.max(0)
+    inside = np.concatenate([X, low + (high - low) * np.random.default_rng(0).random((4096, X.shape[1])),
+                             low + (high - low) * np.linspace(0, 1, 4096)[:, None]])[None]
+    t, c = np.array([tokens], np.int8), np.array([constants])
+    below = [operands(tokens, i)[0][1] for i, token in enumerate(tokens) if token == DIV]
+    value, *divisors = evaluate(t, inside, None, c, np.isin(np.arange(len(tokens)), [0, *below])[None])
+    return bool(not np.isfinite(value).all() or any(d.min() <= 0 <= d.max() for d in divisors))
+
+
+# ---- Tables as people have them
+
+MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "-", "--", "?", ".", "*"}
+
+
+class Table(NamedTuple):
+    """A file's cells (rows, columns) as text, with a name for each column and, for each row, the line it stands in."""
+    names: list[str]
+    cells: np.ndarray
+    lines: list[int]
+    decimal: str      # point or comma
+    notes: list[str]  # what was found out
+
+    def numbers(self, column: int) -> np.ndarray:
+        """A column as numbers: NaN where a cell is missing, None where there is text in it."""
+        return numbers(self.cells[:, column], self.decimal)
+
+
+def numbers(cells: Sequence[str], decimal: str = ".") -> np.ndarray | None:
+    """Cells as numbers, NaN where they are missing; None if one is neither. Groups of thousands are joined."""
+    group = "," if decimal == "." else "."
+    joined = re.compile(rf"[-+]?[0-9]{{1,3}}((\{group}|['’\u00a0\u202f ])[0-9]{{3}})+(\{decimal}[0-9]*)?")
+    out = np.full(len(cells), np.nan)
+    for i, cell in enumerate(cells):
+        text = cell.strip()
+        if text.lower() in MISSING:
+            continue
+        if joined.fullmatch(text):
+            text = re.sub(rf"[\{group}'’\u00a0\u202f ]", "", text)
+        text = text.replace(decimal, ".", 1) if group not in text else "text"
+        try:
+            out[i] = float(re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eEdD][-+]?[0-9]+)?|[-+]?inf(inity)?", text,
+                                        re.IGNORECASE)[0].lower().replace("d", "e"))
+        except TypeError:
+            return None
+    return out
+
+
+def decimal_of(cells: Iterable[str]) -> str:
+    """Whether numbers are written with a point or a comma: 1,5 and 0,123 and 1.234,5 have a comma; 1,234 has none."""
+    seen = [cell.strip() for cell in cells if re.fullmatch(r"[-+]?[0-9.,]+([eE][-+]?[0-9]+)?", cell.strip())]
+    if any("." in x and "," in x[x.rindex("."):] for x in seen):
+        return ","
+    if any(re.fullmatch(r"[-+]?[0-9,]*\.[0-9]*(e.*)?", x, re.IGNORECASE) for x in seen):
+        return "."
+    both = [re.split("[.,]", re.split("[eE]", x)[0].lstrip("+-")) for x in seen
+            if x.count(",") == 1 and "." not in x]
+    return "," if any(len(b) != 3 or len(a) > 3 or a in ("", "0") for a, b in both) else "."
+
+
+def read_table(path: str | Path) -> Table:
+    """A file of numbers as it is: its delimiter, decimal sign and header are found out. Raises UserError."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder, not a file of data")
+    data, notes = Path(path).read_bytes(), []
+    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(coding)
+    except UnicodeDecodeError:
+        text, coding = data.decode("latin-1"), "latin-1"
+    if "\0" in text:
+        raise UserError(f"{path}: a binary file, not a table")
+    found = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    comments = [line.strip() for _, line in found if line.lstrip()[0] in "#%"]
+    found = [(i, line) for i, line in found if line.lstrip()[0] not in "#%"]
+    if not found:
+        raise UserError(f"{path}: empty" if not comments else f"{path}: it has comments alone")
+
+    def split(lines: list[str], delimiter: str) -> list[list[str]]:
+        if delimiter == " ":
+            return [line.split() for line in lines]
+        return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+    best = None
+    for delimiter in "\t;|, ":
+        rows = split([line for _, line in found], delimiter)
+        widths = [len(row) for row in rows]
+        width = max(set(widths), key=widths.count)
+        cells = [cell for row in rows[1:] or rows for cell in row]
+        sign = decimal_of(cells)
+        known = sum(numbers([cell], sign) is not None and not np.isnan(numbers([cell], sign)).all() for cell in cells[:5000])
+        share = known / max(1, len(cells[:5000])) * (widths.count(width) / len(widths) > 0.8)
+        if best is None or (width > 1, share) > (best[0] > 1, best[1] + 0.05):
+            best = width, share, delimiter, rows, sign
+    width, _, delimiter, rows, sign = best
+    lines = [i for i, _ in found]
+    if len(rows) < len(lines):
+        raise UserError(f"{path}: a quoted cell goes over several lines")
+    told = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", " ": "spaces"}[delimiter]
+    notes.append(f"{told} between columns, decimal {'comma' if sign == ',' else 'point'}" +
+                 (f", {len(comments)} lines of comments" if comments else "") +
+                 (", byte-order mark" if data[:3] == b"\xef\xbb\xbf" else "") +
+                 (f", {coding}" if coding != "utf-8-sig" else ""))
+    names, head = None, rows[0]
+
+    def is_text(cell: str) -> bool:
+        return numbers([cell], sign) is None
+    named = [is_text(a) and not is_text(b) for a, b in zip(head, rows[1], strict=False)] if len(rows) > 1 else []
+    if any(named) or all(map(is_text, head)):
+        names, rows, lines = head, rows[1:], lines[1:]
+        if len(names) == width - 1:
+            names = ["row", *names]  # as R writes it
+        if len(rows) > 1 and not any(numbers([cell], sign) is not None for cell in rows[0]) and len(rows[0]) == width:
+            names = [f"{name} {unit}".strip() for name, unit in zip(names, rows[0], strict=False)]
+            rows, lines = rows[1:], lines[1:]
+            notes.append(f"line {lines[0] - 1} is taken for units")
+    elif comments and len(words := split([comments[-1].lstrip("#% ")], delimiter)[0]) == width and all(map(is_text, words)):
+        names = words
+    for row, i in zip(rows, lines, strict=True):
+        if len(row) > width and any(row[width:]):
+            raise UserError(f"{path}: line {i} has {len(row)} cells, the others {width}")
+    cells = np.array([(row + [""] * width)[:width] for row in rows], dtype=object).reshape(-1, width)
+    if names is None:
+        names = [*(f"x{i}" for i in range(width - 1)), "y"]
+        notes.append(f"no header: the columns are called {', '.join(names)}")
+    names = [name.strip() or f"column {i + 1}" for i, name in enumerate((names + [""] * width)[:width])]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise UserError(f"{path}: two columns are called {twice[0]!r:.60}")
+    return Table(names, cells, lines, sign, notes)
+
+
+class Sample(NamedTuple):
+    """What a formula is searched for on: features X (N, V), y and weights (N,), and where they come from."""
+    X: np.ndarray
+    y: np.ndarray
+    weights: np.ndarray | None
+    names: list[str]   # of the features
+    target: str
+    lines: list[int]
+    digit: float       # unit of the last written digit of y
+    notes: list[str]
+
+
+def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
+    """The columns of a file that are used: --target, --features, --ignore, --weights. Raises UserError."""
+    table = read_table(path)
+    names, notes = table.names, list(table.notes)
+
+    def find(name: str, flag: str) -> int:
+        if name not in names:
+            raise UserError(f"{flag} {name!r:.60}: {path} has no such column; there are {', '.join(names):.200}")
+        return names.index(name)
+
+    def column(i: int, flag: str) -> np.ndarray:
+        values = table.numbers(i)
+        if values is None:
+            bad = next(k for k, cell in enumerate(table.cells[:, i]) if numbers([cell], table.decimal) is None)
+            raise UserError(f"{flag} {names[i]!r:.60}: not a column of numbers, line {table.lines[bad]} has "
+                            f"{table.cells[bad, i]!r:.40}")
+        return values
+    t = find(args.target, "--target") if args.target is not None else len(names) - 1
+    y = column(t, "--target")
+    if args.target is None:
+        notes.append(f"target {names[t]!r}, the last column")
+    w = column(find(args.weights, "--weights"), "--weights") if args.weights is not None else None
+    ignored = {find(name, "--ignore") for name in args.ignore or []} | {t}
+    ignored |= {find(args.weights, "--weights")} if args.weights is not None else set()
+    wanted = [find(name, "--features") for name in args.features or []]
+    if set(wanted) & ignored:
+        raise UserError(f"--features {names[(set(wanted) & ignored).pop()]!r}: it is the target, the weights, or ignored")
+    columns, left_out = {}, {}
+    for i in wanted or [i for i in range(len(names)) if i not in ignored]:
+        values = table.numbers(i)
+        there = values[~np.isnan(values)] if values is not None else None
+        if values is None:
+            left_out[i] = "text" if not re.match(r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}", table.cells[0, i]) else "dates"
+        elif len(there) < len(values) / 2:
+            left_out[i] = "more than half of it is missing"
+        elif there.max() == there.min():
+            left_out[i] = "the same everywhere"
+        else:
+            columns[i] = values
+        if args.features and i in left_out:
+            column(i, "--features")
+            raise UserError(f"--features {names[i]!r:.60}: {left_out[i]}")
+    for i in [] if args.features else list(columns):
+        n = np.arange(len(columns[i]))
+        if len(columns) > 1 and any((columns[i] == n + first).all() for first in (0, 1)):
+            left_out[i] = "it counts the rows"
+            del columns[i]
+    notes += [f"column {names[i]!r} is left out: {reason}" for i, reason in left_out.items()]
+    if not columns:
+        raise UserError(f"{path}: no column of numbers but the target {names[t]!r:.60}")
+    used = np.stack([*columns.values(), y] + ([w] if w is not None else []), 1)
+    if np.isinf(used).any():
+        raise UserError(f"{path}: a number in line {table.lines[int(np.argwhere(np.isinf(used))[0, 0])]} is infinite")
+    if w is not None and (np.isnan(w).any() or (w[~np.isnan(w)] < 0).any() or not w.any()):
+        raise UserError(f"--weights {args.weights!r:.60}: weights must be there, 0 or more, and not all 0")
+    kept = np.flatnonzero(~np.isnan(used).any(1))
+    if len(kept) < len(used):
+        gone = [table.lines[i] for i in np.setdiff1d(np.arange(len(used)), kept)]
+        notes.append(f"{len(gone)} of {len(used)} rows have a missing cell and are dropped: line"
+                     f"{'s' * (len(gone) > 1)} {', '.join(map(str, gone[:10]))}{', ...' * (len(gone) > 10)}")
+    if len(kept) < 3:
+        raise UserError(f"{path}: {len(kept)} usable rows; there must be 3 or more")
+    same = len(kept) - len(np.unique(used[kept], axis=0))
+    if same:
+        notes.append(f"{same} rows are there twice; they are kept")
+    written = [re.sub(r"[^0-9eE+-]", "", re.sub(r"^[^.,]*", "", c) if table.decimal in c else "") for c in table.cells[kept, t]]
+    digit = 10.0 ** -max(len(re.split("[eE]", x)[0]) for x in written)
+    return Sample(used[kept, :len(columns)], y[kept], w[kept] if w is not None else None, [names[i] for i in columns],
+                  names[t], [table.lines[i] for i in kept], digit, notes)
+
+
+class Regressor:
+    """Symbolic regression with scikit-learn's habits: `Regressor(max_minutes=0.2).fit(X, y).formula`.
+
+    Settings are those of the flags of the same names. After `fit`: `front` (a list of Row), `best` (the recommended one),
+    `formula` (it as Python writes it), `predict(X)`.
+    """
+
+    def __init__(self, ops: Sequence[str] = REGRESS_OPS, max_size: int = 40, loss: str = "mse", max_minutes: float = 1.0,
+                 evaluations: int = 0, test_fraction: float = 0.25, seed: int = 0, net: Net | None = None):
+        self.settings = {"ops": tuple(ops), "max_size": max_size, "loss": loss, "test_fraction": test_fraction, "seed": seed}
+        self.max_minutes, self.evaluations, self.net = max_minutes, evaluations, net
+        self.names: list[str] = []
+        self.front: list[Row] = []
+
+    def fit(self, X, y, names: Sequence[str] | None = None, weights=None, digit: float = 0.0, state: dict | None = None,
+            watch: Callable[[Regressor], bool] = lambda regressor: False) -> Regressor:
+        """Search for formulas of y (N,) in X (N, V). Raises UserError.
+
+        names, weights: of columns and rows; digit: the unit of the last digit that y is known to; state: of a search that
+        goes on; watch: called before each round, it ends the search by True.
+        """
+        X, y = as_data(X, y)
+        weights = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
+        self.names = list(names) if names is not None else [f"x{i}" for i in range(X.shape[1])]
+        loss, N = self.settings["loss"], len(y)
+        if weights.shape != y.shape or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+            raise UserError("weights must be numbers, one for each row, 0 or more and not all 0")
+        if loss == "log" and y.min() <= 0:
+            raise UserError(f"--loss log: y is {y.min():g} in row {int(y.argmin())}, and must be above 0")
+        if len(self.names) != X.shape[1]:
+            raise UserError(f"{len(self.names)} names of {X.shape[1]} columns")
+        grammar = Grammar(ops=self.settings["ops"], variables=X.shape[1], max_size=min(30, self.settings["max_size"]),
+                          constants=True)
+        order = np.random.default_rng([self.settings["seed"], PROBLEMS]).permutation(N)[:MOST_ROWS]
+        n_test = round(self.settings["test_fraction"] * len(order)) if N >= 20 else 0
+        self.rows = {"test": np.sort(order[:n_test]), "train": np.sort(order[n_test:])}
+        parts = {name: (X[rows], Loss(y[rows][None], loss, weights[rows][None])) for name, rows in self.rows.items() if len(rows)}
+        self.data, self.digit, self.n_symbols = parts, digit, len(grammar.leaves) + len(grammar.ops)
+        X, y = parts["train"][0], parts["train"][1].y[0]
+        self.search = Regression(X, y, weights[self.rows["train"]], loss, grammar, self.settings["seed"], self.net, digit) if np.ptp(y) else None
+        if state is not None and self.search:
+            self.search.restore(state)
+        while self.search and not self.is_over() and not watch(self):
+            self.search.round()
+        return self.conclude()
+
+    def is_over(self) -> bool:
+        """Out of evaluations or time; or a formula was exact long ago."""
+        s = self.search
+        exact = s.exact_at is not None and s.k >= 2 * s.exact_at + 20
+        spent = s.search.spent.sum() >= self.evaluations if self.evaluations else s.seconds >= 60 * self.max_minutes
+        return s.k > 0 and bool(exact or spent)
+
+    def conclude(self) -> Regressor:
+        """Make the front of what was found so far."""
+        self.front = rows_of(self.search.programs() if self.search else [], *self.data["train"], self.data.get("test"),
+                             self.settings["max_size"], self.n_symbols, self.digit)
+        return self
+
+    @property
+    def best(self) -> Row:
+        """The recommended row: that of the shortest description."""
+        return min(self.front, key=lambda row: row.length)
+
+    @property
+    def formula(self) -> str:
+        return text_of(self.best, safe_names(self.names))
+
+    def predict(self, X) -> np.ndarray:
+        """Values (N,) of the recommended formula."""
+        X = as_data(X, None)[0]
+        if X.shape[1] != len(self.names):
+            raise UserError(f"X has {X.shape[1]} columns, and the formula was found with {len(self.names)}")
+        return evaluate(np.array([self.best.tokens], np.int8), X[None], None, np.array([self.best.constants]))[0]
+
+
+def safe_names(names: Sequence[str]) -> list[str]:
+    """Names that Python and sympy take for variables: lambda_ of lambda, temp of temp_%, Time_s of Time (s)."""
+    import sympy
+    out: list[str] = []
+    for name in names:
+        safe = re.sub(r"\W+", "_", name).strip("_")
+        safe = safe if safe.isidentifier() else f"v_{safe}"
+        while keyword.iskeyword(safe) or hasattr(sympy, safe) or hasattr(math, safe) or hasattr(builtins, safe) or safe in out:
+            safe += "_"
+        out.append(safe)
+    return out
+
+
+class Powers(ast.NodeTransformer):
+    """x * x ** 2 and (x ** 2) ** 2 as one power."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        match node:
+            case ast.BinOp(op=ast.Pow(), left=ast.BinOp(op=ast.Pow(), left=a, right=ast.Constant(value=int() as n)),
+                           right=ast.Constant(value=int() as m)):
+                return ast.BinOp(a, ast.Pow(), ast.Constant(n * m))
+            case ast.BinOp(op=ast.Mult(), left=a, right=ast.BinOp(op=ast.Pow(), left=b, right=ast.Constant(value=int() as n))
+                           ) if ast.dump(a) == ast.dump(b):
+                return ast.BinOp(a, ast.Pow(), ast.Constant(n + 1))
+        return node
+
+
+def text_of(row: Row, names: Sequence[str]) -> str:
+    """A formula as Python writes it, with names that are safe."""
+    tree = Powers().visit(ast.parse(infix(row.tokens, row.constants, names), mode="eval"))
+    return ast.unparse(tree)
+
+
+# ---- Mode regress
+
+def regress(args: flags.Flags) -> dict:
+    """A front of formulas for the file of --data, or predictions for that of --predict; the summary. Raises UserError."""
+    if args.predict is not None:
+        return predict_file(args)
+    devices.refuse_ranks(SCRIPT)
+    args, saved = run.restore(args, SCRIPT, search=dict, data=str)
+    if args.data is None:
+        raise UserError("--mode regress: --data FILE is missing")
+    sample = read_sample(args.data, args)
+    hash_ = hashlib.sha256(sample.X.tobytes() + sample.y.tobytes()).hexdigest()[:12]
+    if saved and saved["data"] != hash_:
+        raise UserError(f"{args.data}: it has changed since {args.resume} was begun")
+    source = args.net or (KEPT if Path(KEPT).exists() else None)
+    net = load_net(source)[0].eval() if source else None
+    regressor = Regressor(args.ops, args.max_size, args.loss, args.max_minutes, args.evaluations if "evaluations" in args.given
+                          else 0, args.test_fraction, args.seed, net)
+    with run.Run(args, SCRIPT, __file__, saved) as r:
+        print(f"{args.data}: {len(sample.y)} rows, {sample.target!r} of {', '.join(sample.names)}", *sample.notes, sep="\n  ",
+              flush=True)
+        names = {name: safe for name, safe in zip(sample.names, safe_names(sample.names), strict=True) if name != safe}
+        if names:
+            print("  in code: " + ", ".join(f"{name!r} is {safe}" for name, safe in names.items()))
+        if len(sample.y) < 10:
+            print(f"  only {len(sample.y)} rows: whatever is found may be chance")
+        if len(sample.y) > MOST_ROWS:
+            print(f"  {MOST_ROWS} of the rows are used, drawn by --seed")
+        next_report = 0.0
+
+        def watch(reg: Regressor) -> bool:
+            nonlocal next_report
+            r.step = reg.search.k
+            if reg.search.k and (reg.search.seconds >= next_report or r.stopped_by):
+                next_report = 1.5 * reg.search.seconds + 1
+                report(r, reg.conclude(), sample)
+                r.save("last.pt", data=hash_, search=reg.search.state())
+            return bool(r.stopped_by)
+        regressor.fit(sample.X, sample.y, sample.names, sample.weights, sample.digit, saved and saved["search"], watch)
+        return finish_regression(r, regressor, sample, args, hash_)
+
+
+def report(r: run.Run, regressor: Regressor, sample: Sample) -> None:
+    """front.csv, the live line."""
+    best, s = regressor.best, regressor.search
+    write_front(r.folder / "front.csv", regressor)
+    row = {"step": s.k, "evaluations": int(s.search.spent.sum()), "size": best.size, "train_loss": best.loss, "test_loss": best.test}
+    r.record(row)
+    print(f"{s.seconds:6.1f} s, {row['evaluations']} evaluations: {best.loss:.4g} (test {best.test:.4g}) "
+          f"{shown(best, regressor):.90}", flush=True)
+
+
+def shown(row: Row, regressor: Regressor) -> str:
+    """A formula with the names that a person gave."""
+    safe = safe_names(regressor.names)
+    original = dict(zip(safe, regressor.names, strict=True))
+    return re.sub(r"[^\W\d]\w*", lambda m: original.get(m[0], m[0]), text_of(row, safe))
+
+
+def write_front(file: Path, regressor: Regressor) -> None:
+    out, safe = io.StringIO(), safe_names(regressor.names)
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["size", "train", "test", "recommended", "pole", "formula", "python"])
+    for row in regressor.front:
+        table.writerow([row.size, repr(row.loss), repr(row.test), int(row is regressor.best), int(row.pole),
+                        shown(row, regressor), text_of(row, safe)])
+    files.write_atomic(file, out.getvalue().encode())
+
+
+def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: flags.Flags, hash_: str) -> dict:
+    """The table, the files, the picture; the summary."""
+    import sympy
+    best, safe, folder, s = regressor.best, safe_names(sample.names), r.folder, regressor.search
+    write_front(folder / "front.csv", regressor)
+    text = text_of(best, safe)
+    formula = to_sympy(best.tokens, best.constants, safe)
+    latex = sympy.latex(formula, symbol_names={sympy.Symbol(a): rf"\mathrm{{{as_latex(b)}}}" for a, b in
+                                               zip(safe, sample.names, strict=True)})
+    body = [f'"""{as_comment(sample.target)}, found by {SCRIPT} in {as_comment(Path(args.data).name)}."""',
+            "from math import cos, exp, log, sin, sqrt, tanh  # noqa: F401", "", "",
+            f"def formula({', '.join(safe)}):", *(f"    # {a}: {as_comment(b)}" for a, b in zip(safe, sample.names, strict=True)
+                                                  if a != b), f"    return {text}", ""]
+    for name, content in (("formula.py", "\n".join(body)), ("formula.tex", latex + "\n"), ("formula.sympy.txt", f"{formula}\n")):
+        files.write_atomic(folder / name, content.encode())
+    test = regressor.data.get("test")
+    save_regressor(r, regressor, sample, hash_)
+    draw_report(regressor, sample, folder / "report.png")
+    print(f"{'size':>6s} {'train ' + args.loss:>12s} {'test':>12s}  {sample.target} =")
+    for row in regressor.front:
+        print(f"{'*' if row is best else ' '}{row.size:5d} {row.loss:12.5g} {row.test:12.5g}  {shown(row, regressor)}"
+              f"{'   (pole)' * row.pole}")
+    print("* recommended: the shortest description of formula and errors together")
+    for line in outliers(regressor, sample) if args.loss == "mse" else []:
+        print(line)
+    share = s.search.gains / max(1, s.search.gains.sum()) if s else np.zeros(3)
+    print("improvements of the front: " + ", ".join(f"{name} {x:.0%}" for name, x in zip(SOURCES, share, strict=True)))
+    summary = r.summary(n_params=best.tokens.count(C), formula=text, sympy=str(formula), train_loss=best.loss,
+                        test_loss=best.test, size=best.size, n=len(sample.y), n_test=len(test[0]) if test else 0,
+                        evaluations=int(s.search.spent.sum()) if s else 0, search_seconds=s.seconds if s else 0.0,
+                        steps=s.k if s else 0, stopped_early=bool(r.stopped_by), gains=dict(zip(SOURCES, map(float, share), strict=True)))
+    print(f"{text}\n{folder}")
+    r.leave_if_stopped()
+    return summary
+
+
+def as_latex(name: str) -> str:
+    return re.sub(r"([#$%&_{}])", r"\\\1", name.replace("\\", "").replace("^", r"\^{}").replace("~", " "))
+
+
+def as_comment(name: str) -> str:
+    return " ".join(name.replace("\\", "/").replace('"', "'").split())
+
+
+def outliers(regressor: Regressor, sample: Sample) -> list[str]:
+    """A line that names the rows whose residual is far out, if there are any."""
+    residual = sample.y - regressor.predict(sample.X)
+    middle = np.median(residual)
+    far = np.abs(residual - middle)
+    rows = np.flatnonzero(far > max(6 * 1.4826 * np.median(far), 1e-9 * sample.y.std()))
+    if not len(rows):
+        return []
+    lines = ", ".join(str(sample.lines[i]) for i in rows[np.argsort(-far[rows])][:10])
+    return [f"warning: {len(rows)} rows are more than 6 median deviations from the formula, line {lines}: --loss huber or l1 "
+            "gives them less weight"]
+
+
+def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
+    """The fit, the front and the residuals."""
+    fig, axes = plots.new_figure(1, 3, width=5.0, height=4.0)
+    best, names = regressor.best, regressor.names
+    for part, color in (("train", "C0"), ("test", "C1")):
+        rows = regressor.rows[part]
+        if not len(rows):
+            continue
+        X, y = sample.X[rows], sample.y[rows]
+        found = regressor.predict(X)
+        axes[0].plot(X[:, 0] if len(names) == 1 else found, y, ".", ms=4, color=color, label=part)
+        axes[2].plot(found, y - found, ".", ms=4, color=color, label=part)
+    if len(names) == 1:
+        x = np.linspace(sample.X.min(), sample.X.max(), 1000)
+        axes[0].plot(x, regressor.predict(x[:, None]), lw=1, color="k")
+    else:
+        axes[0].axline((sample.y[0], sample.y[0]), slope=1, color="k", lw=0.7)
+    axes[0].set(xlabel=plots.as_label(names[0]) if len(names) == 1 else "predicted", ylabel=plots.as_label(sample.target))
+    axes[0].set_title(plots.as_label(f"{shown(best, regressor):.70}"), fontsize=8, loc="left")
+    sizes = [row.size for row in regressor.front]
+    for key, color in (("loss", "C0"), ("test", "C1")):
+        axes[1].plot(sizes, [max(getattr(row, key), 1e-300) for row in regressor.front], marker="o", ms=4, color=color,
+                     label="train" if key == "loss" else "test")
+    axes[1].axvline(best.size, color="k", lw=0.7, ls=":")
+    axes[1].set(xlabel="size", ylabel=regressor.settings["loss"], yscale="log", title="front")
+    axes[2].axhline(0, color="k", lw=0.7)
+    axes[2].set(xlabel="predicted", ylabel="residual", title="residuals")
+    for ax in axes[:2]:
+        ax.legend(frameon=False, fontsize=7)
+    return plots.save_figure(fig, out)
+
+
+def save_regressor(r: run.Run, regressor: Regressor, sample: Sample, hash_: str) -> None:
+    test = regressor.data.get("test")
+    r.save("best.pt", data=hash_, regressor={
+        **regressor.settings, "names": regressor.names, "target": sample.target, "n_symbols": regressor.n_symbols,
+        "front": [row._asdict() for row in regressor.front],
+        "test": [torch.from_numpy(x) for x in (test[0], test[1].y, test[1].weights)] if test else []})
+
+
+def load_regressor(saved: dict, path: str | Path) -> Regressor:
+    """The Regressor of a run, ready to predict. Raises UserError."""
+    with files.refuse_damaged(path):
+        kept = saved["regressor"]
+        out = Regressor(kept["ops"], kept["max_size"], kept["loss"], test_fraction=kept["test_fraction"], seed=kept["seed"])
+        out.names, out.target = list(kept["names"]), str(kept["target"])
+        out.front = [Row(**{**row, "tokens": list(row["tokens"]), "constants": list(row["constants"])}) for row in kept["front"]]
+        grammar = Grammar(ops=out.settings["ops"], variables=len(out.names), max_size=100, constants=True)
+        for row in out.front:
+            check_programs(np.array([row.tokens], np.int8), replace(grammar, ops=tuple(TOKENS)))
+        X, y, weights = (x.numpy() for x in kept["test"]) if kept["test"] else (None, None, None)
+        out.data = {} if X is None else {"test": (X, Loss(y, kept["loss"], weights))}
+    return out
+
+
+def predict_file(args: flags.Flags) -> dict:
+    """Write predictions.csv for a file whose columns have the names of those that the formula was found with."""
+    path_ = checkpoint.file_of(args.checkpoint)
+    saved = checkpoint.check(checkpoint.read(path_), path_, SCRIPT, regressor=dict)
+    regressor, table = load_regressor(saved, path_), read_table(args.predict)
+    missing = [name for name in regressor.names if name not in table.names]
+    if missing:
+        raise UserError(f"{args.predict}: no column {missing[0]!r:.60}; there are {', '.join(table.names):.200}")
+    columns = [table.numbers(table.names.index(name)) for name in regressor.names]
+    for name, column in zip(regressor.names, columns, strict=True):
+        if column is None:
+            raise UserError(f"{args.predict}: column {name!r:.60} has cells that are no numbers")
+    X = np.stack(columns, 1)
+    out = Path(args.output or path_.parent / "predictions.csv")
+    files.check_output(out)
+    values = regressor.predict(X)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([[regressor.target], *([repr(float(v)) if np.isfinite(v) else ""] for v in values)])
+    files.write_atomic(out, text.getvalue().encode())
+    n = int((~np.isfinite(values)).sum())
+    print(f"{out}: {len(values)} predictions" + (f", {n} of them empty: a cell is missing, or the formula has no value" if n else ""))
+    return {"script": SCRIPT, "predictions": str(out), "n": len(values), "empty": n}
+
+
 # ---- Modes
 
 NGUYEN = {  # Nguyen et al. 2011 as in DSO (Petersen et al. 2021), 20 points each: formula, range of x
@@ -2188,7 +3382,7 @@ def nguyen(name: str, seeds: int, seed: int) -> Problems:
     text, bounds = NGUYEN[name]
     tokens, constants = parse(text)
     truth = np.repeat(padded(tokens, len(tokens))[None], seeds, 0)
-    variables = 1 + max(t - X0 for t in tokens if t < FIRST_OP)
+    variables = 1 + int(INDEX[tokens].max())
     rng = np.random.default_rng([seed, PROBLEMS, int(name)])
     problems, usable = make_problems(rng, truth, 20, variables, np.repeat([constants], seeds, 0), [bounds])
     if len(usable) < seeds:
@@ -2275,8 +3469,14 @@ def net_and_data(path: str, args: flags.Flags) -> tuple[Net, dict, Data]:
 
 
 def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
-    """The diagnosis of a net on the examples of its run. Raises UserError."""
-    own = parse_args([])
+    """The diagnosis of a net on the examples of its run, or the front of --mode regress on its test rows. Raises UserError."""
+    own, regressor = parse_args([]), load(path)
+    if isinstance(regressor, Regressor):
+        safe, test = safe_names(regressor.names), regressor.data.get("test")
+        front = [{"size": row.size, "loss": row.loss, "test": measure(row.tokens, row.constants, *test) if test else math.nan,
+                  "recommended": row is regressor.best, "formula": text_of(row, safe)} for row in regressor.front]
+        return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": regressor.best.tokens.count(C),
+                "front": front, "n": len(test[0]) if test else 0}
     net, saved, data = net_and_data(path, own)
     return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": count_parameters(net),
             "step": saved["step"], "figures": diagnose(net, data, own, N_FINAL, own.samples, SPLITS)}
@@ -2284,10 +3484,14 @@ def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
 
 def format_evaluation(out: dict) -> str:
     """The figures of evaluate_checkpoint as text."""
+    if "front" in out:
+        return "\n".join(f"{'*' if row['recommended'] else ' '} {row['size']:4d} {row['test']:12.5g}  {row['formula']}"
+                         for row in out["front"])
     return f"  {out['n_params']} parameters, step {out['step']}\n{format_diagnosis(out['figures'])}"
 
 
-MODES = {"demo": train, "gen": gen, "train": train, "eval": with_net, "search": with_net, "bench": bench}
+MODES = {"demo": train, "gen": gen, "train": train, "eval": with_net, "search": with_net, "bench": bench,
+         "regress": regress}
 KEPT = "logs/kept/neural_sr/large-s0"
 
 
