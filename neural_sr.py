@@ -21,15 +21,20 @@ import builtins
 import copy
 import csv
 import hashlib
+import importlib.util
 import io
 import keyword
 import math
+import multiprocessing
+import os
 import re
+import tempfile
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -103,13 +108,13 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "formulas for the table of --data")
     g = p.add_argument_group("data")
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
-                   metavar="LIST", help=f"operators, some of {','.join(TOKENS)} (bench: these and sin,cos,exp,log)")
+                   metavar="LIST", help=f"operators, some of {','.join(TOKENS)}")
     g.add_argument("--variables", type=integer(1, 4), default=2, help="of functions and programs")
     g.add_argument("--functions", type=integer(10), default=300_000, help="programs that are sampled; how many "
                    "different functions they are is printed")
     g.add_argument("--target-size", type=integer(3, 40), default=11, help="tokens of the largest of them")
     g.add_argument("--max-size", type=integer(3, 60), default=15,
-                   help="tokens of the largest program in a search (bench: 30)")
+                   help="tokens of the largest program in a search (regress: of a formula, 40)")
     g.add_argument("--points", type=integer(3, 10_000), default=32, help="of a data set")
     g.add_argument("--generations", type=integer(1, 1000), default=4, help="of the GP runs that give examples")
     g.add_argument("--objective", choices=["solution", "ancestor", "gp"], default="solution", help="what the net shall "
@@ -140,19 +145,22 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--samples", type=integer(1, 10_000), default=32, help="programs for each context in the diagnosis")
 
     g = p.add_argument_group("search")
-    g.add_argument("--method", type=names_of(METHODS), default=list(METHODS), metavar="LIST", help="mix: GP and the "
-                   "net; net: its proposals alone; random, wrong: controls, with random programs or another problem's "
-                   "proposals in place of the net's")
-    g.add_argument("--problems", type=integer(2), default=120, help="held-out functions to search for")
+    g.add_argument("--method", type=names_of(dict.fromkeys((*METHODS, "gp", "mix", *PEERS))), default=list(METHODS), metavar="LIST",
+                   help="mix: GP and the net; net: its proposals alone; random, wrong: controls, with random programs or another "
+                   "problem's proposals in place of the net's; bench: gp and mix, of --mode regress, gplearn, pyoperon, eggp")
+    g.add_argument("--problems", type=names_of(PROBLEM_SETS), default=["nguyen", "feynman"], metavar="LIST",
+                   help=f"bench: some of {','.join(PROBLEM_SETS)}")
+    g.add_argument("--noise", type=real(0, 10), default=0.0, help="bench: of y, as a share of its standard deviation")
+    g.add_argument("--held-out", type=integer(2), default=120, help="held-out functions to search for")
     g.add_argument("--larger", type=integer(0, 40), default=0, help="ask functions that are larger than those of "
                    "training by up to so many tokens; 0: of its sizes")
     g.add_argument("--search-seeds", type=integer(1, 1000), default=3, help="searches of each problem")
     g.add_argument("--evaluations", type=integer(1), default=600,
-                   help="distinct ones, for each problem (bench: 100,000)")
-    g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island (bench: 500)")
+                   help="distinct ones, for each problem (regress: instead of --max-minutes)")
+    g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island")
     g.add_argument("--islands", type=names_of(["raw", "terms"]), default=["terms"], metavar="LIST",
                    help="raw: programs are measured as they are; terms: with least-squares weights of their additive "
-                   "terms (bench: both)")
+                   "terms")
     g.add_argument("--constants", action="store_true", help="GP's leaves may be fitted constants, c")
     g.add_argument("--mix", type=integer(2, 1000), default=3, metavar="B",
                    help="of mix, the rounds 1, B, B * B, ... are the net's, the others GP's")
@@ -167,8 +175,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
         if args.predict is not None and args.checkpoint is None:
             p.error("--predict: --checkpoint RUN is missing")
     if args.mode == "bench":
-        flags.use(args, {"ops": ["add", "sub", "mul", "div", "sin", "cos", "exp", "log"], "max_size": 30,
-                         "population": 500, "islands": ["raw", "terms"], "evaluations": 100_000})
+        flags.use(args, {"method": ["gp", "mix"], "max_minutes": 0.5, "steps": 10**9, "threads": 1})
     try:
         config_of(args)
         check_flags(args)
@@ -182,16 +189,17 @@ def check_flags(args: flags.Flags) -> None:
     table = ("target", "features", "ignore", "weights", "loss", "test_fraction", "predict", "checkpoint", "output")
     net = (*DATA_FLAGS, "data", "net", "arch", "members", "hidden", "layers", "heads")
     find = ("method", "constants", "evaluations", "population", "islands", "search_seeds")
-    used = {"gen": DATA_FLAGS, "eval": (*net, "samples"), "bench": ("ops", "max_size", *find),
-            "search": (*net, *find, "problems", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net", *table},
-            "train": set(vars(args)) - {"net", "problems", "larger", "method", "constants", "search_seeds", *table},
+    used = {"gen": DATA_FLAGS, "eval": (*net, "samples"), "bench": ("method", "problems", "noise", "search_seeds", "net", "max_minutes", "resume"),
+            "search": (*net, *find, "held_out", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net", "problems", "noise", *table},
+            "train": set(vars(args)) - {"net", "held_out", "larger", "method", "constants", "search_seeds", "problems", "noise", *table},
             "regress": (*table, "data", "ops", "max_size", "evaluations", "net", "max_minutes", "resume", "tracker")}
     if not args.rounds:
         used["train"] -= {"evaluations", "population", "islands", "mix", "temperature"}
     flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir", "device")
-    if args.mode == "bench" and "method" in args.given and args.method != ["gp"]:
-        raise UserError(f"--method {','.join(args.method)}: --mode bench has gp alone")
-    if args.mode != "regress":
+    known = ("gp", "mix", *PEERS) if args.mode == "bench" else METHODS
+    if not set(args.method) <= set(known):
+        raise UserError(f"--method {','.join(args.method)}: --mode {args.mode} has {', '.join(known)}")
+    if args.mode not in ("regress", "bench"):
         check_sizes(args)
 
 
@@ -618,7 +626,7 @@ def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], lis
     """
     known = {name: int(VARIABLES[i]) for i, name in enumerate(names or [f"x{i}" for i in range(len(VARIABLES))])}
     joins = {ast.Add: ADD, ast.Sub: SUB, ast.Mult: MUL, ast.Div: DIV, ast.Pow: POW}
-    called = {op.name: op.arity for op in OPS if op.text.startswith(op.name)}
+    called = {op.name: op.arity for op in OPS}
 
     def refuse(what: str) -> UserError:
         return UserError(f"expression {text[:60]!r}: {what[:60]}")
@@ -833,16 +841,17 @@ def as_data(X, y) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, variables: int,
-                  constants: np.ndarray | None = None, ranges: Sequence[tuple[float, float]] = RANGES,
+                  constants: np.ndarray | None = None, ranges: Sequence[tuple] = RANGES,
                   n_test: int = N_TEST) -> tuple[Problems, np.ndarray]:
-    """A data set for each program (P, L) that has values on one of the ranges; which programs (Q,) these are.
+    """A data set for each program (P, L) that has values on one of the ranges; which programs (Q,) these are. The ends of
+    a range are of all variables, or of each (V,).
 
     Values are usable if they are finite, below 10,000, and not all the same.
     """
     parts, which, todo = [], [], np.arange(len(truth))
     for low, high in ranges:
         middle, half = (low + high) / 2, (high - low) / 2
-        start = low / 2 if low > 0 else middle - 2 * half  # of a range twice as wide
+        start = np.where(np.asarray(low) > 0, np.asarray(low) / 2, middle - 2 * half)  # of a range twice as wide
         bounds = (start, start + 4 * half)
         X, wide = (rng.uniform(*ends, (len(todo), n, variables)) for ends, n in (
             ((low, high), n_points + n_test), (bounds, n_test)))
@@ -2143,12 +2152,12 @@ def format_diagnosis(figures: dict[str, dict]) -> str:
 # ---- The comparison of searches
 
 def held_out(data: Data, args: argparse.Namespace) -> Problems:
-    """--problems functions of different classes, none of them in train or val: of each size equally many, as far as
+    """--held-out functions of different classes, none of them in train or val: of each size equally many, as far as
     there are."""
     rng = np.random.default_rng([args.seed, PROBLEMS])
     tokens = data.functions["test"]
     if args.larger:
-        tokens, share = larger_functions(rng, args, 200 * args.problems, args.larger)
+        tokens, share = larger_functions(rng, args, 200 * args.held_out, args.larger)
         known = {key for name in ("train", "val") for key in classes_of(data.functions[name], args.variables)}
         tokens = tokens[[x < TEST_SHARE and key not in known
                          for x, key in zip(share, classes_of(tokens, args.variables), strict=True)]]
@@ -2157,11 +2166,11 @@ def held_out(data: Data, args: argparse.Namespace) -> Problems:
     tokens = tokens[np.sort(first)]
     size = (tokens != PAD).sum(1)
     tokens = tokens[np.lexsort((size, rank_among_equals(size)))]
-    problems, _ = make_problems(rng, tokens[:2 * args.problems], args.points, args.variables)
-    if len(problems.y) < args.problems:
-        raise UserError(f"--problems {args.problems}: there are {len(problems.y)} held-out functions of different "
+    problems, _ = make_problems(rng, tokens[:2 * args.held_out], args.points, args.variables)
+    if len(problems.y) < args.held_out:
+        raise UserError(f"--held-out {args.held_out}: there are {len(problems.y)} held-out functions of different "
                         "classes; more --functions give more")
-    return take(problems, slice(args.problems))
+    return take(problems, slice(args.held_out))
 
 
 def larger_functions(rng: np.random.Generator, args: argparse.Namespace, n: int, more: int
@@ -3365,57 +3374,260 @@ def predict_file(args: flags.Flags) -> dict:
     return {"script": SCRIPT, "predictions": str(out), "n": len(values), "empty": n}
 
 
-# ---- Modes
+# ---- Mode bench: published problems, and other engines
 
-NGUYEN = {  # Nguyen et al. 2011 as in DSO (Petersen et al. 2021), 20 points each: formula, range of x
-    "1": ("x0**3 + x0**2 + x0", (-1, 1)), "2": ("x0**4 + x0**3 + x0**2 + x0", (-1, 1)),
-    "3": ("x0**5 + x0**4 + x0**3 + x0**2 + x0", (-1, 1)),
-    "4": ("x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0", (-1, 1)),
-    "5": ("sin(x0**2)*cos(x0) - 1", (-1, 1)), "6": ("sin(x0) + sin(x0 + x0**2)", (-1, 1)),
-    "7": ("log(x0 + 1) + log(x0**2 + 1)", (0, 2)), "8": ("sqrt(x0)", (0, 4)),
-    "9": ("sin(x0) + sin(x1**2)", (0, 1)), "10": ("2*sin(x0)*cos(x1)", (0, 1)), "11": ("x0**x1", (0, 1)),
-    "12": ("x0**4 - x0**3 + 0.5*x1**2 - x1", (0, 1))}
+PROBLEM_SETS = {  # formula: range of all variables, or of each; points. Where a source has a grid, so many points at random
+    # Nguyen et al. 2011, as in DSO (Petersen et al. 2021)
+    "nguyen": ("x0**3 + x0**2 + x0: -1,1; 20", "x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
+               "x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20", "x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
+               "sin(x0**2)*cos(x0) - 1: -1,1; 20", "sin(x0) + sin(x0 + x0**2): -1,1; 20",
+               "log(x0 + 1) + log(x0**2 + 1): 0,2; 20", "sqrt(x0): 0,4; 20", "sin(x0) + sin(x1**2): 0,1; 20",
+               "2*sin(x0)*cos(x1): 0,1; 20", "x0**x1: 0,1; 20", "x0**4 - x0**3 + 0.5*x1**2 - x1: 0,1; 20"),
+    # Keijzer 2003, without the sixth, a sum of 1 / i, which has no closed form
+    "keijzer": ("0.3*x0*sin(6.283185307179586*x0): -1,1; 20", "0.3*x0*sin(6.283185307179586*x0): -2,2; 40",
+                "0.3*x0*sin(6.283185307179586*x0): -3,3; 60",
+                "x0**3*exp(-x0)*cos(x0)*sin(x0)*(sin(x0)**2*cos(x0) - 1): 0,10; 200",
+                "30*x0*x1/((x0 - 10)*x2**2): -1,1 -1,1 1,2; 1000", "log(x0): 1,100; 100", "sqrt(x0): 0,100; 100",
+                "log(x0 + sqrt(x0**2 + 1)): 0,100; 100", "x0**x1: 0,1; 100", "x0*x1 + sin((x0 - 1)*(x1 - 1)): -3,3; 20",
+                "x0**4 - x0**3 + x1**2/2 - x1: -3,3; 20", "6*sin(x0)*cos(x1): -3,3; 20", "8/(2 + x0**2 + x1**2): -3,3; 20",
+                "x0**3/5 + x1**3/2 - x1 - x0: -3,3; 20"),
+    "koza": ("x0**4 + x0**3 + x0**2 + x0: -1,1; 20", "x0**5 - 2*x0**3 + x0: -1,1; 20", "x0**6 - 2*x0**4 + x0**2: -1,1; 20"),
+    # Mundhenk et al. 2021
+    "livermore": ("1/3 + x0 + sin(x0**2): -10,10; 1000", "sin(x0**2)*cos(x0) - 2: -1,1; 20", "sin(x0**3)*cos(x0**2) - 1: -1,1; 20",
+                  "log(x0 + 1) + log(x0**2 + 1) + log(x0): 0,2; 20", "x0**4 - x0**3 + x0**2 - x1: 0,1; 20",
+                  "4*x0**4 + 3*x0**3 + 2*x0**2 + x0: -1,1; 20", "(exp(x0) - exp(-x0))/2: -1,1; 20",
+                  "(exp(x0) + exp(-x0))/2: -1,1; 20",
+                  "x0**9 + x0**8 + x0**7 + x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20", "6*sin(x0)*cos(x1): 0,1; 20",
+                  "x0**4/(x0 + x1): -1,1; 50", "x0**5/x1**3: -1,1; 50", "x0**(1/3): 0,4; 20",
+                  "x0**3 + x0**2 + x0 + sin(x0) + sin(x0**2): -1,1; 20", "x0**(1/5): 0,4; 20", "x0**(2/5): 0,4; 20",
+                  "4*sin(x0)*cos(x1): 0,1; 20", "sin(x0**2)*cos(x0) - 5: -1,1; 20", "x0**5 + x0**4 + x0**2 + x0: -1,1; 20",
+                  "exp(-(x0**2)): -1,1; 20", "x0**8 + x0**7 + x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
+                  "exp(-0.5*x0**2): -1,1; 20"),
+    "pagie": ("1/(1 + 1/x0**4) + 1/(1 + 1/x1**4): -5,5; 676",),
+    # Every eighth of the hundred of Udrescu and Tegmark 2020, from the fourth on: I.8.14, I.12.11, I.16.6, I.29.4, I.34.14,
+    # I.41.16, II.2.42, II.10.9, II.13.34, II.34.2, II.38.3, III.12.43, with their ranges; chosen before the first timed run
+    "feynman": ("sqrt((x1 - x0)**2 + (x3 - x2)**2): 1,5 1,5 1,5 1,5; 200", "x0*(x1 + x2*x3*sin(x4)): 1,5 1,5 1,5 1,5 1,5; 200",
+                "(x1 + x2)/(1 + x1*x2/x0**2): 1,5 1,5 1,5; 200", "x0/x1: 1,10 1,10; 200",
+                "(1 + x1/x0)/sqrt(1 - x1**2/x0**2)*x2: 3,10 1,2 1,5; 200",
+                "x1*x0**3/(9.869604401089358*x4**2*(exp(x1*x0/(6.283185307179586*x3*x2)) - 1)): 1,5 1,5 1,5 1,5 1,5; 200",
+                "x0*(x2 - x1)*x3/x4: 1,5 1,5 1,5 1,5 1,5; 200", "x0/x1/(1 + x2): 1,5 1,5 1,5; 200",
+                "x0/sqrt(1 - x1**2/x2**2): 1,5 1,2 3,10; 200", "x0*x1*x2/2: 1,5 1,5 1,5; 200", "x0*x1*x2/x3: 1,5 1,5 1,5 1,5; 200",
+                "x0*x1/6.283185307179586: 1,5 1,5; 200"),
+    # Four of Nguyen's, a decay that is measured with noise (see --noise), Coulomb's law in units of 1e9
+    "six": ("x0**3 + x0**2 + x0: -1,1; 20", "x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
+            "log(x0 + 1) + log(x0**2 + 1): 0,2; 20", "2*sin(x0)*cos(x1): 0,1; 20",
+            "2.5*exp(-0.7*x0) + 1.3: 0,5; 50; 0.05", "8.99*x0*x1/x2**2: 1,5 1,5 1,5; 50"),
+}
 
 
-def nguyen(name: str, seeds: int, seed: int) -> Problems:
-    """One of Nguyen's problems, with points drawn anew for each of the seeds."""
-    text, bounds = NGUYEN[name]
+class Published(NamedTuple):
+    """A problem of a set, with data, and the noise that is added to y as a share of its standard deviation."""
+    name: str
+    problems: Problems   # Q = 1, without noise
+    y: np.ndarray        # (N,) with it
+    noise: float
+    max_size: int        # tokens that a formula which counts as recovered may have
+
+
+def published(set_name: str, i: int, noise: float, seed: int) -> Published:
+    """The i-th problem of a set, its points and noise drawn by the seed."""
+    text, bounds, points, *own = [x.strip() for x in re.split("[:;]", PROBLEM_SETS[set_name][i])]
     tokens, constants = parse(text)
-    truth = np.repeat(padded(tokens, len(tokens))[None], seeds, 0)
+    ranges = [tuple(map(float, pair.split(","))) for pair in bounds.split()]
     variables = 1 + int(INDEX[tokens].max())
-    rng = np.random.default_rng([seed, PROBLEMS, int(name)])
-    problems, usable = make_problems(rng, truth, 20, variables, np.repeat([constants], seeds, 0), [bounds])
-    if len(usable) < seeds:
-        raise UserError(f"{text} has values that cannot be used on {bounds}")
-    return problems
+    rng = np.random.default_rng([seed, PROBLEMS, list(PROBLEM_SETS).index(set_name), i])
+    for _ in range(1000):  # poles of some are near the data at times
+        problems, usable = make_problems(rng, np.array([tokens], np.int8), int(points), variables, np.array([constants]),
+                                         [np.array(ranges * (variables if len(ranges) == 1 else 1)).T])
+        if len(usable):
+            break
+    noise = max(noise, float(own[0]) if own else 0.0)
+    y = problems.y[0] + noise * problems.y[0].std() * rng.normal(size=int(points))
+    return Published(f"{set_name}-{i + 1}", problems, y, noise, 2 * len(simplified(tokens, constants)[0]))
+
+
+def judged(p: Published, formulas: Iterable[tuple[list, list]]) -> tuple[bool, bool, int]:
+    """Whether one of the formulas solves the problem, and whether one recovers it; the size of that (0: none).
+
+    Without noise: NMSE of at most SOLVED on test points; and besides equal to the truth on a range twice as wide, with at
+    most twice its tokens. With noise: the error of test points to the truth within the noise; and besides the same as the
+    truth once its own constants are fitted to that, of which those fitted to the noise differ by 5 % at most.
+    """
+    solved, sizes = False, []
+    for t, c in formulas:
+        t, c = simplified(t, c)
+        nmse = measure(t, c, p.problems.X_test[0], Loss(p.problems.y_test)) / p.problems.y_test.var()
+        if nmse <= max(SOLVED, p.noise ** 2):
+            solved = True
+            own = c
+            if p.noise:
+                row, values = np.array([t], np.int8), np.array([c])
+                c = converged(row, values, p.problems.X[0], Loss(p.problems.y))[0].tolist()
+            near = all(abs(a - b) <= 0.05 * abs(b) for a, b in zip(own, c, strict=True))
+            wide = evaluate(np.array([t], np.int8), p.problems.X_wide, None, np.array([c]))
+            y = p.problems.y_wide
+            with np.errstate(all="ignore"):
+                same = (~np.isfinite(y) | (np.abs(wide - y) <= 1e-6 * (1 + np.abs(y)))).all()
+            sizes += [len(t)] if near and same and len(t) <= p.max_size else []
+    return solved, bool(sizes), min(sizes, default=0)
+
+
+def with_ours(p: Published, method: str, seconds: float, seed: int, net: Net | None) -> tuple[bool, bool, int, float, str]:
+    """What `judged` says, seconds, and the recommended formula, of --mode regress; mix is with the net, gp without."""
+    found, least = (False, False, 0), SOLVED
+
+    def watch(regressor: Regressor) -> bool:
+        nonlocal found, least
+        low = regressor.search.search.front.nmse.min()
+        if p.noise or low > least:
+            return False
+        least = low / 10
+        found = judged(p, [(row.tokens, row.constants) for row in regressor.conclude().front])
+        return found[0]
+    start = time.monotonic()
+    regressor = Regressor(max_minutes=seconds / 60, seed=seed, net=net if method == "mix" else None)
+    regressor.fit(p.problems.X[0], p.y, watch=watch)
+    seconds = time.monotonic() - start
+    best = regressor.best
+    if not found[0]:
+        rows = [best] if p.noise else regressor.front
+        found = judged(p, [(row.tokens, row.constants) for row in rows])
+    return *found, seconds, text_of(best, safe_names(regressor.names))
+
+
+def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, pipe) -> None:
+    """Run another engine until it is killed, and send the formulas of its front after each of ever longer runs."""
+    names = [f"x{i}" for i in range(X.shape[1])]
+    pipe.send([])  # imports are not timed
+    for k in range(20):
+        if method == "gplearn":  # restarts, twice as many generations each time
+            from gplearn.functions import make_function
+            from gplearn.genetic import SymbolicRegressor
+            exp = make_function(function=lambda x: np.exp(np.minimum(x, 50)), name="exp", arity=1)
+            model = SymbolicRegressor(population_size=1000, generations=10 << k, random_state=1000 * seed + k, const_range=(-5, 5),
+                                      parsimony_coefficient=0.001,
+                                      function_set=("add", "sub", "mul", "div", "sin", "cos", exp, "log", "sqrt")).fit(X, y)
+            found = [str(model._program).replace("X", "x")]
+        elif method == "pyoperon":  # restarts, twice as many evaluations each time
+            from pyoperon.sklearn import SymbolicRegressor
+            model = SymbolicRegressor(allowed_symbols="add,sub,mul,div,sin,cos,exp,log,sqrt,square,constant,variable",
+                                      population_size=1000, max_evaluations=20_000 << k, generations=100_000,
+                                      optimizer_iterations=10, n_threads=1, max_length=30, objectives=["r2", "length"],
+                                      random_state=1000 * seed + k).fit(X, y)
+            found = [model.get_model_string(one["tree"], 17, names=names) for one in model.pareto_front_]
+        else:  # eggp goes on from what it has; it takes no seed
+            from eggp import EGGP
+            file = Path(tempfile.gettempdir()) / f"neural_sr-{os.getpid()}.egraph"
+            model = EGGP(gen=100_000, nPop=100, maxSize=20, nonterminals="add,sub,mul,div,sin,cos,exp,log,sqrt,square", loss="MSE",
+                         optIter=10, optRepeat=1, max_time=4 << k, dumpTo=str(file), loadFrom=str(file) if k else "")
+            model.fit(X, y)
+            found = list(model.results.Expression)
+        pipe.send(found)
+
+
+def with_peer(p: Published, method: str, seconds: float, seed: int) -> tuple[bool, bool, int, float, str]:
+    """The same of another engine, in a process of its own; all that it ever had in its front counts."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=peer, args=(method, p.problems.X[0], p.y, seconds, seed, other), daemon=True)
+    process.start()
+    other.close()
+    found, text = (False, False, 0), ""
+    try:
+        pipe.recv()
+        start = time.monotonic()
+        while (left := start + seconds - time.monotonic()) > 0 and pipe.poll(left):
+            texts = pipe.recv()
+            text = texts[-1]
+            now = judged(p, [x for x in (readable(text, method == "gplearn") for text in texts) if x])
+            found = now if now[:2] > found[:2] else found
+            if found[0] and not p.noise:
+                break
+        return *found, min(seconds, time.monotonic() - start), text
+    except EOFError:
+        raise UserError(f"--method {method}: it ended with an error") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def readable(text: str, protected: bool) -> tuple[list, list] | None:
+    """Another engine's formula; None if it cannot be read. protected: its roots and logarithms are of absolute values."""
+    text = re.sub(r"\b[A-Z]\w*", lambda m: m[0].lower(), text).replace("^", "**")
+    try:
+        t, c = parse(text)
+    except UserError:
+        return None
+    if protected:
+        pairs = [one for t, c in zip(t, c, strict=True) for one in [(t, c)] + [(TOKENS["abs"], 0.0)] * (t in (SQRT, LOG))]
+        t, c = map(list, zip(*pairs, strict=True))
+    return t, c
 
 
 def bench(args: flags.Flags) -> dict:
-    """GP alone on Nguyen 1-12, --search-seeds times each; the summary."""
-    with run.Run(args, SCRIPT, __file__, None) as r:
-        r.leave_if_stopped()  # a Ctrl-C acts at once from here on
-        found = {}
-        for name in NGUYEN:
-            problems = nguyen(name, args.search_seeds, args.seed)
-            args.variables, start = problems.X.shape[2], time.monotonic()
-            s = search(problems, "gp", None, args, args.seed, args.evaluations)
-            figures = scored(s)
-            rows, constants = answers(s)
-            found[name] = {"solved": int(figures["solved"].sum()), "recovered": int(figures["recovered"].sum()),
-                           "evaluations": s.spent.tolist(), "seconds": time.monotonic() - start,
-                           "formulas": [infix(t, c) for t, c in zip(rows, constants, strict=True)]}
-            print(f"Nguyen-{name:2s} {NGUYEN[name][0]:36.36s} solved {found[name]['solved']} of {args.search_seeds}, "
-                  f"recovered {found[name]['recovered']}, {np.mean(s.spent):7.0f} evaluations, "
-                  f"{found[name]['seconds']:5.1f} s: {found[name]['formulas'][0]:.60}", flush=True)
-        n, solved, recovered = len(NGUYEN) * args.search_seeds, *(
-            sum(row[key] for row in found.values()) for key in ("solved", "recovered"))
-        r.step = args.steps
-        summary = r.summary(n_params=0, ops=args.ops, evaluations=args.evaluations, solved=solved,
-                            recovered=recovered, n=n, problems=found)
-        print(f"solved {format_rate(solved, n)}, recovered {format_rate(recovered, n)}, operators "
-              f"{','.join(args.ops)}; {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} CPU-s, {r.folder}")
-        return summary
+    """Each method on each published problem, --search-seeds times; the summary."""
+    for method in args.method:
+        if method in PEERS and importlib.util.find_spec(method) is None:
+            raise UserError(f"--method {method} needs a package that is missing: pip install -e '.[sr]'")
+    args, saved = run.restore(args, SCRIPT, rows=list)
+    rows = saved["rows"] if saved else []
+    net = load_net(args.net or KEPT)[0].eval() if "mix" in args.method else None
+    done = {(row["problem"], row["method"], row["seed"]) for row in rows}
+    with run.Run(args, SCRIPT, __file__, saved) as r:
+        print(f"operators {','.join(REGRESS_OPS)}; {60 * args.max_minutes:.0f} s for each, on one thread; noise {args.noise}")
+        todo = [(name, i, seed, method) for name in args.problems for i in range(len(PROBLEM_SETS[name]))
+                for seed in range(args.search_seeds) for method in args.method if seed == 0 or method != "gplearn"]
+        for name, i, seed, method in todo:
+            p = published(name, i, args.noise, args.seed + seed)
+            if (p.name, method, seed) in done or r.stopped_by:
+                continue
+            run_one = partial(with_peer) if method in PEERS else partial(with_ours, net=net)
+            solved, recovered, size, seconds, text = run_one(p, method, 60 * args.max_minutes, args.seed + seed)
+            if r.stopped_by:
+                break
+            rows.append({"problem": p.name, "method": method, "seed": seed, "solved": solved, "recovered": recovered, "size": size,
+                         "seconds": seconds, "formula": text[:1000]})
+            print(f"{p.name:12s} {method:9s} seed {seed}: {'recovered' if recovered else 'solved' if solved else '-':9s} "
+                  f"{seconds:6.1f} s  {text:.90}", flush=True)
+            r.save("last.pt", rows=rows)
+        out = io.StringIO()
+        table = csv.DictWriter(out, rows[0] if rows else ["problem"], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        files.write_atomic(r.folder / "bench.csv", out.getvalue().encode())
+        r.leave_if_stopped()
+        methods = {}
+        for method in args.method:
+            mine = [row for row in rows if row["method"] == method]
+            times = sorted(row["seconds"] if row["solved"] else math.inf for row in mine)
+            n, solved, recovered = len(mine), *(sum(row[key] for row in mine) for key in ("solved", "recovered"))
+            methods[method] = {"n": n, "solved": solved, "recovered": recovered, "times": times,
+                               "median_seconds": times[n // 2], "median_size": float(np.median(
+                                   [row["size"] for row in mine if row["recovered"]] or [math.nan]))}
+            print(f"{method:9s} solved {format_rate(solved, n)}, recovered {format_rate(recovered, n)}, median time to solution "
+                  f"{times[n // 2]:.1f} s, median size of what is recovered {methods[method]['median_size']:.0f}")
+        draw_bench(methods, 60 * args.max_minutes, r.folder / "bench.png")
+        return r.summary(n_params=0, problems=args.problems, minutes=args.max_minutes, noise=args.noise, methods=methods,
+                         ops=list(REGRESS_OPS))
 
+
+def draw_bench(methods: dict[str, dict], seconds: float, out: Path) -> Path:
+    """Share of problems solved within so many seconds, and beside it the share recovered."""
+    fig, ax = plots.new_figure()
+    for name, row in methods.items():
+        times = [x for x in row["times"] if x < math.inf]
+        line, = ax.step([0.1, *times, seconds], np.array([*range(len(times) + 1), len(times)]) / row["n"], where="post",
+                        label=f"{name}: solved {row['solved']}, recovered {row['recovered']} of {row['n']}")
+        ax.plot(seconds, row["recovered"] / row["n"], "o", color=line.get_color())
+    ax.set(xlabel="seconds", ylabel="share solved (points: recovered)", xscale="log", ylim=(-0.02, 1.02))
+    ax.legend(frameon=False)
+    return plots.save_figure(fig, out)
+
+
+PEERS = ("gplearn", "pyoperon", "eggp")
+
+
+# ---- Modes
 
 def gen(args: flags.Flags) -> dict:
     """Make the examples and write data.npz; the summary."""
