@@ -1779,8 +1779,9 @@ def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Los
         root = 1.0 if pull is None else np.sqrt(pull[0])
         w = np.linalg.lstsq((A / size[:, None] * root).T, y * root, rcond=None)[0] / size
         found = (w @ A)[None]
-    w = [next((x for x in (0.0, 1.0, -1.0, float(f"{weight:.9g}"), float(weight))
-               if abs(x - weight) * scale <= 1e-10 * y.std()), weight) for weight, scale in zip(w, size, strict=True)]
+    least = 1e-10 * y.std()
+    w = [next((x for x in (0.0, 1.0, -1.0, float(f"{weight:.9g}"), float(weight)) if abs(x - weight) * scale <= least), weight)
+         for weight, scale in zip(w, size, strict=True)]
     terms = [([C], [w[0]], 1.0)] if w[0] else []
     for i, weight in zip(np.flatnonzero(top[0])[vary], w[1:], strict=True):
         t, c = (list(x[i:i + shape.size[0, i]]) for x in (tokens, constants))
@@ -1813,23 +1814,60 @@ def normal_form(tokens: Sequence[int], constants: Sequence[float], i: int = 0) -
     if t in (ADD, SUB):
         return total([(f, a), (g if t == ADD else -g, b)])
     if t in (MUL, DIV):
-        powers = dict(a)
-        for base, k in b:
-            powers[base] = powers.get(base, 0) + (k if t == MUL else -k)
-        with np.errstate(all="ignore"):
-            return float(np.multiply(f, g) if t == MUL else np.divide(f, g)), tuple((x, k) for x, k in powers.items() if k)
-    if t == SQUARE or (t == POW and not b and g in (1, 2, 3, 4)):
-        k = int(g) if t == POW else 2
-        return f ** k, tuple((base, k * n) for base, n in a)
-    if t == SQRT and f > 0:
-        return math.sqrt(f), (((t, (1.0, a)), 1),)
+        return times([(f, a), (g, b) if t == MUL else to_power((g, b), -1)])
+    if t == SQUARE or (t == POW and not b):
+        return to_power((f, a), 2.0 if t == SQUARE else g)
+    if t == SQRT:
+        return to_power((f, a), 0.5)
+    if t == LOG and f > 0 and len(a) == 1 and a[0][1] == 1 and a[0][0][0] == EXP:
+        return total([a[0][0][1], (math.log(f), ())])
+    if t == EXP:
+        return exponential((f, a))
     name, sign = OPS[t - FIRST_OP].name, -1.0 if f < 0 else 1.0
     if name in ("sin", "tanh"):
         return sign, (((t, (sign * f, a)), 1),)
-    if name == "exp" and len(a) == 1 and a[0][1] == 1 and a[0][0][0] == ADD and f == 1 and not a[0][0][-1][1]:
-        *rest, (number, _) = a[0][0][1:]  # exp(u + 2) is exp(2) exp(u)
-        return float(np.exp(number)), (((t, total(rest)), 1),)
     return 1.0, (((t, *((sign * f, a) if name in ("cos", "abs") else part for part in parts)), 1),)
+
+
+def times(parts: list[Node]) -> Node:
+    """The product of some nodes."""
+    powers: dict[tuple, int] = {}
+    for _, a in parts:
+        for base, k in a:
+            powers[base] = powers.get(base, 0) + k
+    with np.errstate(all="ignore"):
+        f = float(np.prod([f for f, _ in parts]))
+    return f, tuple((base, k) for base, k in powers.items() if k and f)
+
+
+def to_power(node: Node, g: float) -> Node:
+    """A node to a power that is a number: whole ones, and roots of what is positive, go to its factors."""
+    (f, a), sign = node, 1 if g > 0 else -1
+    with np.errstate(all="ignore"):
+        if g == int(g) and abs(g) < 100:
+            return float(np.power(f, g)), tuple((base, k * int(g)) for base, k in a)
+        even = tuple((base, k // 2) for base, k in a if k % 2 == 0)
+        if g == 0.5 and f > 0 and even:
+            odd = tuple((base, k) for base, k in a if k % 2)
+            return math.sqrt(f), (((TOKENS["abs"], (1.0, even)), 1), *([((SQRT, (1.0, odd)), 1)] if odd else []))
+        f, inner = (float(np.power(f, g)), (1.0, a)) if f > 0 else (1.0, node)
+    return f, (((SQRT, inner) if abs(g) == 0.5 else (POW, inner, (abs(g), ())), sign),)
+
+
+def exponential(node: Node) -> Node:
+    """exp of a node: exp(u + 2 + 3 log v) is exp(2) v^3 exp(u)."""
+    f, a = node
+    flat = a[0][0][1:] if len(a) == 1 and a[0][1] == 1 and a[0][0][0] == ADD else [(1.0, a)]
+    out, rest = [], []
+    for g, b in ((f * g, b) for g, b in flat):
+        if not b:
+            out.append((float(np.exp(np.float64(g))), ()))
+        elif logs := [base for base, k in b if k == 1 and base[0] == LOG]:
+            rest_of = tuple(pair for pair in b if pair[0] is not logs[0])
+            out.append((1.0, (((POW, logs[0][1], (g, rest_of)), 1),)) if rest_of else to_power(logs[0][1], g))
+        else:
+            rest.append((g, b))
+    return times([*out, *([(1.0, (((EXP, total(rest)), 1),))] if rest else [])])
 
 
 def total(parts: list[Node]) -> Node:
@@ -2437,26 +2475,28 @@ def strongest(X: np.ndarray, y: np.ndarray, n: int) -> list[int]:
 
 # ---- Sums and products of a dictionary: what least squares finds without evolution
 
-def monomials(variables: int, n: int) -> list[list[int]]:
-    """Up to n products and quotients of variables, those of the lowest degree first."""
+Pairs = list[tuple[int, float]]  # tokens of a program, each with its constant
+
+
+def monomials(variables: int, n: int) -> list[Pairs]:
+    """Up to n products and quotients of variables, those of the lowest degree first, up to the ninth."""
     exponents = [(0,) * variables]
     known = set(exponents)
     for e in exponents:  # grows while it is gone through: by degree
         for i, step in ((i, step) for step in (1, -1) for i in range(variables)):
             new = (*e[:i], e[i] + step, *e[i + 1:])
-            if e[i] * step >= 0 and new not in known and len(exponents) <= n:
+            if e[i] * step >= 0 and new not in known and len(exponents) <= n and sum(map(abs, new)) <= 9:
                 known.add(new)
                 exponents.append(new)
-    parts = ([[[int(VARIABLES[i])] for i, k in enumerate(e) for _ in range(max(0, sign * k))] for sign in (1, -1)]
-             for e in exponents[1:])
-    return [quotient(*x) for x in parts]
+    return [quotient(*([[(int(VARIABLES[i]), 0.0)] for i, k in enumerate(e) for _ in range(max(0, sign * k))]
+                       for sign in (1, -1))) for e in exponents[1:]]
 
 
-def quotient(above: list[list[int]], below: list[list[int]]) -> list[int]:
+def quotient(above: list[Pairs], below: list[Pairs]) -> Pairs:
     """The product of some programs over that of others."""
-    def product(parts: list[list[int]]) -> list[int]:
-        return [MUL] * (len(parts) - 1) + sum(parts, []) if parts else [ONE]
-    return [DIV, *product(above), *product(below)] if below else product(above)
+    def product(parts: list[Pairs]) -> Pairs:
+        return [(MUL, 0.0)] * (len(parts) - 1) + [pair for part in parts for pair in part] if parts else [(ONE, 0.0)]
+    return [(DIV, 0.0), *product(above), *product(below)] if below else product(above)
 
 
 def unit_columns(values: np.ndarray, given: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -2510,19 +2550,17 @@ def best_sets(C: np.ndarray, z: np.ndarray, width: int, depth: int) -> list[tupl
     return out
 
 
-def sums(tokens: np.ndarray, values: np.ndarray, z: np.ndarray, pull: np.ndarray) -> list[list[int]]:
-    """Sums of programs (M, L) with these values (M, N) that are near z (N,), once they have weights."""
-    root = np.sqrt(pull)
-    which, C = unit_columns(values * root, root[None], 4000)
-    goal = unit_columns((z * root)[None], root[None], 1)[1]
-    if not len(C) or not len(goal):
-        return []
-    parts = {i: tokens[i, :int((tokens[i] != PAD).sum())].tolist() for i in which.tolist()}
-    return [[ADD] * (len(row) - 1) + sum((parts[which[i]] for i in row), []) for row in best_sets(C, goal[0], 100, 6)]
+def sums(values: np.ndarray, z: np.ndarray, pull: np.ndarray) -> list[list[int]]:
+    """Which of some programs with these values (M, N) make sums that are near z (N,), once they have weights."""
+    with np.errstate(all="ignore"):
+        root = np.sqrt(pull)
+        which, C = unit_columns(values * root, root[None], 4000)
+        goal = unit_columns((z * root)[None], root[None], 1)[1]
+    return [which[list(row)].tolist() for row in best_sets(C, goal[0], 100, 6)] if len(C) and len(goal) else []
 
 
-def products(tokens: np.ndarray, values: np.ndarray, X: np.ndarray, y: np.ndarray, pull: np.ndarray) -> list[list[int]]:
-    """Products of powers of variables and of up to two programs (M, L) that are near y up to a factor.
+def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.ndarray, pull: np.ndarray) -> list[Pairs]:
+    """Products of powers of variables and of up to two programs with these values (M, N), near y up to a factor.
 
     In logarithms they are sums. Powers are multiples of 1/2.
     """
@@ -2537,14 +2575,13 @@ def products(tokens: np.ndarray, values: np.ndarray, X: np.ndarray, y: np.ndarra
     goal = unit_columns(logs[2] * root, given, 1)[1]
     out = []
     for row in [(), *(best_sets(C, goal[0], 60, 2) if len(goal) and len(C) else [])]:
-        chosen = [*([int(VARIABLES[i])] for i in plain), *(tokens[which[i], :int((tokens[which[i]] != PAD).sum())].tolist()
-                                                          for i in row)]
+        chosen = [*([(int(VARIABLES[i]), 0.0)] for i in plain), *(programs[which[i]] for i in row)]
         A = np.concatenate([given, logs[1][which[list(row)]] * root])
         powers = 2 * np.linalg.lstsq(A.T, logs[2][0] * root, rcond=None)[0][1:]
         whole = np.round(powers).astype(int)
         if np.abs(whole - powers).max() < 0.2 and 0 < np.abs(whole).sum() <= 20:
             out.append(quotient(*([part for part, k in zip(chosen, sign * whole, strict=True) if k > 0
-                                   for part in [part] * (k // 2) + [[SQRT, *part]] * (k % 2)] for sign in (1, -1))))
+                                   for part in [part] * (k // 2) + [[(SQRT, 0.0), *part]] * (k % 2)] for sign in (1, -1))))
     return out
 
 
@@ -2564,7 +2601,7 @@ class Regression:
     """A search of formulas for one data set. What is bred are programs for s in y = outer(s), s being y itself, 1 / y,
     y^2, log y or sqrt y: each link is a problem of one `Search`, with the weights by which errors of s are errors of y."""
 
-    POPULATION, RENEWAL, PATIENCE = 100, 80, 30  # programs of an island; rounds between dictionaries; rounds until it is sown anew
+    POPULATION, RENEWAL, PATIENCE = 100, 40, 30  # programs of an island; rounds between dictionaries; rounds until it is sown anew
 
     def __init__(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray | None, loss: str, grammar: Grammar, seed: int,
                  net: Net | None = None, digit: float = 0.0):
@@ -2658,32 +2695,39 @@ class Regression:
 
     def offer_dictionary(self) -> None:
         """Sums and products of monomials, of small programs, and of what the islands hold."""
-        s, g = self.search, self.grammar
-        parts = [random_programs(s.rng, s.rng.integers(1, 7, 6000), replace(g, constants=False))]
+        s, g, L = self.search, self.grammar, self.grammar.max_size
+        tokens = random_programs(s.rng, s.rng.integers(1, min(7, L), 6000), g)
+        if self.k // self.RENEWAL % 2 == 0:
+            tokens[tokens == C] = ONE
+        constants = s.rng.choice([-1.0, 1.0], tokens.shape) * 10 ** s.rng.uniform(-1, 1, tokens.shape)
+        parts = [(tokens, constants)]
         if {"mul", "div"} <= set(g.ops):
-            parts.append(np.array([padded(t, g.max_size) for t in monomials(g.variables, 2500) if len(t) <= g.max_size]))
+            rows = [[t for t, _ in row] for row in monomials(g.variables, 2500) if len(row) <= L]
+            parts.append((np.array([padded(row, L) for row in rows]), np.zeros((len(rows), L))))
         for island in s.islands.values() if self.k else ():
-            there = island.tokens[np.isfinite(island.score) & (island.tokens != C).all(2)]
-            nodes, at = subtrees(there), split_terms(there, shape_of(there))
-            parts.append(nodes[at[there != PAD]])
-        tokens = np.unique(np.concatenate(parts), axis=0)
+            some = np.isfinite(island.score) & (island.tokens != C).all(2)
+            nodes, top = subtrees(island.tokens[some]), split_terms(island.tokens[some], shape_of(island.tokens[some]))
+            nodes = nodes[top[island.tokens[some] != PAD]]
+            parts.append((nodes, np.zeros(nodes.shape)))
+        tokens, constants = (np.concatenate(x) for x in zip(*parts, strict=True))
         some = s.rng.permutation(len(self.y))[:200]  # to choose by; what is offered is measured on all
         X, y, weights = self.X[some], self.y[some], self.weights[some]
-        values = evaluate(tokens, X[None])
+        values = evaluate(tokens, X[None], None, constants)
+        programs = [[(t, c) for t, c in zip(*row, strict=True) if t] for row in zip(tokens.tolist(), constants.tolist(), strict=True)]
         for outer in dict.fromkeys(self.outer):
-            q = np.flatnonzero([x == outer for x in self.outer])
-            t, v = tokens, values
+            q, logs = self.outer.index(outer), np.zeros(0, int)
             if outer == (EXP,) and "log" in g.ops:
-                has_log = (values > 0).all(1) & (tokens[:, -1] == PAD)
-                t = np.concatenate([tokens, np.pad(tokens[has_log, :-1], ((0, 0), (1, 0)), constant_values=LOG)])
-                v = np.concatenate([values, np.log(values[has_log])])
-            found = sums(t, v, s.loss.y[q[0], some], s.loss.weights[q[0], some])
+                logs = np.flatnonzero((values > 0).all(1))
+            both = [*programs, *([(LOG, 0.0), *programs[i]] for i in logs)]
+            v = np.concatenate([values, np.log(values[logs])])
+            rows = sums(v, s.loss.y[q, some], s.loss.weights[q, some])
+            found = [[(ADD, 0.0)] * (len(row) - 1) + [pair for i in row for pair in both[i]] for row in rows]
             if not outer:
-                found += products(tokens, values, X, y, weights)
-            found = [row for row in found if len(row) <= g.max_size]
-            rows = np.array([padded(row, g.max_size) for row in found], np.int8).reshape(-1, g.max_size)
-            of = np.repeat(q if self.k == 0 else q[:1], len(rows))
-            s.offer("terms", of, (np.tile(rows, (len(of) // max(1, len(rows)), 1)), np.zeros((len(of), g.max_size))))
+                found += products(programs, values, X, y, weights)
+            found = [row + [(PAD, 0.0)] * (L - len(row)) for row in found if len(row) <= L]
+            if found:
+                rows = np.array(found).transpose(2, 0, 1)
+                s.offer("terms", np.full(len(found), q), (rows[0].astype(np.int8), rows[1]))
 
     def offer_proposals(self) -> None:
         """What the net proposes for the first problem, in as many variables as it knows."""
@@ -2709,20 +2753,28 @@ class Regression:
     # What is found, in the units of the file
 
     def programs(self) -> list[tuple[list, list]]:
-        """All programs of the front, as formulas of y."""
-        s, out = self.search, []
-        for q, i in zip(*np.nonzero(np.isfinite(s.front.nmse)), strict=True):
-            f = take(s.front, (q, i))
-            n = int((f.tokens != PAD).sum())
-            t, c = list(map(int, f.tokens[:n])), list(map(float, f.constants[:n]))
-            if f.weighted:
-                t, c = weighted(np.array(t), np.array(c), self.X, s.loss, q)
-            t, c = [*self.outer[q], *t], [0.0] * len(self.outer[q]) + c
-            pairs = [[(MUL, 0.0), (C, float(1 / self.units[INDEX[token]]))] * int(INDEX[token] >= 0) + [(token, value)]
-                     for token, value in zip(t, c, strict=True)]
-            t, c = map(list, zip(*[(MUL, 0.0), (C, self.unit), *sum(pairs, [])], strict=True))
-            out += with_fewer_terms(normal_form(t, c))
+        """Programs of the front, as formulas of y: of each link those that may be better than all shorter ones."""
+        s, out, least = self.search, [], dict.fromkeys(self.outer, np.inf)
+        for i in range(s.front.nmse.shape[1]):
+            best = {}  # of each link
+            for q in np.flatnonzero(s.front.nmse[:, i] < np.inf):
+                if s.front.nmse[q, i] < min(1.2 * least[self.outer[q]], best.get(self.outer[q], (np.inf,))[0]):
+                    best[self.outer[q]] = s.front.nmse[q, i], q
+            least |= {outer: min(error, least[outer]) for outer, (error, _) in best.items()}
+            out += [formula for _, q in best.values() for formula in self.formulas(take(s.front, (q, i)), q)]
         return out
+
+    def formulas(self, f: Front, q: int) -> list[tuple[list, list]]:
+        """A program of the q-th problem as a formula of y, and as ones without a term."""
+        n = int((f.tokens != PAD).sum())
+        t, c = list(map(int, f.tokens[:n])), list(map(float, f.constants[:n]))
+        if f.weighted:
+            t, c = weighted(np.array(t), np.array(c), self.X, self.search.loss, q)
+        t, c = [*self.outer[q], *t], [0.0] * len(self.outer[q]) + c
+        pairs = [[(MUL, 0.0), (C, float(1 / self.units[INDEX[token]]))] * int(INDEX[token] >= 0) + [(token, value)]
+                 for token, value in zip(t, c, strict=True)]
+        t, c = map(list, zip(*[(MUL, 0.0), (C, self.unit), *sum(pairs, [])], strict=True))
+        return with_fewer_terms(normal_form(t, c))
 
 
 def unit_of(size: np.ndarray) -> np.ndarray:
@@ -3149,7 +3201,7 @@ def safe_names(names: Sequence[str]) -> list[str]:
 
 
 class Powers(ast.NodeTransformer):
-    """x * x ** 2 and (x ** 2) ** 2 as one power."""
+    """x * x ** 2 and (x ** 2) ** 2 as one power, -1 * x as -x."""
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
@@ -3160,6 +3212,8 @@ class Powers(ast.NodeTransformer):
             case ast.BinOp(op=ast.Mult(), left=a, right=ast.BinOp(op=ast.Pow(), left=b, right=ast.Constant(value=int() as n))
                            ) if ast.dump(a) == ast.dump(b):
                 return ast.BinOp(a, ast.Pow(), ast.Constant(n + 1))
+            case ast.BinOp(op=ast.Mult(), left=ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1)), right=a):
+                return ast.UnaryOp(ast.USub(), a)
         return node
 
 
