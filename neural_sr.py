@@ -409,7 +409,7 @@ class Loss:
     (mse of logarithms). A mean over rows, with weights (Q, N) where there are any."""
 
     def __init__(self, y: np.ndarray, name: str = "mse", weights: np.ndarray | None = None):
-        self.y, self.name, self.degrees = y, name, 2 if name == "l1" else 1
+        self.y, self.name, self.robust = y, name, name in ("l1", "huber")
         self.weights = None if weights is None else weights / weights.mean(1, keepdims=True)
         self.rounds = 1 if name == "mse" else 8  # of reweighted least squares
         spread = np.median(np.abs(y - np.median(y, 1, keepdims=True)), 1, keepdims=True) * 1.4826
@@ -463,8 +463,8 @@ def without_own(values: np.ndarray, leverage: np.ndarray, y: np.ndarray) -> np.n
 
 
 def least_squares(A: np.ndarray, loss: Loss, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (n, k) of the terms A (n, k, N), beside an intercept, for the least loss; the values (n, N) of the sums, and
-    how much each is drawn by its own row of y (the hat matrix's diagonal)."""
+    """Weights (n, k) of the terms A (n, k, N), beside an intercept, for the least loss; the values (n, N) of the sums. For
+    the losses that outliers shall not pull, each value also as it would be if its row had been left out."""
     (n, k, N), y = A.shape, loss.y[of]
     A = A - A.mean(2, keepdims=True) if k else A
     scale = np.sqrt((A ** 2).mean(2)) + 1e-100
@@ -478,8 +478,10 @@ def least_squares(A: np.ndarray, loss: Loss, of: np.ndarray) -> tuple[np.ndarray
             w = w + np.linalg.solve(gram, weighted @ residual[:, :, None] / N)
             residual = y - (w * A).sum(1)
         values = y - residual
-    leverage = (A * np.linalg.solve(gram, weighted)).sum(1) / N
-    return w[:, 1:, 0] / scale, values, leverage
+    outside = values
+    if loss.robust:
+        outside = without_own(values, (A * np.linalg.solve(gram, weighted)).sum(1) / N, y)
+    return w[:, 1:, 0] / scale, values, outside
 
 
 def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndarray, at: np.ndarray, shape: Shape
@@ -566,9 +568,9 @@ def fit_terms(tokens: np.ndarray, X: np.ndarray, loss: Loss, of: np.ndarray, con
               shape: Shape | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Losses (P,) with the best weights of a program's additive terms and an intercept; the numbers (P,) of terms.
 
-    They are those of rows that the weights are not fitted on, as if each in turn was left out; for k constants they are
-    multiplied by (N / (N - k))^2 (Craven and Wahba 1979). A program of more than MAX_TERMS terms, or with a value that is
-    not finite, has the loss inf.
+    They are those of generalised cross-validation (Craven and Wahba 1979): of N points and k weights and constants, the
+    intercept one of them, times (N / (N - k))^2. With l1 and huber they are of rows left out one by one, lest spikes fit
+    outliers. A program of more than MAX_TERMS terms, or with a value that is not finite, has the loss inf.
     """
     shape = shape or shape_of(tokens)
     top = split_terms(tokens, shape)
@@ -582,9 +584,8 @@ def fit_terms(tokens: np.ndarray, X: np.ndarray, loss: Loss, of: np.ndarray, con
         usable = (np.abs(A) < 1e100).all((1, 2))
         some, A = some[usable], A[usable]
         if len(some):
-            _, found, leverage = least_squares(A, loss, of[some])
-            found = without_own(found, leverage, loss.y[of[some]])
-            error[some] = loss(found, of[some]) * (N / (N - used[some])) ** 2
+            found = least_squares(A, loss, of[some])[2]
+            error[some] = loss(found, of[some]) * (N / ((N - used[some]) if loss.robust else free[some])) ** 2
     return error, n
 
 
@@ -1819,8 +1820,8 @@ def normal_form(tokens: Sequence[int], constants: Sequence[float], i: int = 0) -
         return to_power((f, a), 2.0 if t == SQUARE else g)
     if t == SQRT:
         return to_power((f, a), 0.5)
-    if t == LOG and f > 0 and len(a) == 1 and a[0][1] == 1 and a[0][0][0] == EXP:
-        return total([a[0][0][1], (math.log(f), ())])
+    if t == LOG and f > 0 and len(a) == 1 and a[0][0][0] == EXP:
+        return total([times([a[0][0][1], (float(a[0][1]), ())]), (math.log(f), ())])
     if t == EXP:
         return exponential((f, a))
     name, sign = OPS[t - FIRST_OP].name, -1.0 if f < 0 else 1.0
@@ -1844,7 +1845,7 @@ def to_power(node: Node, g: float) -> Node:
     """A node to a power that is a number: whole ones, and roots of what is positive, go to its factors."""
     (f, a), sign = node, 1 if g > 0 else -1
     with np.errstate(all="ignore"):
-        if g == int(g) and abs(g) < 100:
+        if abs(g) < 100 and g == int(g):
             return float(np.power(f, g)), tuple((base, k * int(g)) for base, k in a)
         even = tuple((base, k // 2) for base, k in a if k % 2 == 0)
         if g == 0.5 and f > 0 and even:
@@ -1859,7 +1860,7 @@ def exponential(node: Node) -> Node:
     f, a = node
     flat = a[0][0][1:] if len(a) == 1 and a[0][1] == 1 and a[0][0][0] == ADD else [(1.0, a)]
     out, rest = [], []
-    for g, b in ((f * g, b) for g, b in flat):
+    for g, b in [(f * g, b) for g, b in flat]:
         if not b:
             out.append((float(np.exp(np.float64(g))), ()))
         elif logs := [base for base, k in b if k == 1 and base[0] == LOG]:
@@ -1870,13 +1871,21 @@ def exponential(node: Node) -> Node:
     return times([*out, *([(1.0, (((EXP, total(rest)), 1),))] if rest else [])])
 
 
+def spread(node: Node) -> list[Node]:
+    """The terms of a sum, times its coefficient if that makes it no longer; of another node itself alone."""
+    f, a = node
+    if len(a) == 1 and a[0][1] == 1 and a[0][0][0] == ADD:
+        terms = a[0][0][1:]
+        if abs(f) == 1 or sum(abs(g) == 1 and bool(b) for g, b in terms) < 2:
+            return [(f * g, b) for g, b in terms]
+    return [node]
+
+
 def total(parts: list[Node]) -> Node:
     """The sum of some nodes; a number stands last in it."""
     found: dict[tuple, float] = {}
-    for f, a in parts:
-        flat = a[0][0][1:] if abs(f) == 1 and len(a) == 1 and a[0][1] == 1 and a[0][0][0] == ADD else [(1.0, a)]
-        for g, b in flat:
-            found[b] = found.get(b, 0.0) + f * g
+    for f, a in (term for part in parts for term in spread(part)):
+        found[a] = found.get(a, 0.0) + f
     terms = sorted(((f, a) for a, f in found.items() if f), key=lambda node: not node[1])
     if len(terms) < 2:
         return terms[0] if terms else (0.0, ())
@@ -1906,8 +1915,13 @@ def written(node: Node) -> list[tuple[int, float]]:
 
     def product(parts: list[list]) -> list:
         return [(MUL, 0.0)] * (len(parts) - 1) + sum(parts, [])
+    if node[0] != 1 and len(terms := spread(node)) > 1 and any(abs(f) != 1 for f, _ in terms):
+        node = 1.0, (((ADD, *terms), 1),)
     f, powers = node
-    above, below = ([power(base_of(base), sign * k) for base, k in powers if sign * k > 0] for sign in (1, -1))
+    of_power: dict[int, list] = {}  # (a b)^2 is shorter than a^2 b^2
+    for base, k in powers:
+        of_power.setdefault(k, []).append(base_of(base))
+    above, below = ([power(product(bases), abs(k)) for k, bases in of_power.items() if sign * k > 0] for sign in (1, -1))
     if abs(f - 1) >= 1e-12 or not above:
         above = [number(f), *above]
     return [(DIV, 0.0), *product(above), *product(below)] if below else product(above)
@@ -2830,7 +2844,7 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
         error, outside = measure(t, c, X, loss), float(loss(values, first)[0])
         if np.isfinite(error) and np.isfinite(outside):
             n_data = N / 2 * math.log(max(outside, floor))
-            if loss.name in ("l1", "huber"):
+            if loss.robust:
                 far = np.abs(values - loss.y)
                 scale = max(np.median(far), floor if loss.name == "l1" else math.sqrt(floor))
                 n_data = N * math.log(scale) + np.log1p((far / scale) ** 2).sum()
@@ -2839,7 +2853,7 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     front: list[Row] = []
     least = np.inf
     for outside, row in sorted(out, key=lambda one: (one[1].size, one[0])):
-        if outside < 0.99 * least and least > 2 * floor:
+        if outside < 0.9 * least and least > 2 * floor:
             front.append(row)
             least = outside
     return front
@@ -3341,7 +3355,8 @@ def outliers(regressor: Regressor, sample: Sample) -> list[str]:
     residual = sample.y - regressor.predict(sample.X)
     middle = np.median(residual)
     far = np.abs(residual - middle)
-    rows = np.flatnonzero(far > max(6 * 1.4826 * np.median(far), 1e-9 * sample.y.std()))
+    least = max(3 * sample.digit, 1e-9 * sample.y.std(), 1e-15 * np.abs(sample.y).max())  # less is rounding
+    rows = np.flatnonzero(far > max(6 * 1.4826 * np.median(far), least))
     if not len(rows):
         return []
     lines = ", ".join(str(sample.lines[i]) for i in rows[np.argsort(-far[rows])][:10])

@@ -138,8 +138,11 @@ def test_weights_of_terms_are_those_of_least_squares():
     a, b = X[0].T
     A = np.stack([np.ones(30), a * a, np.sin(b), a * b], 1)
     theirs, *_ = np.linalg.lstsq(A, y[0], rcond=None)
+    assert error[0] == pytest.approx(((A @ theirs - y[0]) ** 2).mean() * (30 / 26) ** 2, rel=1e-9) and n_terms[0] == 3
+    t, c = sr.weighted(tokens[0][:10], np.zeros(10), X[0], sr.Loss(y), 0)
     left_out = [(A[i] @ np.linalg.lstsq(np.delete(A, i, 0), np.delete(y[0], i), rcond=None)[0] - y[0, i]) ** 2 for i in range(30)]
-    assert error[0] == pytest.approx(np.mean(left_out), rel=1e-9) and n_terms[0] == 3
+    values = sr.left_out(t, c, X[0], sr.Loss(y))  # the weights are constants now
+    assert ((values - y) ** 2).mean() == pytest.approx(np.mean(left_out), rel=1e-9)
     t, c = map(np.array, sr.weighted(tokens[0][:10], np.zeros(10), X[0], sr.Loss(y), 0))
     np.testing.assert_allclose(sr.evaluate(t[None], X, None, c[None])[0], A @ theirs, atol=1e-9)
 
