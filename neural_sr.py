@@ -3,7 +3,8 @@
     python neural_sr.py                              # generate, train, diagnose, and search with and without it
     python neural_sr.py --mode eval --net RUN        # the diagnosis: collapsed, overfit, not converged?
     python neural_sr.py --mode search --net RUN      # genetic programming with and without the net, paired
-    python neural_sr.py --mode bench                 # Nguyen 1-12 by evolution alone
+    python neural_sr.py --mode regress --data my.csv # formulas for a table of your own, in a minute
+    python neural_sr.py --mode bench                 # Nguyen's and Feynman's problems by the same search
 
 Symbolic regression looks for a formula of y in x0, x1, ... Genetic programming (GP) breeds programs; a causal
 transformer (the net) reads the data and the best programs so far and samples the next. The notes that this
@@ -155,7 +156,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--larger", type=integer(0, 40), default=0, help="ask functions that are larger than those of "
                    "training by up to so many tokens; 0: of its sizes")
     g.add_argument("--search-seeds", type=integer(1, 1000), default=3, help="searches of each problem")
-    g.add_argument("--evaluations", type=integer(1), default=600,
+    g.add_argument("--evaluations", type=integer(0), default=600,
                    help="distinct ones, for each problem (regress: instead of --max-minutes)")
     g.add_argument("--population", type=integer(2, 100_000), default=20, help="of an island")
     g.add_argument("--islands", type=names_of(["raw", "terms"]), default=["terms"], metavar="LIST",
@@ -199,6 +200,8 @@ def check_flags(args: flags.Flags) -> None:
     known = ("gp", "mix", *PEERS) if args.mode == "bench" else METHODS
     if not set(args.method) <= set(known):
         raise UserError(f"--method {','.join(args.method)}: --mode {args.mode} has {', '.join(known)}")
+    if "evaluations" in args.given and not args.evaluations or args.mode == "regress" and not args.evaluations + args.max_minutes:
+        raise UserError("--evaluations, --max-minutes: a budget of 0")
     if args.mode not in ("regress", "bench"):
         check_sizes(args)
 
@@ -406,23 +409,36 @@ def evaluate(tokens: np.ndarray, X: np.ndarray, of: np.ndarray | None = None, co
 
 class Loss:
     """How far values (P, N) are from y (Q, N): mse, l1, huber (squared up to a tenth of y's spread, linear beyond) or log
-    (mse of logarithms). A mean over rows, with weights (Q, N) where there are any."""
+    (mse of logarithms). A mean over rows, with weights (Q, N) where there are any. copies (Q, N): how often each row is there.
+    """
 
-    def __init__(self, y: np.ndarray, name: str = "mse", weights: np.ndarray | None = None):
-        self.y, self.name, self.robust = y, name, name in ("l1", "huber")
+    def __init__(self, y: np.ndarray, name: str = "mse", weights: np.ndarray | None = None, copies: np.ndarray | float = 1.0):
+        self.y, self.name, self.copies, self.robust = y, name, np.broadcast_to(copies, y.shape), name in ("l1", "huber")
         self.weights = None if weights is None else weights / weights.mean(1, keepdims=True)
         self.rounds = 1 if name == "mse" else 8  # of reweighted least squares
         spread = np.median(np.abs(y - np.median(y, 1, keepdims=True)), 1, keepdims=True) * 1.4826
         self.corner = 0.1 * np.where(spread > 0, spread, y.std(1, keepdims=True))
-        self.tiny = 1e-12 * y.std(1, keepdims=True)
+        self.spread = y.std(1, keepdims=True)
         middle = np.zeros((len(y), 0, y.shape[1]))
-        self.of_constant = self(least_squares(middle, self, np.arange(len(y)))[1], np.arange(len(y)))  # (Q,)
+        self.of_constant = self.fitness(least_squares(middle, self, np.arange(len(y)))[1], np.arange(len(y)))  # (Q,)
 
     def floor(self, digit: float) -> float:
-        """The loss of the first data set that rounding makes, to the digit that y is written to, and of float64."""
+        """The fitness of the first data set that rounding makes, to the digit that y is written to, and of float64."""
         y = self.y[0]
-        digit = max(digit, 1e-12 * y.std(), 4e-16 * np.abs(y).max()) / (np.median(np.abs(y)) if self.name == "log" else 1)
-        return digit / 4 if self.name == "l1" else digit ** 2 / 12
+        digit = max(digit, 1e-12 * y.std(), 4e-16 * np.abs(y).max())
+        return (digit / (np.median(np.abs(y)) if self.name == "log" else 1)) ** 2 / 12
+
+    def fitness(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """What a search makes small, (P,): the loss or, where it is robust, the squared scale of a Cauchy distribution that codes
+        the errors as shortly: to l1 and huber a few outliers are nearly all of the loss."""
+        if not self.robust:
+            return self(values, of)
+        with np.errstate(all="ignore"):
+            far = np.abs(values - self.y[of])
+            scale = np.median(far, 1, keepdims=True) + 1e-300
+            each = np.log1p((far / scale) ** 2)
+            each = each if self.weights is None else each * self.weights[of]
+            return (scale * np.exp(each.mean(1, keepdims=True)))[:, 0] ** 2
 
     def __call__(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
         """The loss (P,) of each program; inf or NaN where it has no value. of (P,): the data set of each."""
@@ -437,9 +453,10 @@ class Loss:
                 each = np.where(each > corner ** 2, 2 * corner * np.abs(values - y) - corner ** 2, each)
             return each.mean(1) if self.weights is None else (each * self.weights[of]).mean(1)
 
-    def pull(self, values: np.ndarray | None, of: np.ndarray) -> np.ndarray | None:
+    def pull(self, values: np.ndarray | None, of: np.ndarray, least: float = 1e-12) -> np.ndarray | None:
         """Weights (P, N) with which squared errors have the loss's slopes at these values (None: nothing is known yet);
-        None: all are 1. Reweighted least squares go on from there (Holland and Welsch 1977)."""
+        None: all are 1. Reweighted least squares go on from there (Holland and Welsch 1977). least: with l1 the error, in
+        standard deviations of y, below which a row pulls no more."""
         weights = None if self.weights is None else self.weights[of]
         if self.name == "mse":
             return weights
@@ -452,7 +469,7 @@ class Loss:
             elif values is None:
                 own = np.ones_like(y)
             else:
-                own = 1 / np.maximum(np.abs(values - y), self.tiny[of] if self.name == "l1" else self.corner[of])
+                own = 1 / np.maximum(np.abs(values - y), least * self.spread[of] if self.name == "l1" else self.corner[of])
             own = own if weights is None else own * weights
             return own / own.mean(1, keepdims=True)
 
@@ -480,7 +497,7 @@ def least_squares(A: np.ndarray, loss: Loss, of: np.ndarray) -> tuple[np.ndarray
         values = y - residual
     outside = values
     if loss.robust:
-        outside = without_own(values, (A * np.linalg.solve(gram, weighted)).sum(1) / N, y)
+        outside = without_own(values, (A * np.linalg.solve(gram, weighted)).sum(1) / N * loss.copies[of], y)
     return w[:, 1:, 0] / scale, values, outside
 
 
@@ -531,10 +548,10 @@ def fit_constants(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss
         return error, values, np.concatenate([np.ones_like(A[:, :1]), A, D], 1)
     with np.errstate(all="ignore"):
         damping, (error, values, J) = np.full(len(tokens), 1e-3), look(constants)
-        for _ in range(iterations):
+        for i in range(iterations):
             usable = np.isfinite(error) & np.isfinite(J).all((1, 2))
             J[~usable], values[~usable] = 0.0, 0.0
-            pull = loss.pull(values, of)
+            pull = loss.pull(values, of, 0.1 ** (1 + i / 2))  # a row that is met at once would hold all constants
             size = np.sqrt((J ** 2).mean(2, keepdims=True)) + 1e-100
             unit = J / size
             weighted = unit if pull is None else unit * pull[:, None]
@@ -585,7 +602,7 @@ def fit_terms(tokens: np.ndarray, X: np.ndarray, loss: Loss, of: np.ndarray, con
         some, A = some[usable], A[usable]
         if len(some):
             found = least_squares(A, loss, of[some])[2]
-            error[some] = loss(found, of[some]) * (N / ((N - used[some]) if loss.robust else free[some])) ** 2
+            error[some] = loss.fitness(found, of[some]) * (N / ((N - used[some]) if loss.robust else free[some])) ** 2
     return error, n
 
 
@@ -1085,7 +1102,7 @@ class Search:
             errors, n = fit_terms(tokens, X, self.loss, of, used, shape)
             full_size = size + 2 * np.minimum(n, MAX_TERMS) + 2
         else:
-            errors, full_size = self.loss(evaluate(tokens, X, of, used, shape=shape), of), size
+            errors, full_size = self.loss.fitness(evaluate(tokens, X, of, used, shape=shape), of), size
             if used is not None:
                 N = X.shape[1]
                 free = np.maximum(0, N - (tokens == C).sum(1))
@@ -1927,15 +1944,17 @@ def written(node: Node) -> list[tuple[int, float]]:
     return [(DIV, 0.0), *product(above), *product(below)] if below else product(above)
 
 
-def with_fewer_terms(node: Node) -> list[tuple[list[int], list[float]]]:
-    """A formula as tokens and constants, and what is left of it without one of the terms of a sum in it."""
+def variants(node: Node) -> list[tuple[list[int], list[float]]]:
+    """A formula as tokens and constants; with constants, to be fitted, for each 1; and without a term of a sum in it."""
     out = [node]
     for i, (base, k) in enumerate(node[1]):
         for j in range(1, len(base)) if base[0] == ADD else ():
             rest = total([*base[1:j], *base[j + 1:]])
             powers = tuple((b, k * n) for b, n in rest[1])
             out.append((node[0] * rest[0] ** k, node[1][:i] + powers + node[1][i + 1:]))
-    return [tuple(map(list, zip(*written(x), strict=True))) for x in out]
+    rows = [written(x) for x in out]
+    rows.insert(1, [(C, 1.0) if t == ONE else (t, c) for t, c in rows[0]])
+    return [tuple(map(list, zip(*row, strict=True))) for row in rows]
 
 
 def simplified(tokens: Sequence[int], constants: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -2579,14 +2598,14 @@ def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.nda
     In logarithms they are sums. Powers are multiples of 1/2.
     """
     with np.errstate(all="ignore"):
-        logs = [np.log(np.abs(x)) for x in (X.T, values, y[None])]
+        logs = [np.nan_to_num(np.log(np.abs(x)), nan=np.inf) for x in (X.T, values, y[None])]
         root = np.sqrt(pull) * np.abs(y)
-    plain = np.flatnonzero(np.isfinite(logs[0]).all(1))
-    given = np.concatenate([np.ones((1, len(y))), logs[0][plain]]) * root
-    if not np.isfinite(logs[2]).all() or len(given) >= len(y) - 2:
-        return []
-    which, C = unit_columns(logs[1] * root, given, 2000)
-    goal = unit_columns(logs[2] * root, given, 1)[1]
+        plain = np.flatnonzero(np.isfinite(logs[0]).all(1))
+        given = np.concatenate([np.ones((1, len(y))), logs[0][plain]]) * root
+        if not np.isfinite(logs[2]).all() or len(given) >= len(y) - 2:
+            return []
+        which, C = unit_columns(logs[1] * root, given, 2000)
+        goal = unit_columns(logs[2] * root, given, 1)[1]
     out = []
     for row in [(), *(best_sets(C, goal[0], 60, 2) if len(goal) and len(C) else [])]:
         chosen = [*([(int(VARIABLES[i]), 0.0)] for i in plain), *(programs[which[i]] for i in row)]
@@ -2635,7 +2654,7 @@ class Regression:
         Q, Z, nothing = len(Z), np.array(Z), np.zeros((len(Z), 0))
         problems = Problems(np.repeat(self.X[None], Q, 0), Z, *[nothing] * 5)
         self.search = Search(problems, grammar, budget=1 << 60, population=self.POPULATION, islands=["raw", "terms"],
-                             seed=seed, parsimony=0.02, loss=Loss(Z, loss, np.array(pulls)), exact=-1.0)
+                             seed=seed, parsimony=0.02, loss=Loss(Z, loss, np.array(pulls), copies_of(X, y)), exact=-1.0)
         floor = Loss(y[None], loss, self.weights[None]).floor(digit / self.unit)
         self.exact = 1.5 * floor * self.weights.mean() / np.array([pull.mean() for pull in pulls]) / self.search.loss.of_constant
         self.exact_at: int | None = None  # in which round a program was
@@ -2788,7 +2807,13 @@ class Regression:
         pairs = [[(MUL, 0.0), (C, float(1 / self.units[INDEX[token]]))] * int(INDEX[token] >= 0) + [(token, value)]
                  for token, value in zip(t, c, strict=True)]
         t, c = map(list, zip(*[(MUL, 0.0), (C, self.unit), *sum(pairs, [])], strict=True))
-        return with_fewer_terms(normal_form(t, c))
+        return variants(normal_form(t, c))
+
+
+def copies_of(X: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How often each row of X (N, V), y (N,) is there."""
+    _, which, counts = np.unique(np.column_stack([X, y]), axis=0, return_inverse=True, return_counts=True)
+    return counts[which]
 
 
 def unit_of(size: np.ndarray) -> np.ndarray:
@@ -2818,49 +2843,48 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
 
     The description length of a row: n / 2 log(loss) + k / 2 log(n) + size log(symbols), of n data, k constants (Rissanen
     1978). This loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less
-    than rounding to the last digit of y makes it. With l1 and huber the errors are coded by a Cauchy distribution, whose
-    scale is their median. A pole inside the data's range costs n / 2.
+    than rounding to the last digit of y makes it. With l1 and huber it is `Loss.fitness`. A pole inside the data's range
+    costs n / 2.
     """
-    N, first, floor = loss.y.shape[1], np.zeros(1, int), loss.floor(digit)
-    middle = least_squares(np.zeros((1, 0, N)), loss, first)[1][0, 0]
+    N, floor = loss.y.shape[1], loss.floor(digit)
+    middle = least_squares(np.zeros((1, 0, N)), loss, np.zeros(1, int))[1][0, 0]
     programs = [([C], [float(middle)]), *(x for x in programs if len(x[0]) <= max_size)]
     L = max(len(t) for t, _ in programs)
     tokens = np.array([[*t, *[PAD] * (L - len(t))] for t, _ in programs], np.int8)
     constants = np.array([[*c, *[0.0] * (L - len(c))] for _, c in programs])
     size, of = (tokens != PAD).sum(1), np.zeros(len(tokens), int)
-    error = loss(evaluate(tokens, X[None], None, constants), of)
+    error = loss.fitness(evaluate(tokens, X[None], None, constants), of)
     error[~np.isfinite(error) | ((tokens == C).sum(1) > max(1, N - 2))] = np.inf
     some, least = [], np.inf
-    for k in np.unique(size):  # of each size the best three forms, if they may still get better than what is shorter
+    for k in np.unique(size):  # of each size the best four forms, if they may still get better than what is shorter
         here = np.flatnonzero((size == k) & (error < np.inf) & (error <= 3 * least))
         here = here[np.argsort(error[here], kind="stable")]
-        some += here[np.sort(np.unique(tokens[here], axis=0, return_index=True)[1])[:3]].tolist()
+        some += here[np.sort(np.unique(tokens[here], axis=0, return_index=True)[1])[:4]].tolist()
         least = min(least, error[here].min(initial=np.inf))
     tokens, constants = tokens[some], converged(tokens[some], constants[some], X, loss)
+    found = (simplified(row[row != PAD].tolist(), c[row != PAD].tolist()) for row, c in zip(tokens, constants, strict=True))
+    chosen = [rounded(t, c, X, loss, floor) for _, (t, c) in pareto(found, X, loss, floor)]
     out = []
-    for row, c in zip(tokens, constants, strict=True):
-        t, c = rounded(*simplified(row[row != PAD].tolist(), c[row != PAD].tolist()), X, loss, floor)
-        values, pole = left_out(t, c, X, loss), has_pole(t, c, X)
-        error, outside = measure(t, c, X, loss), float(loss(values, first)[0])
-        if np.isfinite(error) and np.isfinite(outside):
-            n_data = N / 2 * math.log(max(outside, floor))
-            if loss.robust:
-                far = np.abs(values - loss.y)
-                scale = max(np.median(far), floor if loss.name == "l1" else math.sqrt(floor))
-                n_data = N * math.log(scale) + np.log1p((far / scale) ** 2).sum()
-            length = n_data + t.count(C) / 2 * math.log(N) + len(t) * math.log(n_symbols) + pole * N / 2
-            out.append((outside, Row(t, c, error, measure(t, c, *test) if test else math.nan, length, pole)))
-    front: list[Row] = []
-    least = np.inf
-    for outside, row in sorted(out, key=lambda one: (one[1].size, one[0])):
-        if outside < 0.9 * least and least > 2 * floor:
-            front.append(row)
-            least = outside
-    return front
+    for outside, (t, c) in pareto(chosen, X, loss, floor):
+        pole = has_pole(t, c, X)
+        length = N / 2 * math.log(max(outside, floor)) + t.count(C) / 2 * math.log(N) + len(t) * math.log(n_symbols) + pole * N / 2
+        out.append(Row(t, c, measure(t, c, X, loss), measure(t, c, *test) if test else math.nan, length, pole))
+    return out
+
+
+def pareto(formulas: Iterable[tuple[list, list]], X: np.ndarray, loss: Loss, floor: float) -> list[tuple[float, tuple[list, list]]]:
+    """The formulas that are better, on rows left out, than all shorter ones by a tenth; nothing behind one that is exact."""
+    rows = [(float(loss.fitness(left_out(t, c, X, loss), np.zeros(1, int))[0]), (t, c)) for t, c in formulas]
+    out: list[tuple[float, tuple[list, list]]] = []
+    for outside, (t, c) in sorted(rows, key=lambda row: (len(row[1][0]), row[0])):
+        if math.isfinite(outside) and (not out or outside < 0.9 * out[-1][0] and out[-1][0] > 2 * floor):
+            out.append((outside, (t, c)))
+    return out
 
 
 def left_out(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss) -> np.ndarray:
-    """Values (1, N) of a formula, each as if its constants had been fitted without that row (PRESS, to first order)."""
+    """Values (1, N) of a formula, each as if its constants had been fitted without that row and its copies (PRESS, to first
+    order)."""
     t, c, first = np.array([tokens], np.int8), np.array([constants]), np.zeros(1, int)
     values, J = slopes(t, c, X[None], first, np.arange(len(tokens))[None] == 0, shape_of(t))
     if not (t == C).any() or not np.isfinite(J).all():
@@ -2868,9 +2892,14 @@ def left_out(tokens: list[int], constants: list[float], X: np.ndarray, loss: Los
     root = np.ones_like(loss.y) if loss.weights is None else np.sqrt(loss.weights)
     Q, R = np.linalg.qr((J[0] * root).T)
     Q = Q[:, np.abs(np.diag(R)) > 1e-12 * np.abs(R).max(initial=1e-300)]  # the others are there twice
-    leverage, far = (Q ** 2).sum(1), (values - loss.y)[0] * root[0]
+    leverage, far = loss.copies[0] * (Q ** 2).sum(1), (values - loss.y)[0] * root[0]
     # Where a row alone decides, l1 leaves no residual to scale up: that of least squares is taken.
     far = np.where(leverage > 0.9, far - Q @ (Q.T @ far), far) / np.maximum(1 - leverage, 1e-10)
+    effect = (c[t == C][:, None] * J[0]) ** 2  # (K, N)
+    row = effect.argmax(1)
+    others = effect.sum(1) - effect.max(1) * loss.copies[0][row]
+    alone = row[others < 1e-12 * loss.y.var() * loss.y.shape[1]]  # a constant that no other row knows of
+    far[alone] = (np.median(loss.y) - loss.y)[0, alone]
     return loss.y + far / root
 
 
@@ -2899,7 +2928,7 @@ def converged(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Lo
 def rounded(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss, floor: float) -> tuple[list, list]:
     """A formula whose constants have as few digits as leave its loss what it is: to 1e-9 of it, or to the floor."""
     t, c = np.array([tokens], np.int8), np.array([constants])
-    most = measure(tokens, constants, X, loss) * (1 + 1e-9) + floor
+    most = measure(tokens, constants, X, loss) * (1 + 1e-9) + (math.sqrt(floor) if loss.name == "l1" else floor)
     for i in np.tile(np.flatnonzero(t[0] == C), 2):  # once more, when the others are short
         tried = np.array([0.0, *(float(f"{c[0, i]:.{n}g}") for n in range(1, 18))])
         rows = np.repeat(c, len(tried), 0)
@@ -2918,7 +2947,8 @@ def has_pole(tokens: list[int], constants: list[float], X: np.ndarray) -> bool:
     t, c = np.array([tokens], np.int8), np.array([constants])
     below = [operands(tokens, i)[0][1] for i, token in enumerate(tokens) if token == DIV]
     value, *divisors = evaluate(t, inside, None, c, np.isin(np.arange(len(tokens)), [0, *below])[None])
-    return bool(not np.isfinite(value).all() or any(d.min() <= 0 <= d.max() for d in divisors))
+    steep = np.abs(value).max() > 1000 * np.abs(value[:len(X)]).max()  # as where a divisor touches 0
+    return bool(not np.isfinite(value).all() or steep or any(d.min() <= 0 <= d.max() for d in divisors))
 
 
 # ---- Tables as people have them
@@ -3071,6 +3101,8 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
             raise UserError(f"{flag} {names[i]!r:.60}: not a column of numbers, line {table.lines[bad]} has "
                             f"{table.cells[bad, i]!r:.40}")
         return values
+    if not len(table.cells):
+        raise UserError(f"{path}: a header and no rows")
     t = find(args.target, "--target") if args.target is not None else len(names) - 1
     y = column(t, "--target")
     if args.target is None:
@@ -3119,8 +3151,11 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
     same = len(kept) - len(np.unique(used[kept], axis=0))
     if same:
         notes.append(f"{same} rows are there twice; they are kept")
-    written = [re.sub(r"[^0-9eE+-]", "", re.sub(r"^[^.,]*", "", c) if table.decimal in c else "") for c in table.cells[kept, t]]
-    digit = 10.0 ** -max(len(re.split("[eE]", x)[0]) for x in written)
+    parts = [re.split("[eEdD]", cell) for cell in table.cells[kept, t]]
+    digit = 10.0 ** min(int((x[1:] or ["0"])[0]) - len(x[0].partition(table.decimal)[2].strip()) for x in parts)
+    if args.loss == "log" and y[kept].min() <= 0:
+        raise UserError(f"--loss log: {names[t]!r:.60} is {y[kept].min():g} in line {table.lines[kept[y[kept].argmin()]]}, and must be "
+                        "above 0")
     return Sample(used[kept, :len(columns)], y[kept], w[kept] if w is not None else None, [names[i] for i in columns],
                   names[t], [table.lines[i] for i in kept], digit, notes)
 
@@ -3149,7 +3184,7 @@ class Regressor:
         X, y = as_data(X, y)
         weights = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
         self.names = list(names) if names is not None else [f"x{i}" for i in range(X.shape[1])]
-        loss, N = self.settings["loss"], len(y)
+        loss = self.settings["loss"]
         if weights.shape != y.shape or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
             raise UserError("weights must be numbers, one for each row, 0 or more and not all 0")
         if loss == "log" and y.min() <= 0:
@@ -3158,10 +3193,11 @@ class Regressor:
             raise UserError(f"{len(self.names)} names of {X.shape[1]} columns")
         grammar = Grammar(ops=self.settings["ops"], variables=X.shape[1], max_size=min(30, self.settings["max_size"]),
                           constants=True)
-        order = np.random.default_rng([self.settings["seed"], PROBLEMS]).permutation(N)[:MOST_ROWS]
-        n_test = round(self.settings["test_fraction"] * len(order)) if N >= 20 else 0
+        order = np.random.default_rng([self.settings["seed"], PROBLEMS]).permutation(np.flatnonzero(weights))[:MOST_ROWS]
+        n_test = round(self.settings["test_fraction"] * len(order)) if len(order) >= 20 else 0
         self.rows = {"test": np.sort(order[:n_test]), "train": np.sort(order[n_test:])}
-        parts = {name: (X[rows], Loss(y[rows][None], loss, weights[rows][None])) for name, rows in self.rows.items() if len(rows)}
+        parts = {name: (X[rows], Loss(y[rows][None], loss, weights[rows][None], copies_of(X[rows], y[rows])))
+                 for name, rows in self.rows.items() if len(rows)}
         self.data, self.digit, self.n_symbols = parts, digit, len(grammar.leaves) + len(grammar.ops)
         X, y = parts["train"][0], parts["train"][1].y[0]
         self.search = Regression(X, y, weights[self.rows["train"]], loss, grammar, self.settings["seed"], self.net, digit) if np.ptp(y) else None
@@ -3253,8 +3289,8 @@ def regress(args: flags.Flags) -> dict:
         raise UserError(f"{args.data}: it has changed since {args.resume} was begun")
     source = args.net or (KEPT if Path(KEPT).exists() else None)
     net = load_net(source)[0].eval() if source else None
-    regressor = Regressor(args.ops, args.max_size, args.loss, args.max_minutes, args.evaluations if "evaluations" in args.given
-                          else 0, args.test_fraction, args.seed, net)
+    regressor = Regressor(args.ops, args.max_size, args.loss, args.max_minutes, args.evaluations, args.test_fraction, args.seed,
+                          net)
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(f"{args.data}: {len(sample.y)} rows, {sample.target!r} of {', '.join(sample.names)}", *sample.notes, sep="\n  ",
               flush=True)
@@ -3352,14 +3388,15 @@ def as_comment(name: str) -> str:
 
 def outliers(regressor: Regressor, sample: Sample) -> list[str]:
     """A line that names the rows whose residual is far out, if there are any."""
-    residual = sample.y - regressor.predict(sample.X)
+    used = np.sort(np.concatenate(list(regressor.rows.values())))
+    residual = sample.y[used] - regressor.predict(sample.X[used])
     middle = np.median(residual)
     far = np.abs(residual - middle)
     least = max(3 * sample.digit, 1e-9 * sample.y.std(), 1e-15 * np.abs(sample.y).max())  # less is rounding
     rows = np.flatnonzero(far > max(6 * 1.4826 * np.median(far), least))
     if not len(rows):
         return []
-    lines = ", ".join(str(sample.lines[i]) for i in rows[np.argsort(-far[rows])][:10])
+    lines = ", ".join(str(sample.lines[i]) for i in used[rows[np.argsort(-far[rows])]][:10])
     return [f"warning: {len(rows)} rows are more than 6 median deviations from the formula, line {lines}: --loss huber or l1 "
             "gives them less weight"]
 
