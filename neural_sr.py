@@ -428,20 +428,12 @@ class Loss:
         digit = max(digit, 1e-12 * y.std(), 4e-16 * np.abs(y).max())
         return (digit / (np.median(np.abs(y)) if self.name == "log" else 1)) ** 2 / 12
 
-    def fitness(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
-        """What a search makes small, (P,): the loss or, where it is robust, the squared scale of a Cauchy distribution that codes
-        the errors as shortly: to l1 and huber a few outliers are nearly all of the loss."""
-        if not self.robust:
-            return self(values, of)
-        with np.errstate(all="ignore"):
-            far = np.abs(values - self.y[of])
-            scale = np.median(far, 1, keepdims=True) + 1e-300
-            each = np.log1p((far / scale) ** 2)
-            each = each if self.weights is None else each * self.weights[of]
-            return (scale * np.exp(each.mean(1, keepdims=True)))[:, 0] ** 2
-
     def __call__(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
         """The loss (P,) of each program; inf or NaN where it has no value. of (P,): the data set of each."""
+        return self.each(values, of).mean(1)
+
+    def each(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """What each row adds to it, (P, N)."""
         y = self.y[of]
         with np.errstate(all="ignore"):
             if self.name == "log":
@@ -451,7 +443,20 @@ class Loss:
             if self.name == "huber":
                 corner = self.corner[of]
                 each = np.where(each > corner ** 2, 2 * corner * np.abs(values - y) - corner ** 2, each)
-            return each.mean(1) if self.weights is None else (each * self.weights[of]).mean(1)
+            return each if self.weights is None else each * self.weights[of]
+
+    def codes(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """Twice the nats (P, N) in which a Cauchy distribution codes the errors, its scale their median."""
+        with np.errstate(all="ignore"):
+            far = np.abs(values - self.y[of])
+            scale = np.median(far, 1, keepdims=True) + 1e-300
+            codes = 2 * np.log1p((far / scale) ** 2) + 2 * np.log(scale)
+            return codes if self.weights is None else codes * self.weights[of]
+
+    def fitness(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """What a search makes small, (P,): the loss or, where it is robust, the exponential of the mean code, since to l1 and
+        huber a few outliers are nearly all of the loss."""
+        return np.exp(self.codes(values, of).mean(1)) if self.robust else self(values, of)
 
     def pull(self, values: np.ndarray | None, of: np.ndarray, least: float = 1e-12) -> np.ndarray | None:
         """Weights (P, N) with which squared errors have the loss's slopes at these values (None: nothing is known yet);
@@ -2828,8 +2833,9 @@ class Row(NamedTuple):
     constants: list[float]
     loss: float    # on the rows that it was fitted on
     test: float    # on others; NaN where there are none
-    length: float  # of its description, in nats: by it a row is recommended
+    length: float  # of its description, in nats
     pole: bool     # somewhere in the range of the data it has no value, or an infinite one
+    recommended: bool
 
     @property
     def size(self) -> int:
@@ -2844,7 +2850,8 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     The description length of a row: n / 2 log(loss) + k / 2 log(n) + size log(symbols), of n data, k constants (Rissanen
     1978). This loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less
     than rounding to the last digit of y makes it. With l1 and huber it is `Loss.fitness`. A pole inside the data's range
-    costs n / 2.
+    costs n / 2. Recommended is the row of the shortest description, or the first shorter one than which it is not better by
+    two standard errors of what the rows' logarithmic errors differ by, lest a few rows with much noise decide.
     """
     N, floor = loss.y.shape[1], loss.floor(digit)
     middle = least_squares(np.zeros((1, 0, N)), loss, np.zeros(1, int))[1][0, 0]
@@ -2862,13 +2869,23 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
         some += here[np.sort(np.unique(tokens[here], axis=0, return_index=True)[1])[:4]].tolist()
         least = min(least, error[here].min(initial=np.inf))
     tokens, constants = tokens[some], converged(tokens[some], constants[some], X, loss)
+    of = np.zeros(1, int)
     found = (simplified(row[row != PAD].tolist(), c[row != PAD].tolist()) for row, c in zip(tokens, constants, strict=True))
     chosen = [rounded(t, c, X, loss, floor) for _, (t, c) in pareto(found, X, loss, floor)]
-    out = []
+    out, terms = [], []
     for outside, (t, c) in pareto(chosen, X, loss, floor):
-        pole = has_pole(t, c, X)
+        pole, values = has_pole(t, c, X), left_out(t, c, X, loss)
         length = N / 2 * math.log(max(outside, floor)) + t.count(C) / 2 * math.log(N) + len(t) * math.log(n_symbols) + pole * N / 2
-        out.append(Row(t, c, measure(t, c, X, loss), measure(t, c, *test) if test else math.nan, length, pole))
+        out.append(Row(t, c, measure(t, c, X, loss), measure(t, c, *test) if test else math.nan, length, pole, False))
+        far = np.abs(np.log(values / loss.y) if loss.name == "log" else values - loss.y)[0]
+        terms.append(np.log(np.maximum(far, math.sqrt(floor))))
+    best = min(range(len(out)), key=lambda i: out[i].length)
+    for i in range(best):
+        gain = terms[i] - terms[best]
+        if gain.mean() < 2 * gain.std() / math.sqrt(N):  # it comes from a few rows
+            best = i
+            break
+    out[best] = out[best]._replace(recommended=True)
     return out
 
 
@@ -3222,8 +3239,8 @@ class Regressor:
 
     @property
     def best(self) -> Row:
-        """The recommended row: that of the shortest description."""
-        return min(self.front, key=lambda row: row.length)
+        """The recommended row."""
+        return next(row for row in self.front if row.recommended)
 
     @property
     def formula(self) -> str:
@@ -3364,7 +3381,7 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
     for row in regressor.front:
         print(f"{'*' if row is best else ' '}{row.size:5d} {row.loss:12.5g} {row.test:12.5g}  {shown(row, regressor)}"
               f"{'   (pole)' * row.pole}")
-    print("* recommended: the shortest description of formula and errors together")
+    print("* recommended: the shortest description of formula and errors, unless a shorter formula is as good within two standard errors")
     for line in outliers(regressor, sample) if args.loss == "mse" else []:
         print(line)
     share = s.search.gains / max(1, s.search.gains.sum()) if s else np.zeros(3)
