@@ -2850,7 +2850,7 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     The description length of a row: n / 2 log(loss) + k / 2 log(n) + size log(symbols), of n data, k constants (Rissanen
     1978). This loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less
     than rounding to the last digit of y makes it. With l1 and huber it is `Loss.fitness`. A pole inside the data's range
-    costs n / 2. Recommended is the row of the shortest description, or the first shorter one than which it is not better by
+    costs 1.5 n. Recommended is the row of the shortest description, or the first shorter one than which it is not better by
     two standard errors of what the rows' logarithmic errors differ by, lest a few rows with much noise decide.
     """
     N, floor = loss.y.shape[1], loss.floor(digit)
@@ -2875,7 +2875,7 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     out, terms = [], []
     for outside, (t, c) in pareto(chosen, X, loss, floor):
         pole, values = has_pole(t, c, X), left_out(t, c, X, loss)
-        length = N / 2 * math.log(max(outside, floor)) + t.count(C) / 2 * math.log(N) + len(t) * math.log(n_symbols) + pole * N / 2
+        length = N / 2 * math.log(max(outside, floor)) + t.count(C) / 2 * math.log(N) + len(t) * math.log(n_symbols) + pole * 1.5 * N
         out.append(Row(t, c, measure(t, c, X, loss), measure(t, c, *test) if test else math.nan, length, pole, False))
         far = np.abs(np.log(values / loss.y) if loss.name == "log" else values - loss.y)[0]
         terms.append(np.log(np.maximum(far, math.sqrt(floor))))
@@ -2964,7 +2964,8 @@ def has_pole(tokens: list[int], constants: list[float], X: np.ndarray) -> bool:
     t, c = np.array([tokens], np.int8), np.array([constants])
     below = [operands(tokens, i)[0][1] for i, token in enumerate(tokens) if token == DIV]
     value, *divisors = evaluate(t, inside, None, c, np.isin(np.arange(len(tokens)), [0, *below])[None])
-    steep = np.abs(value).max() > 1000 * np.abs(value[:len(X)]).max()  # as where a divisor touches 0
+    # Where a divisor touches 0 and does not cross it, values are far larger than the data's.
+    steep = np.abs(value).max() > (10 if X.shape[1] == 1 else 1000) * np.abs(value[:len(X)]).max()
     return bool(not np.isfinite(value).all() or steep or any(d.min() <= 0 <= d.max() for d in divisors))
 
 
