@@ -35,7 +35,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -105,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--checkpoint", type=path, metavar="RUN", help="a run of --mode regress")
     g.add_argument("--output", type=path, metavar="FILE", help="of --predict (default: predictions.csv beside the run)")
     p.add_argument("--mode", choices=list(MODES), default="demo", help="demo: all stages. gen: write data.npz; "
-                   "train; eval: diagnose --net; search: compare methods with --net; bench: Nguyen 1-12 by GP; regress: "
+                   "train; eval: diagnose --net; search: compare methods with --net; bench: published problems; regress: "
                    "formulas for the table of --data")
     g = p.add_argument_group("data")
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
@@ -3705,8 +3704,8 @@ def bench(args: flags.Flags) -> dict:
             p = published(name, i, args.noise, args.seed + seed)
             if (p.name, method, seed) in done or r.stopped_by:
                 continue
-            run_one = partial(with_peer) if method in PEERS else partial(with_ours, net=net)
-            solved, recovered, size, seconds, text = run_one(p, method, 60 * args.max_minutes, args.seed + seed)
+            given = p, method, 60 * args.max_minutes, args.seed + seed
+            solved, recovered, size, seconds, text = with_peer(*given) if method in PEERS else with_ours(*given, net)
             if r.stopped_by:
                 break
             rows.append({"problem": p.name, "method": method, "seed": seed, "solved": solved, "recovered": recovered, "size": size,
