@@ -58,6 +58,7 @@ N_SAMPLED = 250                    # of these get many samples each
 SAMPLED = 2048                     # programs that are sampled at a time: more do not fit the cache
 RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no value, or too large ones, on the first
 MOST_ROWS = 5000                  # of a table that are used
+SEARCHED_ROWS = 1000              # of these that programs are bred on; the front is of all
 REGRESS_OPS = ("add", "sub", "mul", "div", "sin", "cos", "exp", "log", "sqrt", "square")
 IDLE = 100                        # offers without a new program, after which a search ends: there may be no more
 N_TEST = 400                      # points that nothing is fitted on
@@ -509,19 +510,21 @@ def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndar
            ) -> tuple[np.ndarray, np.ndarray]:
     """Values (n, N) of the nodes at (P, L), and their derivatives (n, K, N) by the constants of their programs, K the most
     that one has."""
-    rank = np.cumsum(tokens == C, 1) - 1
     with np.errstate(all="ignore"):
-        plan = Plan(tokens, shape, of, len(X), X.shape[2])
-        table = plan.values(X, constants)
-        D = np.zeros((len(table), rank.max(initial=0) + 1, X.shape[1]))
-        D[plan.ids[plan.constants], rank[plan.constants]] = 1.0
+        plan, constant = Plan(tokens, shape, of, len(X), X.shape[2]), np.nonzero(tokens == C)
+        table, G = plan.values(X, constants), np.zeros((plan.n_rows, X.shape[1]))  # G: derivatives of a node at `at` by each below
+        G[plan.ids[at]], live = 1.0, np.zeros(plan.n_rows, bool)
+        live[plan.ids[constant]] = True  # what has constants in it: such nodes are part of one program alone
         for op, rows, a, b in plan.steps:
-            parts = op.slopes(*(table[a], table[b])[:op.arity], table[rows])
-            for part, operand in zip(parts, (a, b), strict=False):
-                # 0 * inf is 0 here: an operand without constants has no say.
-                there = D[operand] != 0
-                D[rows] += np.where(there, part[:, None] * D[operand], 0.0)
-    return table[plan.ids[at]], D[plan.ids[at]]
+            live[rows] = live[a] | (live[b] & (op.arity == 2))
+        for op, rows, a, b in reversed(plan.steps):
+            some = np.arange(rows.start, rows.stop)[live[rows]]
+            below = [x[live[rows]] for x in (a, b)[:op.arity]]
+            for x, part in zip(below, op.slopes(*(table[x] for x in below), table[some]), strict=True) if len(some) else ():
+                G[x[live[x]]] += (G[some] * part)[live[x]]
+    D = np.zeros((int(at.sum()), (tokens == C).sum(1).max(initial=1), X.shape[1]))
+    D[(np.cumsum(at) - 1).reshape(at.shape)[constant], (np.cumsum(tokens == C, 1) - 1)[constant]] = G[plan.ids[constant]]
+    return table[plan.ids[at]], D
 
 
 def fit_constants(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Loss, of: np.ndarray,
@@ -2591,9 +2594,23 @@ def sums(values: np.ndarray, z: np.ndarray, pull: np.ndarray) -> list[list[int]]
     """Which of some programs with these values (M, N) make sums that are near z (N,), once they have weights."""
     with np.errstate(all="ignore"):
         root = np.sqrt(pull)
-        which, C = unit_columns(values * root, root[None], 4000)
+        which, C = unit_columns(values * root, root[None], 5000)
         goal = unit_columns((z * root)[None], root[None], 1)[1]
     return [which[list(row)].tolist() for row in best_sets(C, goal[0], 100, 6)] if len(C) and len(goal) else []
+
+
+def halves(A: np.ndarray, z: np.ndarray, free: list[bool]) -> np.ndarray:
+    """Powers (k,) for which powers @ A[1:] and a multiple of A[0] make z (N,) by least squares: those that are not free
+    multiples of 1/2, the nearest made so first."""
+    powers, todo = np.zeros(len(A) - 1), np.arange(1, len(A))
+    while True:
+        found = np.linalg.lstsq(A[[0, *todo]].T, z - powers @ A[1:], rcond=None)[0][1:]
+        off = np.where(np.array(free)[todo - 1], np.inf, np.abs(2 * found - np.round(2 * found)))
+        if not np.isfinite(off).any():
+            powers[todo - 1] = found
+            return powers
+        i = int(off.argmin())
+        powers[todo[i] - 1], todo = np.round(2 * found[i]) / 2, np.delete(todo, i)
 
 
 def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.ndarray, pull: np.ndarray) -> list[Pairs]:
@@ -2608,17 +2625,18 @@ def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.nda
         given = np.concatenate([np.ones((1, len(y))), logs[0][plain]]) * root
         if not np.isfinite(logs[2]).all() or len(given) >= len(y) - 2:
             return []
-        which, C = unit_columns(logs[1] * root, given, 2000)
+        which, columns = unit_columns(logs[1] * root, given, 2000)
         goal = unit_columns(logs[2] * root, given, 1)[1]
     out = []
-    for row in [(), *(best_sets(C, goal[0], 60, 2) if len(goal) and len(C) else [])]:
+    for row in [(), *(best_sets(columns, goal[0], 60, 2) if len(goal) and len(columns) else [])]:
         chosen = [*([(int(VARIABLES[i]), 0.0)] for i in plain), *(programs[which[i]] for i in row)]
         A = np.concatenate([given, logs[1][which[list(row)]] * root])
-        powers = 2 * np.linalg.lstsq(A.T, logs[2][0] * root, rcond=None)[0][1:]
-        whole = np.round(powers).astype(int)
-        if np.abs(whole - powers).max() < 0.2 and 0 < np.abs(whole).sum() <= 20:
-            out.append(quotient(*([part for part, k in zip(chosen, sign * whole, strict=True) if k > 0
-                                   for part in [part] * (k // 2) + [[(SQRT, 0.0), *part]] * (k % 2)] for sign in (1, -1))))
+        powers = halves(A, logs[2][0] * root, [part[0][0] == EXP for part in chosen])
+        factors = [([(EXP, 0.0), (MUL, 0.0), (C, k), *part[1:]], 2) if part[0][0] == EXP else (part, round(2 * k))
+                   for part, k in zip(chosen, powers, strict=True)]
+        if 0 < sum(abs(k) for _, k in factors) <= 20:
+            out.append(quotient(*([part for factor, k in factors if sign * k > 0
+                                   for part in [factor] * (abs(k) // 2) + [[(SQRT, 0.0), *factor]] * (k % 2)] for sign in (1, -1))))
     return out
 
 
@@ -2662,20 +2680,22 @@ class Regression:
         floor = Loss(y[None], loss, self.weights[None]).floor(digit / self.unit)
         self.exact = 1.5 * floor * self.weights.mean() / np.array([pull.mean() for pull in pulls]) / self.search.loss.of_constant
         self.exact_at: int | None = None  # in which round a program was
-        self.seconds = 0.0
+        self.seconds, self.slowest = 0.0, 0.0  # in all; of the last dictionary
         self.age = {kind: np.zeros(Q, int) for kind in self.search.islands}
         self.least = {kind: np.full(Q, np.inf) for kind in self.search.islands}
         self.n_children = max(10, min(self.POPULATION, 40_000 // len(y)))
 
-    def round(self) -> None:
-        """A generation of every island; in some rounds the dictionary, or the net, has its say first."""
+    def round(self, left: float = math.inf) -> None:
+        """A generation of every island; in some rounds the dictionary, or the net, has its say first. left: seconds; the
+        dictionary has not if it would take longer."""
         s, start = self.search, time.monotonic()
         s.rng = np.random.default_rng([self.seed, SEARCH, self.k])
         if self.k == 0:
             s.begin()
-        if self.k % self.RENEWAL == 0:
+        if self.k % self.RENEWAL == 0 and self.slowest < left:
             s.source = 1
             self.offer_dictionary()
+            self.slowest = time.monotonic() - start
         if self.net is not None and self.k in {3 ** i for i in range(40)}:
             s.source = 2
             self.offer_proposals()
@@ -2737,15 +2757,25 @@ class Regression:
         if self.k // self.RENEWAL % 2 == 0:
             tokens[tokens == C] = ONE
         constants = s.rng.choice([-1.0, 1.0], tokens.shape) * 10 ** s.rng.uniform(-1, 1, tokens.shape)
-        parts = [(tokens, constants)]
-        if {"mul", "div"} <= set(g.ops):
-            rows = [[t for t, _ in row] for row in monomials(g.variables, 2500) if len(row) <= L]
-            parts.append((np.array([padded(row, L) for row in rows]), np.zeros((len(rows), L))))
+        parts = []
+        if {"add", "sub", "mul", "div"} <= set(g.ops):
+            rows = [[t for t, _ in row] for row in monomials(g.variables, 1000)]
+            small = [[ONE], *(row for row in rows if len(row) <= 3)]
+            pairs = [[op, *a, *b] for i, a in enumerate(small) for b in small[:i] for op in (ADD, SUB)]
+            ratios = [[DIV, *a, *b] for b in pairs if len(b) == 3 for a in small]
+            called = [[TOKENS[f], *m] for f in g.ops if f in ("sin", "cos", "exp", "tanh") for m in rows if len(m) <= 5]
+            called += [[DIV, ONE, *f] for f in called if f[0] == EXP]
+            waves = [*called, *([t, *f, *x] for f in called for x in small if len(x) == 1 for t in (MUL, DIV))]
+            for some, n in ((pairs, 800), (ratios, 500), (waves, 800)):
+                rows += [some[i] for i in s.rng.permutation(len(some))[:n]]
+            rows = np.array([padded(row, L) for row in rows if len(row) <= L])
+            parts.append((rows, np.zeros(rows.shape)))
         for island in s.islands.values() if self.k else ():
             some = np.isfinite(island.score) & (island.tokens != C).all(2)
             nodes, top = subtrees(island.tokens[some]), split_terms(island.tokens[some], shape_of(island.tokens[some]))
             nodes = nodes[top[island.tokens[some] != PAD]]
             parts.append((nodes, np.zeros(nodes.shape)))
+        parts.append((tokens, constants))
         tokens, constants = (np.concatenate(x) for x in zip(*parts, strict=True))
         some = s.rng.permutation(len(self.y))[:200]  # to choose by; what is offered is measured on all
         X, y, weights = self.X[some], self.y[some], self.weights[some]
@@ -2842,7 +2872,7 @@ class Row(NamedTuple):
 
 
 def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: tuple[np.ndarray, Loss] | None,
-            max_size: int, n_symbols: int, digit: float) -> list[Row]:
+            max_size: int, n_symbols: int, digit: float, n_forms: int = 4) -> list[Row]:
     """The front of these programs: constants fitted until nothing changes and written with as few digits as that needs; each
     row has a smaller loss than all that are shorter.
 
@@ -2862,10 +2892,10 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     error = loss.fitness(evaluate(tokens, X[None], None, constants), of)
     error[~np.isfinite(error) | ((tokens == C).sum(1) > max(1, N - 2))] = np.inf
     some, least = [], np.inf
-    for k in np.unique(size):  # of each size the best four forms, if they may still get better than what is shorter
+    for k in np.unique(size):  # of each size the best forms, if they may still get better than what is shorter
         here = np.flatnonzero((size == k) & (error < np.inf) & (error <= 3 * least))
         here = here[np.argsort(error[here], kind="stable")]
-        some += here[np.sort(np.unique(tokens[here], axis=0, return_index=True)[1])[:4]].tolist()
+        some += here[np.sort(np.unique(tokens[here], axis=0, return_index=True)[1])[:n_forms]].tolist()
         least = min(least, error[here].min(initial=np.inf))
     tokens, constants = tokens[some], converged(tokens[some], constants[some], X, loss)
     of = np.zeros(1, int)
@@ -2914,7 +2944,8 @@ def left_out(tokens: list[int], constants: list[float], X: np.ndarray, loss: Los
     effect = (c[t == C][:, None] * J[0]) ** 2  # (K, N)
     row = effect.argmax(1)
     others = effect.sum(1) - effect.max(1) * loss.copies[0][row]
-    alone = row[others < 1e-12 * loss.y.var() * loss.y.shape[1]]  # a constant that no other row knows of
+    noise = max(1e-12 * loss.y.var() * loss.y.shape[1], 4 * (1.4826 * np.median(np.abs(far))) ** 2)
+    alone = row[others < noise]  # a constant that no other row tells from 0, by two standard errors
     far[alone] = (np.median(loss.y) - loss.y)[0, alone]
     return loss.y + far / root
 
@@ -3217,11 +3248,14 @@ class Regressor:
                  for name, rows in self.rows.items() if len(rows)}
         self.data, self.digit, self.n_symbols = parts, digit, len(grammar.leaves) + len(grammar.ops)
         X, y = parts["train"][0], parts["train"][1].y[0]
-        self.search = Regression(X, y, weights[self.rows["train"]], loss, grammar, self.settings["seed"], self.net, digit) if np.ptp(y) else None
+        some = np.sort(np.random.default_rng([self.settings["seed"], EVAL]).permutation(len(y))[:SEARCHED_ROWS])
+        some = some if np.ptp(y[some]) else np.arange(len(y))
+        self.search = Regression(X[some], y[some], weights[self.rows["train"]][some], loss, grammar, self.settings["seed"], self.net,
+                                 digit) if np.ptp(y) else None
         if state is not None and self.search:
             self.search.restore(state)
         while self.search and not self.is_over() and not watch(self):
-            self.search.round()
+            self.search.round(math.inf if self.evaluations else 60 * self.max_minutes - self.search.seconds)
         return self.conclude()
 
     def is_over(self) -> bool:
@@ -3231,10 +3265,10 @@ class Regressor:
         spent = s.search.spent.sum() >= self.evaluations if self.evaluations else s.seconds >= 60 * self.max_minutes
         return s.k > 0 and bool(exact or spent)
 
-    def conclude(self) -> Regressor:
-        """Make the front of what was found so far."""
+    def conclude(self, n_forms: int = 4) -> Regressor:
+        """Make the front of what was found so far; n_forms: of formulas of a size, that are fitted until nothing changes."""
         self.front = rows_of(self.search.programs() if self.search else [], *self.data["train"], self.data.get("test"),
-                             self.settings["max_size"], self.n_symbols, self.digit)
+                             self.settings["max_size"], self.n_symbols, self.digit, n_forms)
         return self
 
     @property
@@ -3325,7 +3359,7 @@ def regress(args: flags.Flags) -> dict:
             r.step = reg.search.k
             if reg.search.k and (reg.search.seconds >= next_report or r.stopped_by):
                 next_report = 1.5 * reg.search.seconds + 1
-                report(r, reg.conclude(), sample)
+                report(r, reg.conclude(n_forms=1), sample)
                 r.save("last.pt", data=hash_, search=reg.search.state())
             return bool(r.stopped_by)
         regressor.fit(sample.X, sample.y, sample.names, sample.weights, sample.digit, saved and saved["search"], watch)
@@ -3404,9 +3438,19 @@ def as_comment(name: str) -> str:
 
 
 def outliers(regressor: Regressor, sample: Sample) -> list[str]:
-    """A line that names the rows whose residual is far out, if there are any."""
+    """A line that names the rows whose residual is far out, if there are any: from what --loss l1 would recommend of all that
+    was found, and of a round of its own, since the formula of mse may have gone to the outliers."""
+    if not regressor.search:
+        return []
     used = np.sort(np.concatenate(list(regressor.rows.values())))
-    residual = sample.y[used] - regressor.predict(sample.X[used])
+    some = np.sort(np.random.default_rng(0).permutation(used)[:200])
+    X, y, weights = sample.X[some], sample.y[some], np.ones(len(some)) if sample.weights is None else sample.weights[some]
+    robust = Regression(X, y, weights, "l1", regressor.search.grammar, 0)
+    robust.round()
+    rows = rows_of(robust.programs() + regressor.search.programs(), X, Loss(y[None], "l1", weights[None], copies_of(X, y)), None,
+                   regressor.settings["max_size"], regressor.n_symbols, sample.digit)
+    best = next(row for row in rows if row.recommended)
+    residual = sample.y[used] - evaluate(np.array([best.tokens], np.int8), sample.X[None, used], None, np.array([best.constants]))[0]
     middle = np.median(residual)
     far = np.abs(residual - middle)
     least = max(3 * sample.digit, 1e-9 * sample.y.std(), 1e-15 * np.abs(sample.y).max())  # less is rounding
