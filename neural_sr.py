@@ -456,7 +456,8 @@ class Loss:
     def fitness(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
         """What a search makes small, (P,): the loss or, where it is robust, the exponential of the mean code, since to l1 and
         huber a few outliers are nearly all of the loss."""
-        return np.exp(self.codes(values, of).mean(1)) if self.robust else self(values, of)
+        with np.errstate(over="ignore"):
+            return np.exp(self.codes(values, of).mean(1)) if self.robust else self(values, of)
 
     def pull(self, values: np.ndarray | None, of: np.ndarray, least: float = 1e-12) -> np.ndarray | None:
         """Weights (P, N) with which squared errors have the loss's slopes at these values (None: nothing is known yet);
@@ -2590,13 +2591,13 @@ def best_sets(C: np.ndarray, z: np.ndarray, width: int, depth: int) -> list[tupl
     return out
 
 
-def sums(values: np.ndarray, z: np.ndarray, pull: np.ndarray) -> list[list[int]]:
-    """Which of some programs with these values (M, N) make sums that are near z (N,), once they have weights."""
+def sums(values: np.ndarray, z: np.ndarray, pull: np.ndarray, depth: int) -> list[list[int]]:
+    """Which of some programs with these values (M, N) make sums of up to `depth` that are near z (N,), once they have weights."""
     with np.errstate(all="ignore"):
         root = np.sqrt(pull)
         which, C = unit_columns(values * root, root[None], 5000)
         goal = unit_columns((z * root)[None], root[None], 1)[1]
-    return [which[list(row)].tolist() for row in best_sets(C, goal[0], 100, 6)] if len(C) and len(goal) else []
+    return [which[list(row)].tolist() for row in best_sets(C, goal[0], 100, depth)] if len(C) and len(goal) else []
 
 
 def halves(A: np.ndarray, z: np.ndarray, free: list[bool]) -> np.ndarray:
@@ -2757,9 +2758,10 @@ class Regression:
         if self.k // self.RENEWAL % 2 == 0:
             tokens[tokens == C] = ONE
         constants = s.rng.choice([-1.0, 1.0], tokens.shape) * 10 ** s.rng.uniform(-1, 1, tokens.shape)
-        parts = []
+        parts, n_monomials = [], 0
         if {"add", "sub", "mul", "div"} <= set(g.ops):
-            rows = [[t for t, _ in row] for row in monomials(g.variables, 1000)]
+            rows = [[t for t, _ in row] for row in monomials(g.variables, 1000) if len(row) <= L]
+            n_monomials = len(rows)
             small = [[ONE], *(row for row in rows if len(row) <= 3)]
             pairs = [[op, *a, *b] for i, a in enumerate(small) for b in small[:i] for op in (ADD, SUB)]
             ratios = [[DIV, *a, *b] for b in pairs if len(b) == 3 for a in small]
@@ -2787,7 +2789,8 @@ class Regression:
                 logs = np.flatnonzero((values > 0).all(1))
             both = [*programs, *([(LOG, 0.0), *programs[i]] for i in logs)]
             v = np.concatenate([values, np.log(values[logs])])
-            rows = sums(v, s.loss.y[q, some], s.loss.weights[q, some])
+            goal = s.loss.y[q, some], s.loss.weights[q, some]
+            rows = sums(v[:n_monomials], *goal, 6) + sums(v, *goal, 3)  # of more, any functions make anything
             found = [[(ADD, 0.0)] * (len(row) - 1) + [pair for i in row for pair in both[i]] for row in rows]
             if not outer:
                 found += products(programs, values, X, y, weights)
@@ -3639,27 +3642,29 @@ def judged(p: Published, formulas: Iterable[tuple[list, list]]) -> tuple[bool, b
     return solved, bool(sizes), min(sizes, default=0)
 
 
+def better(a: tuple[bool, bool, int], b: tuple[bool, bool, int]) -> tuple[bool, bool, int]:
+    """Of two judgements the one that is recovered, or else solved; of equal ones that of the smaller formula."""
+    return max(a, b, key=lambda one: (*one[:2], -one[2]))
+
+
 def with_ours(p: Published, method: str, seconds: float, seed: int, net: Net | None) -> tuple[bool, bool, int, float, str]:
-    """What `judged` says, seconds, and the recommended formula, of --mode regress; mix is with the net, gp without."""
-    found, least = (False, False, 0), SOLVED
+    """What `judged` says, seconds until solved, and the recommended formula, of --mode regress; mix is with the net, gp
+    without. The search ends once it has recovered the formula."""
+    found, solved_at, least, start = (False, False, 0), None, SOLVED, time.monotonic()
 
     def watch(regressor: Regressor) -> bool:
-        nonlocal found, least
+        nonlocal found, solved_at, least
         low = regressor.search.search.front.nmse.min()
-        if p.noise or low > least:
-            return False
-        least = low / 10
-        found = judged(p, [(row.tokens, row.constants) for row in regressor.conclude().front])
-        return found[0]
-    start = time.monotonic()
+        if not p.noise and low <= least:
+            least = low / 10
+            found = better(found, judged(p, [(row.tokens, row.constants) for row in regressor.conclude().front]))
+            solved_at = solved_at or (found[0] and time.monotonic() - start)
+        return found[1]
     regressor = Regressor(max_minutes=seconds / 60, seed=seed, net=net if method == "mix" else None)
     regressor.fit(p.problems.X[0], p.y, watch=watch)
-    seconds = time.monotonic() - start
-    best = regressor.best
-    if not found[0]:
-        rows = [best] if p.noise else regressor.front
-        found = judged(p, [(row.tokens, row.constants) for row in rows])
-    return *found, seconds, text_of(best, safe_names(regressor.names))
+    rows = [regressor.best] if p.noise else regressor.front
+    found = better(found, judged(p, [(row.tokens, row.constants) for row in rows]))
+    return *found, solved_at or time.monotonic() - start, text_of(regressor.best, safe_names(regressor.names))
 
 
 def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, pipe) -> None:
@@ -3699,18 +3704,18 @@ def with_peer(p: Published, method: str, seconds: float, seed: int) -> tuple[boo
     process = context.Process(target=peer, args=(method, p.problems.X[0], p.y, seconds, seed, other), daemon=True)
     process.start()
     other.close()
-    found, text = (False, False, 0), ""
+    found, text, solved_at = (False, False, 0), "", seconds
     try:
         pipe.recv()
         start = time.monotonic()
         while (left := start + seconds - time.monotonic()) > 0 and pipe.poll(left):
             texts = pipe.recv()
             text = texts[-1]
-            now = judged(p, [x for x in (readable(text, method == "gplearn") for text in texts) if x])
-            found = now if now[:2] > found[:2] else found
-            if found[0] and not p.noise:
+            found = better(found, judged(p, [x for x in (readable(text, method == "gplearn") for text in texts) if x]))
+            solved_at = min(solved_at, time.monotonic() - start) if found[0] else seconds
+            if found[1] and not p.noise:
                 break
-        return *found, min(seconds, time.monotonic() - start), text
+        return *found, solved_at, text
     except EOFError:
         raise UserError(f"--method {method}: it ended with an error") from None
     finally:
