@@ -969,11 +969,12 @@ def subtrees(tokens: np.ndarray) -> np.ndarray:
 
 
 def nested(tokens: np.ndarray) -> np.ndarray:
-    """Which programs (P, L) have a function within a function, as sin(exp(x0)) is; people seldom write such."""
-    unary = np.pad(np.cumsum(ARITY[tokens] == 1, 1), ((0, 0), (1, 0)))  # functions before each place
+    """How many functions of programs (P, L) have a function in them, as sin of sin(exp(x0)) has; people seldom write such."""
+    called = (ARITY[tokens] == 1) & (tokens != SQUARE)
+    before = np.pad(np.cumsum(called, 1), ((0, 0), (1, 0)))  # functions before each place
     last = np.arange(tokens.shape[1]) + shape_of(tokens).size
-    inside = np.take_along_axis(unary, np.minimum(last, tokens.shape[1]), 1) - unary[:, :-1]
-    return ((ARITY[tokens] == 1) & (inside > 1)).any(1)
+    inside = np.take_along_axis(before, np.minimum(last, tokens.shape[1]), 1) - before[:, :-1]
+    return (called & (inside > 1)).sum(1)
 
 
 def sample_functions(rng: np.random.Generator, grammar: Grammar, n: int, sizes: Sequence[int]
@@ -981,7 +982,7 @@ def sample_functions(rng: np.random.Generator, grammar: Grammar, n: int, sizes: 
     """Different functions among n random programs: the shortest program of each (P, L), in canonical order, and its
     share (P,). Those without values at most of the fixed points are left out."""
     tokens = np.unique(random_programs(rng, rng.choice(np.array(sizes), n), grammar), axis=0)
-    tokens = tokens[~nested(tokens)]
+    tokens = tokens[nested(tokens) == 0]
     tokens = np.unique(subtrees(tokens), axis=0)  # for exp(log(u)) to be found the same as u
     tokens = np.unique([padded(canonical(row), grammar.max_size) for row in tokens.tolist()], axis=0)
     tokens = tokens[np.lexsort((*tokens.T[::-1], (tokens != PAD).sum(1)))]  # shorter ones first
@@ -2880,10 +2881,10 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     row has a smaller loss than all that are shorter.
 
     The description length of a row: n / 2 log(loss) + k / 2 log(n) + size log(symbols), of n data, k constants (Rissanen
-    1978). This loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less
+    1978), where a function of a function counts as two symbols more, since people seldom write such. This loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less
     than rounding to the last digit of y makes it. With l1 and huber it is `Loss.fitness`. A pole inside the data's range
-    costs 1.5 n. Recommended is the row of the shortest description, or the first shorter one than which it is not better by
-    two standard errors of what the rows' logarithmic errors differ by, lest a few rows with much noise decide.
+    costs 1.5 n. Recommended is the row of the shortest description, or the simplest one than which it does not code the data
+    in fewer nats by two standard errors of what single rows differ by (Vuong 1989), lest a few of them decide.
     """
     N, floor = loss.y.shape[1], loss.floor(digit)
     middle = least_squares(np.zeros((1, 0, N)), loss, np.zeros(1, int))[1][0, 0]
@@ -2904,18 +2905,21 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     of = np.zeros(1, int)
     found = (simplified(row[row != PAD].tolist(), c[row != PAD].tolist()) for row, c in zip(tokens, constants, strict=True))
     chosen = [rounded(t, c, X, loss, floor) for _, (t, c) in pareto(found, X, loss, floor)]
-    out, terms = [], []
+    out, codes, simpler = [], [], []  # nats of each row of the data; of the formula
     for outside, (t, c) in pareto(chosen, X, loss, floor):
         pole, values = has_pole(t, c, X), left_out(t, c, X, loss)
-        length = N / 2 * math.log(max(outside, floor)) + t.count(C) / 2 * math.log(N) + len(t) * math.log(n_symbols) + pole * 1.5 * N
+        formula = t.count(C) / 2 * math.log(N) + (len(t) + 2 * int(nested(np.array([t]))[0])) * math.log(n_symbols)
+        length = N / 2 * math.log(max(outside, floor)) + formula + pole * 1.5 * N
+        simpler.append(formula)
         out.append(Row(t, c, measure(t, c, X, loss), measure(t, c, *test) if test else math.nan, length, pole, False))
-        far = np.abs(np.log(values / loss.y) if loss.name == "log" else values - loss.y)[0]
-        terms.append(np.log(np.maximum(far, math.sqrt(floor))))
+        each = loss.each(values, of)[0]
+        scale = max(each.mean(), floor)
+        codes.append(loss.codes(values, of)[0] / 2 if loss.robust else 0.5 * (np.log(scale) + each / scale))
     best = min(range(len(out)), key=lambda i: out[i].length)
-    for i in range(best):
-        gain = terms[i] - terms[best]
-        if gain.mean() < 2 * gain.std() / math.sqrt(N):  # it comes from a few rows
-            best = i
+    for i in np.argsort(simpler, kind="stable"):
+        gain = codes[i] - codes[best]
+        if gain.mean() <= 2 * gain.std() / math.sqrt(N):  # it comes from a few rows
+            best = int(i)
             break
     out[best] = out[best]._replace(recommended=True)
     return out
@@ -2944,9 +2948,10 @@ def left_out(tokens: list[int], constants: list[float], X: np.ndarray, loss: Los
     leverage, far = loss.copies[0] * (Q ** 2).sum(1), (values - loss.y)[0] * root[0]
     # Where a row alone decides, l1 leaves no residual to scale up: that of least squares is taken.
     far = np.where(leverage > 0.9, far - Q @ (Q.T @ far), far) / np.maximum(1 - leverage, 1e-10)
-    effect = (c[t == C][:, None] * J[0]) ** 2  # (K, N)
-    row = effect.argmax(1)
-    others = effect.sum(1) - effect.max(1) * loss.copies[0][row]
+    with np.errstate(all="ignore"):
+        effect = (c[t == C][:, None] * J[0]) ** 2  # (K, N)
+        row = effect.argmax(1)
+        others = effect.sum(1) - effect.max(1) * loss.copies[0][row]
     noise = max(1e-12 * loss.y.var() * loss.y.shape[1], 4 * (1.4826 * np.median(np.abs(far))) ** 2)
     alone = row[others < noise]  # a constant that no other row tells from 0, by two standard errors
     far[alone] = (np.median(loss.y) - loss.y)[0, alone]
