@@ -26,7 +26,7 @@ def lines(header, rows, delimiter=","):
 
 
 def regress(file, out, *flags):
-    return sr.main(["--mode", "regress", "--data", file, "--out-dir", str(out), "--evaluations", "9000", *flags])
+    return sr.main(["--mode", "regress", "--data", file, "--out-dir", str(out), "--evaluations", "20000", *flags])
 
 
 def front_of(folder):
