@@ -54,7 +54,8 @@ SCRIPT = Path(__file__).name
 SOLVED = 1e-9                     # NMSE on test points: mean squared error as a share of the variance of y
 EXACT = 1e-18                     # NMSE on a search's own points, at which it ends: rounding, and no approximation
 N_VAL, N_FINAL = 500, 1000         # examples of each split that are diagnosed in training, and at its end
-N_SAMPLED = 250                    # of these get many samples each
+N_SAMPLED, N_SAMPLES = 250, 32     # of these get many samples each, at the end so many
+PATIENCE = 5                       # evaluations without a better validation loss, after which training ends
 SAMPLED = 2048                     # programs that are sampled at a time: more do not fit the cache
 RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no value, or too large ones, on the first
 MOST_ROWS = 5000                  # of a table that are used
@@ -135,15 +136,10 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "cut into one part more; before each but the first, larger functions solved by mix become examples")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=128, help="examples of a step")
     g.add_argument("--lr", type=real(0, 10, above=True), default=16e-3, help="peak of the learning rate")
-    g.add_argument("--warmup", type=integer(0), default=30, help="steps in which it rises; then it falls to 0")
-    g.add_argument("--weight-decay", type=real(0, 1), default=0.05, help="decoupled, of the blocks' matrices")
-    g.add_argument("--patience", type=integer(0), default=5, help="evaluations without a better validation loss after "
-                   "which training ends, in its last part; 0: it does not")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval-every", type=integer(1), default=200, help="steps between validations and saves")
     g.add_argument("--net", type=path, metavar="RUN", help="eval, search: this run's best.pt (default: the kept one)")
-    g.add_argument("--samples", type=integer(1, 10_000), default=32, help="programs for each context in the diagnosis")
 
     g = p.add_argument_group("search")
     g.add_argument("--method", type=names_of(dict.fromkeys((*METHODS, "gp", "mix", *PEERS))), default=list(METHODS), metavar="LIST",
@@ -190,7 +186,7 @@ def check_flags(args: flags.Flags) -> None:
     table = ("target", "features", "ignore", "weights", "loss", "test_fraction", "predict", "checkpoint", "output")
     net = (*DATA_FLAGS, "data", "net", "arch", "members", "hidden", "layers", "heads")
     find = ("method", "constants", "evaluations", "population", "islands", "search_seeds")
-    used = {"gen": DATA_FLAGS, "eval": (*net, "samples"), "bench": ("method", "problems", "noise", "search_seeds", "net", "max_minutes", "resume"),
+    used = {"gen": DATA_FLAGS, "eval": net, "bench": ("method", "problems", "noise", "search_seeds", "net", "max_minutes", "resume"),
             "search": (*net, *find, "held_out", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net", "problems", "noise", *table},
             "train": set(vars(args)) - {"net", "held_out", "larger", "method", "constants", "search_seeds", "problems", "noise", *table},
             "regress": (*table, "data", "ops", "max_size", "evaluations", "net", "max_minutes", "resume", "tracker")}
@@ -208,9 +204,8 @@ def check_flags(args: flags.Flags) -> None:
 
 def check_sizes(args: argparse.Namespace) -> None:
     """Raise UserError for numbers that do not go together."""
-    if args.steps % (args.rounds + 1) or args.warmup >= args.steps // (args.rounds + 1):
-        raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts of more than "
-                        f"{args.warmup} steps of --warmup")
+    if args.steps % (args.rounds + 1):
+        raise UserError(f"--steps {args.steps}: cannot be cut into {args.rounds + 1} equal parts")
     if args.target_size + max(args.larger, args.rounds > 0) > args.max_size:
         raise UserError(f"--target-size {args.target_size}: with --larger {args.larger} and --rounds {args.rounds} "
                         f"there is no room in a --max-size of {args.max_size}")
@@ -1613,9 +1608,10 @@ def part_of(step: int, args: argparse.Namespace) -> tuple[int, int]:
 
 
 def schedule(step: int, args: argparse.Namespace) -> float:
-    """Share of --lr: in each part up during --warmup steps, then down in a line to 0."""
+    """Share of --lr: in each part up during 30 steps, then down in a line to 0."""
     first, n = part_of(step, args)
-    return min(1.0, (step - first + 1) / (args.warmup + 1), (n - step + first) / (n - args.warmup))
+    up = min(30, n // 10)
+    return min(1.0, (step - first + 1) / (up + 1), (n - step + first) / (n - up))
 
 
 def make_optimizers(net: Net, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -1623,7 +1619,7 @@ def make_optimizers(net: Net, args: argparse.Namespace) -> list[torch.optim.Opti
     matrices = [p for p in net.body.parameters() if p.ndim == 2]
     chosen = set(map(id, matrices))
     rest = [p for p in net.parameters() if id(p) not in chosen]
-    return [Muon(matrices, lr=args.lr, weight_decay=args.weight_decay),
+    return [Muon(matrices, lr=args.lr, weight_decay=0.05),
             torch.optim.AdamW(rest, betas=(0.9, 0.95), lr=args.lr, weight_decay=0.0)]
 
 
@@ -2041,7 +2037,7 @@ def train(args: flags.Flags) -> dict:
                 for verdict in verdicts(figures, losses) if step else []:
                     print(f"  {verdict}", flush=True)
             if patience_is_over(losses, step, args):
-                last, ended = True, f"no better validation loss in {args.patience} evaluations"
+                last, ended = True, f"no better validation loss in {PATIENCE} evaluations"
             if due or last:
                 r.save("last.pt", **kind, model=net.state_dict(), best=best, losses=losses,
                        optimizers=[o.state_dict() for o in optimizers],
@@ -2079,9 +2075,9 @@ def set_up(args: flags.Flags, saved: dict | None, data: Data
 
 
 def patience_is_over(losses: Sequence[float], step: int, args: argparse.Namespace) -> bool:
-    """Whether --patience ends training, which it does in the last part alone."""
+    """Whether too many evaluations without a better validation loss end training, in its last part alone."""
     in_last = step > part_of(args.steps, args)[0]
-    return bool(args.patience and in_last and losses and len(losses) - 1 - int(np.argmin(losses)) >= args.patience)
+    return bool(in_last and losses and len(losses) - 1 - int(np.argmin(losses)) >= PATIENCE)
 
 
 def update(net: Net, optimizers: Sequence[torch.optim.Optimizer], data: Data, args: argparse.Namespace, step: int,
@@ -2200,7 +2196,7 @@ def conclude(folder: Path, net: Net, data: Data, problems: Problems | None, args
     print, draw and return what was found."""
     found: dict = {}
     if args.mode != "search":
-        figures = diagnose(net, data, args, N_FINAL, args.samples, SPLITS)
+        figures = diagnose(net, data, args, N_FINAL, N_SAMPLES, SPLITS)
         found = {"verdicts": verdicts(figures, losses), "figures": figures}
         if len(losses) > 2 and losses[-1] < losses[-2] - 0.01:
             found["verdicts"].append(f"not converged: validation loss still falls, {losses[-2]:.3f} to "
@@ -3868,7 +3864,7 @@ def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
                 "front": front, "n": len(test[0]) if test else 0}
     net, saved, data = net_and_data(path, own)
     return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": count_parameters(net),
-            "step": saved["step"], "figures": diagnose(net, data, own, N_FINAL, own.samples, SPLITS)}
+            "step": saved["step"], "figures": diagnose(net, data, own, N_FINAL, N_SAMPLES, SPLITS)}
 
 
 def format_evaluation(out: dict) -> str:

@@ -133,7 +133,8 @@ def test_weights_of_terms_are_those_of_least_squares():
     text = "x0*x0 - sin(x1) + x0*x1"
     tokens = np.array([sr.padded(sr.parse(text)[0], 15)])
     rng = np.random.default_rng(0)
-    X, y = rng.uniform(-2, 2, (1, 30, 2)), rng.normal(size=(1, 30))
+    X = rng.uniform(-2, 2, (1, 30, 2))
+    y = sr.evaluate(tokens, X) + 1 + 0.2 * rng.normal(size=(1, 30))
     error, n_terms = sr.fit_terms(tokens, X, sr.Loss(y), np.zeros(1, int))
     a, b = X[0].T
     A = np.stack([np.ones(30), a * a, np.sin(b), a * b], 1)
@@ -363,8 +364,8 @@ def flags():
 
 
 SMALL_DATA = ["--functions", "20000", "--target-size", "7", "--max-size", "9", "--generations", "3", "--points", "12"]
-SMALL_NET = [*SMALL_DATA, "--steps", "4", "--eval-every", "2", "--warmup", "1", "--hidden", "16", "--heads", "1", "--layers", "1",
-             "--batch-size", "16", "--members", "4", "--samples", "4"]
+SMALL_NET = [*SMALL_DATA, "--steps", "4", "--eval-every", "2", "--hidden", "16", "--heads", "1", "--layers", "1",
+             "--batch-size", "16", "--members", "4"]
 SMALL_SEARCH = ["--evaluations", "60", "--population", "10"]
 SMALL = [*SMALL_NET, *SMALL_SEARCH, "--held-out", "6", "--search-seeds", "2"]
 
@@ -566,7 +567,7 @@ def replace_flags(args, **values):
 @pytest.mark.parametrize("rounds, at", [(0, 2), (1, 3)])
 def test_resume_equals_an_unbroken_run(tmp_path, monkeypatch, capsys, rounds, at):
     save, args = run.Run.save, ["--threads", "1", "--mode", "train", *SMALL_NET, "--rounds", str(rounds),
-                                "--eval-every", "1", "--warmup", "0", *SMALL_SEARCH * rounds]
+                                "--eval-every", "1", *SMALL_SEARCH * rounds]
     sr.main([*args, "--out-dir", str(tmp_path / "unbroken")])
     said = capsys.readouterr().out
     assert said.count("round 1: mix solved") == rounds and "solved 0.0%" not in said
@@ -612,7 +613,7 @@ def test_a_net_proposes_from_python_also_with_more_variables_than_it_knows(folde
 
 def test_examples_of_a_file_are_those_that_were_made(folder, tmp_path, capsys):
     sr.main(["--threads", "1", "--mode", "gen", *SMALL_DATA, "--out-dir", str(tmp_path / "gen")])
-    out = sr.main(["--threads", "1", "--mode", "eval", "--net", str(folder), "--samples", "2", "--data",
+    out = sr.main(["--threads", "1", "--mode", "eval", "--net", str(folder), "--data",
                    str(tmp_path / "gen/data.npz"), "--out-dir", str(tmp_path / "eval")])
     assert "hash " + read_json(folder / "summary.json")["data"] in capsys.readouterr().out
     assert out["figures"]["test"]["loss"] == pytest.approx(read_json(folder / "summary.json")["figures"]["test"]["loss"])
@@ -644,7 +645,7 @@ def test_figures_of_a_checkpoint_are_those_of_its_run(folder):
 @pytest.mark.parametrize("flags, message", [
     (["--ops", "add,foo"], "expected some of"), (["--ops", ""], "expected some of"), (["--net", ""], "empty"),
     (["--evaluations", "10"], "fewer than"), (["--target-size", "20"], "no room"), (["--hidden", "10", "--heads", "3"],
-     "divided"), (["--temperature", "0"], "temperature"), (["--warmup", "900"], "equal parts"), (["--method", "gp,gp"],
+     "divided"), (["--temperature", "0"], "temperature"), (["--steps", "9", "--rounds", "1"], "equal parts"), (["--method", "gp,gp"],
      "expected some of"), (["--objective", "x"], "choice")])
 def test_wrong_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as e:
