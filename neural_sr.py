@@ -3419,7 +3419,7 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
     for row in regressor.front:
         print(f"{'*' if row is best else ' '}{row.size:5d} {row.loss:12.5g} {row.test:12.5g}  {shown(row, regressor)}"
               f"{'   (pole)' * row.pole}")
-    print("* recommended: the shortest description of formula and errors, unless a shorter formula is as good within two standard errors")
+    print("* recommended: the shortest description of formula and errors, unless a simpler formula is as good within two standard errors")
     for line in outliers(regressor, sample) if args.loss == "mse" else []:
         print(line)
     share = s.search.gains / max(1, s.search.gains.sum()) if s else np.zeros(3)
@@ -3486,11 +3486,12 @@ def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
     axes[0].set(xlabel=plots.as_label(names[0]) if len(names) == 1 else "predicted", ylabel=plots.as_label(sample.target))
     axes[0].set_title(plots.as_label(f"{shown(best, regressor):.70}"), fontsize=8, loc="left")
     sizes = [row.size for row in regressor.front]
-    for key, color in (("loss", "C0"), ("test", "C1")):
-        axes[1].plot(sizes, [max(getattr(row, key), 1e-300) for row in regressor.front], marker="o", ms=4, color=color,
-                     label="train" if key == "loss" else "test")
+    for key, part, color in (("loss", "train", "C0"), ("test", "test", "C1")):
+        if len(regressor.rows[part]):
+            axes[1].plot(sizes, [max(getattr(row, key), 1e-300) for row in regressor.front], marker="o", ms=4, color=color, label=part)
     axes[1].axvline(best.size, color="k", lw=0.7, ls=":")
-    axes[1].set(xlabel="size", ylabel=regressor.settings["loss"], yscale="log", title="front")
+    axes[1].set(xlabel="size (dotted: recommended)", ylabel=f"loss ({regressor.settings['loss']})", yscale="log", title="front")
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[2].axhline(0, color="k", lw=0.7)
     axes[2].set(xlabel="predicted", ylabel="residual", title="residuals")
     for ax in axes[:2]:
