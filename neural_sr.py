@@ -49,6 +49,7 @@ from common.evaluation import count_parameters, eval_mode, format_rate, wilson
 from common.files import UserError
 from common.flags import integer, path, real
 from common.optim import Muon
+from common.tables import Sample, read_sample, read_table
 
 SCRIPT = Path(__file__).name
 SOLVED = 1e-9                     # NMSE on test points: mean squared error as a share of the variance of y
@@ -96,18 +97,22 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("regress")
     g.add_argument("--target", type=path, metavar="COLUMN", help="the column of y (default: the last)")
-    g.add_argument("--features", type=columns, metavar="LIST", help="columns that y may depend on (default: all others)")
+    g.add_argument("--features", type=columns, metavar="LIST",
+                   help="columns that y may depend on (default: all others)")
     g.add_argument("--ignore", type=columns, metavar="LIST", help="columns that are left out")
     g.add_argument("--weights", type=path, metavar="COLUMN", help="of rows, in every fit and figure")
-    g.add_argument("--loss", choices=["mse", "l1", "huber", "log"], default="mse", help="mean squared error; mean absolute "
+    g.add_argument("--loss", choices=["mse", "l1", "huber", "log"], default="mse",
+                   help="mean squared error; mean absolute "
                    "error; squared up to a tenth of y's spread and linear beyond; squared error of log y")
-    g.add_argument("--test-fraction", type=real(0, 0.9), default=0.25, help="of rows that nothing is fitted on, from 20 rows on")
-    g.add_argument("--predict", type=path, metavar="FILE", help="with --checkpoint: write its predictions for this table")
+    g.add_argument("--test-fraction", type=real(0, 0.9), default=0.25,
+                   help="of rows that nothing is fitted on, from 20 rows on")
+    g.add_argument("--predict", type=path, metavar="FILE",
+                   help="with --checkpoint: write its predictions for this table")
     g.add_argument("--checkpoint", type=path, metavar="RUN", help="a run of --mode regress")
     g.add_argument("--output", type=path, metavar="FILE", help="of --predict (default: predictions.csv beside the run)")
     p.add_argument("--mode", choices=list(MODES), default="demo", help="demo: all stages. gen: write data.npz; "
-                   "train; eval: diagnose --net; search: compare methods with --net; bench: published problems; regress: "
-                   "formulas for the table of --data")
+                   "train; eval: diagnose --net; search: compare methods with --net; bench: published problems; "
+                   "regress: formulas for the table of --data")
     g = p.add_argument_group("data")
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
                    metavar="LIST", help=f"operators, some of {','.join(TOKENS)}")
@@ -142,9 +147,11 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--net", type=path, metavar="RUN", help="eval, search: this run's best.pt (default: the kept one)")
 
     g = p.add_argument_group("search")
-    g.add_argument("--method", type=names_of(dict.fromkeys((*METHODS, "gp", "mix", *PEERS))), default=list(METHODS), metavar="LIST",
-                   help="mix: GP and the net; net: its proposals alone; random, wrong: controls, with random programs or another "
-                   "problem's proposals in place of the net's; bench: gp and mix, of --mode regress, gplearn, pyoperon, eggp")
+    g.add_argument("--method", type=names_of(dict.fromkeys((*METHODS, "gp", "mix", *PEERS))), default=list(METHODS),
+                   metavar="LIST",
+                   help="mix: GP and the net; net: its proposals alone; random, wrong: controls, with random programs "
+                   "or another problem's proposals in place of the net's; bench: gp and mix, of --mode regress, "
+                   "gplearn, pyoperon, eggp")
     g.add_argument("--problems", type=names_of(PROBLEM_SETS), default=["nguyen", "feynman"], metavar="LIST",
                    help=f"bench: some of {','.join(PROBLEM_SETS)}")
     g.add_argument("--noise", type=real(0, 10), default=0.0, help="bench: of y, as a share of its standard deviation")
@@ -186,9 +193,12 @@ def check_flags(args: flags.Flags) -> None:
     table = ("target", "features", "ignore", "weights", "loss", "test_fraction", "predict", "checkpoint", "output")
     net = (*DATA_FLAGS, "data", "net", "arch", "members", "hidden", "layers", "heads")
     find = ("method", "constants", "evaluations", "population", "islands", "search_seeds")
-    used = {"gen": DATA_FLAGS, "eval": net, "bench": ("method", "problems", "noise", "search_seeds", "net", "max_minutes", "resume"),
-            "search": (*net, *find, "held_out", "larger", "mix", "temperature"), "demo": set(vars(args)) - {"net", "problems", "noise", *table},
-            "train": set(vars(args)) - {"net", "held_out", "larger", "method", "constants", "search_seeds", "problems", "noise", *table},
+    used = {"gen": DATA_FLAGS, "eval": net, "bench": ("method", "problems", "noise", "search_seeds", "net",
+                                                      "max_minutes", "resume"),
+            "search": (*net, *find, "held_out", "larger", "mix", "temperature"),
+            "demo": set(vars(args)) - {"net", "problems", "noise", *table},
+            "train": set(vars(args)) - {"net", "held_out", "larger", "method", "constants", "search_seeds", "problems",
+                                        "noise", *table},
             "regress": (*table, "data", "ops", "max_size", "evaluations", "net", "max_minutes", "resume", "tracker")}
     if not args.rounds:
         used["train"] -= {"evaluations", "population", "islands", "mix", "temperature"}
@@ -196,7 +206,8 @@ def check_flags(args: flags.Flags) -> None:
     known = ("gp", "mix", *PEERS) if args.mode == "bench" else METHODS
     if not set(args.method) <= set(known):
         raise UserError(f"--method {','.join(args.method)}: --mode {args.mode} has {', '.join(known)}")
-    if "evaluations" in args.given and not args.evaluations or args.mode == "regress" and not args.evaluations + args.max_minutes:
+    no_budget = args.mode == "regress" and not args.evaluations + args.max_minutes
+    if no_budget or ("evaluations" in args.given and not args.evaluations):
         raise UserError("--evaluations, --max-minutes: a budget of 0")
     if args.mode not in ("regress", "bench"):
         check_sizes(args)
@@ -403,11 +414,13 @@ def evaluate(tokens: np.ndarray, X: np.ndarray, of: np.ndarray | None = None, co
 
 
 class Loss:
-    """How far values (P, N) are from y (Q, N): mse, l1, huber (squared up to a tenth of y's spread, linear beyond) or log
-    (mse of logarithms). A mean over rows, with weights (Q, N) where there are any. copies (Q, N): how often each row is there.
+    """How far values (P, N) are from y (Q, N): mse, l1, huber (squared up to a tenth of y's spread, linear beyond) or
+    log (mse of logarithms). A mean over rows, with weights (Q, N) where there are any. copies (Q, N): how often each
+    row is there.
     """
 
-    def __init__(self, y: np.ndarray, name: str = "mse", weights: np.ndarray | None = None, copies: np.ndarray | float = 1.0):
+    def __init__(self, y: np.ndarray, name: str = "mse", weights: np.ndarray | None = None,
+                 copies: np.ndarray | float = 1.0):
         self.y, self.name, self.copies, self.robust = y, name, np.broadcast_to(copies, y.shape), name in ("l1", "huber")
         self.weights = None if weights is None else weights / weights.mean(1, keepdims=True)
         self.rounds = 1 if name == "mse" else 8  # of reweighted least squares
@@ -449,15 +462,17 @@ class Loss:
             return codes if self.weights is None else codes * self.weights[of]
 
     def fitness(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
-        """What a search makes small, (P,): the loss or, where it is robust, the exponential of the mean code, since to l1 and
-        huber a few outliers are nearly all of the loss."""
+        """What a search makes small, (P,): the loss or, where it is robust, the exponential of the mean code, since to
+        l1 and huber a few outliers are nearly all of the loss.
+        """
         with np.errstate(over="ignore"):
             return np.exp(self.codes(values, of).mean(1)) if self.robust else self(values, of)
 
     def pull(self, values: np.ndarray | None, of: np.ndarray, least: float = 1e-12) -> np.ndarray | None:
         """Weights (P, N) with which squared errors have the loss's slopes at these values (None: nothing is known yet);
-        None: all are 1. Reweighted least squares go on from there (Holland and Welsch 1977). least: with l1 the error, in
-        standard deviations of y, below which a row pulls no more."""
+        None: all are 1. Reweighted least squares go on from there (Holland and Welsch 1977). least: with l1 the error,
+        in standard deviations of y, below which a row pulls no more.
+        """
         weights = None if self.weights is None else self.weights[of]
         if self.name == "mse":
             return weights
@@ -470,7 +485,8 @@ class Loss:
             elif values is None:
                 own = np.ones_like(y)
             else:
-                own = 1 / np.maximum(np.abs(values - y), least * self.spread[of] if self.name == "l1" else self.corner[of])
+                own = 1 / np.maximum(np.abs(values - y),
+                                     least * self.spread[of] if self.name == "l1" else self.corner[of])
             own = own if weights is None else own * weights
             return own / own.mean(1, keepdims=True)
 
@@ -481,8 +497,9 @@ def without_own(values: np.ndarray, leverage: np.ndarray, y: np.ndarray) -> np.n
 
 
 def least_squares(A: np.ndarray, loss: Loss, of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (n, k) of the terms A (n, k, N), beside an intercept, for the least loss; the values (n, N) of the sums. For
-    the losses that outliers shall not pull, each value also as it would be if its row had been left out."""
+    """Weights (n, k) of the terms A (n, k, N), beside an intercept, for the least loss; the values (n, N) of the sums.
+    For the losses that outliers shall not pull, each value also as it would be if its row had been left out.
+    """
     (n, k, N), y = A.shape, loss.y[of]
     A = A - A.mean(2, keepdims=True) if k else A
     scale = np.sqrt((A ** 2).mean(2)) + 1e-100
@@ -504,11 +521,13 @@ def least_squares(A: np.ndarray, loss: Loss, of: np.ndarray) -> tuple[np.ndarray
 
 def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndarray, at: np.ndarray, shape: Shape
            ) -> tuple[np.ndarray, np.ndarray]:
-    """Values (n, N) of the nodes at (P, L), and their derivatives (n, K, N) by the constants of their programs, K the most
-    that one has."""
+    """Values (n, N) of the nodes at (P, L), and their derivatives (n, K, N) by the constants of their programs, K the
+    most that one has.
+    """
     with np.errstate(all="ignore"):
         plan, constant = Plan(tokens, shape, of, len(X), X.shape[2]), np.nonzero(tokens == C)
-        table, G = plan.values(X, constants), np.zeros((plan.n_rows, X.shape[1]))  # G: derivatives of a node at `at` by each below
+        # G: derivatives of a node at `at` by each below.
+        table, G = plan.values(X, constants), np.zeros((plan.n_rows, X.shape[1]))
         G[plan.ids[at]], live = 1.0, np.zeros(plan.n_rows, bool)
         live[plan.ids[constant]] = True  # what has constants in it: such nodes are part of one program alone
         for op, rows, a, b in plan.steps:
@@ -516,10 +535,12 @@ def slopes(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, of: np.ndar
         for op, rows, a, b in reversed(plan.steps):
             some = np.arange(rows.start, rows.stop)[live[rows]]
             below = [x[live[rows]] for x in (a, b)[:op.arity]]
-            for x, part in zip(below, op.slopes(*(table[x] for x in below), table[some]), strict=True) if len(some) else ():
+            parts = op.slopes(*(table[x] for x in below), table[some]) if len(some) else ()
+            for x, part in zip(below, parts, strict=False):
                 G[x[live[x]]] += (G[some] * part)[live[x]]
     D = np.zeros((int(at.sum()), (tokens == C).sum(1).max(initial=1), X.shape[1]))
-    D[(np.cumsum(at) - 1).reshape(at.shape)[constant], (np.cumsum(tokens == C, 1) - 1)[constant]] = G[plan.ids[constant]]
+    D[(np.cumsum(at) - 1).reshape(at.shape)[constant],
+      (np.cumsum(tokens == C, 1) - 1)[constant]] = G[plan.ids[constant]]
     return table[plan.ids[at]], D
 
 
@@ -589,8 +610,8 @@ def fit_terms(tokens: np.ndarray, X: np.ndarray, loss: Loss, of: np.ndarray, con
     """Losses (P,) with the best weights of a program's additive terms and an intercept; the numbers (P,) of terms.
 
     They are those of generalised cross-validation (Craven and Wahba 1979): of N points and k weights and constants, the
-    intercept one of them, times (N / (N - k))^2. With l1 and huber they are of rows left out one by one, lest spikes fit
-    outliers. A program of more than MAX_TERMS terms, or with a value that is not finite, has the loss inf.
+    intercept one of them, times (N / (N - k))^2. With l1 and huber they are of rows left out one by one, lest spikes
+    fit outliers. A program of more than MAX_TERMS terms, or with a value that is not finite, has the loss inf.
     """
     shape = shape or shape_of(tokens)
     top = split_terms(tokens, shape)
@@ -851,8 +872,8 @@ def as_data(X, y) -> tuple[np.ndarray, np.ndarray | None]:
     except (TypeError, ValueError) as e:
         raise UserError(f"X and y: not real numbers ({e})") from None
     if X.ndim != 2 or not X.shape[1] or (y is not None and y.shape != X.shape[:1]):
-        raise UserError(f"X has the shape {X.shape}{f' and y {y.shape}' if y is not None else ''}: expected (N, V) and (N,), "
-                        "V 1 or more")
+        both = f"X has the shape {X.shape}" + (f" and y {y.shape}" if y is not None else "")
+        raise UserError(f"{both}: expected (N, V) and (N,), V 1 or more")
     for name, x in (("X", X), ("y", y)) if y is not None else ():
         if not np.isfinite(x).all():
             raise UserError(f"{name} has a value that is not finite, in row {int(np.argwhere(~np.isfinite(x))[0, 0])}")
@@ -864,8 +885,8 @@ def as_data(X, y) -> tuple[np.ndarray, np.ndarray | None]:
 def make_problems(rng: np.random.Generator, truth: np.ndarray, n_points: int, variables: int,
                   constants: np.ndarray | None = None, ranges: Sequence[tuple] = RANGES,
                   n_test: int = N_TEST) -> tuple[Problems, np.ndarray]:
-    """A data set for each program (P, L) that has values on one of the ranges; which programs (Q,) these are. The ends of
-    a range are of all variables, or of each (V,).
+    """A data set for each program (P, L) that has values on one of the ranges; which programs (Q,) these are. The ends
+    of a range are of all variables, or of each (V,).
 
     Values are usable if they are finite, below 10,000, and not all the same.
     """
@@ -964,7 +985,9 @@ def subtrees(tokens: np.ndarray) -> np.ndarray:
 
 
 def nested(tokens: np.ndarray) -> np.ndarray:
-    """How many functions of programs (P, L) have a function in them, as sin of sin(exp(x0)) has; people seldom write such."""
+    """How many functions of programs (P, L) have a function in them, as sin of sin(exp(x0)) has; people seldom write
+    such.
+    """
     called = (ARITY[tokens] == 1) & (tokens != SQUARE)
     before = np.pad(np.cumsum(called, 1), ((0, 0), (1, 0)))  # functions before each place
     last = np.arange(tokens.shape[1]) + shape_of(tokens).size
@@ -1143,7 +1166,9 @@ class Search:
         return new, at
 
     def note(self, of: np.ndarray, size: np.ndarray, born: Front) -> None:
-        """Keep the best program of each size; a problem ends where one is exact. born: its fields without the axis Q."""
+        """Keep the best program of each size; a problem ends where one is exact. born: its fields without the axis
+        Q.
+        """
         better = np.flatnonzero((born.nmse < self.front.nmse[of, size]) & (self.ended_at[of] < 0))
         order = better[np.lexsort((born.nmse[better], size[better], of[better]))]
         _, first = np.unique(of[order] * self.front.nmse.shape[1] + size[order], return_index=True)
@@ -1789,8 +1814,9 @@ def answer(s: Search, q: int) -> tuple[Sequence[int], Sequence[float]]:
 
 
 def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Loss, q: int) -> tuple[list, list]:
-    """A program (n,) as a sum of its terms with their best weights. A weight is rounded, made 1 or -1, or left out with its
-    term, where that changes the values by less than 1e-10 of y's standard deviation."""
+    """A program (n,) as a sum of its terms with their best weights. A weight is rounded, made 1 or -1, or left out with
+    its term, where that changes the values by less than 1e-10 of y's standard deviation.
+    """
     shape, y = shape_of(tokens[None]), loss.y[q]
     top = split_terms(tokens[None], shape)
     values = evaluate(tokens[None], X[None], None, constants[None], top, shape)
@@ -1803,7 +1829,8 @@ def weighted(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Los
         w = np.linalg.lstsq((A / size[:, None] * root).T, y * root, rcond=None)[0] / size
         found = (w @ A)[None]
     least = 1e-10 * y.std()
-    w = [next((x for x in (0.0, 1.0, -1.0, float(f"{weight:.9g}"), float(weight)) if abs(x - weight) * scale <= least), weight)
+    w = [next((x for x in (0.0, 1.0, -1.0, float(f"{weight:.9g}"), float(weight)) if abs(x - weight) * scale <= least),
+              weight)
          for weight, scale in zip(w, size, strict=True)]
     terms = [([C], [w[0]], 1.0)] if w[0] else []
     for i, weight in zip(np.flatnonzero(top[0])[vary], w[1:], strict=True):
@@ -1943,14 +1970,17 @@ def written(node: Node) -> list[tuple[int, float]]:
     of_power: dict[int, list] = {}  # (a b)^2 is shorter than a^2 b^2
     for base, k in powers:
         of_power.setdefault(k, []).append(base_of(base))
-    above, below = ([power(product(bases), abs(k)) for k, bases in of_power.items() if sign * k > 0] for sign in (1, -1))
+    above, below = ([power(product(bases), abs(k)) for k, bases in of_power.items() if sign * k > 0]
+                    for sign in (1, -1))
     if abs(f - 1) >= 1e-12 or not above:
         above = [number(f), *above]
     return [(DIV, 0.0), *product(above), *product(below)] if below else product(above)
 
 
 def variants(node: Node) -> list[tuple[list[int], list[float]]]:
-    """A formula as tokens and constants; with constants, to be fitted, for each 1; and without a term of a sum in it."""
+    """A formula as tokens and constants; with constants, to be fitted, for each 1; and without a term of a sum in
+    it.
+    """
     out = [node]
     for i, (base, k) in enumerate(node[1]):
         for j in range(1, len(base)) if base[0] == ADD else ():
@@ -2553,7 +2583,8 @@ def unit_columns(values: np.ndarray, given: np.ndarray, n: int) -> tuple[np.ndar
 
 
 def best_sets(C: np.ndarray, z: np.ndarray, width: int, depth: int) -> list[tuple[int, ...]]:
-    """The sets of up to `depth` columns C (M, N), of length 1, whose sums explain most of z (N,): about `width` of each size.
+    """The sets of up to `depth` columns C (M, N), of length 1, whose sums explain most of z (N,): about `width` of each
+    size.
 
     All pairs are looked at, and of larger sets those that have one column more than a good one. In the spirit of SISSO
     (Ouyang et al. 2018), without its screening.
@@ -2589,7 +2620,9 @@ def best_sets(C: np.ndarray, z: np.ndarray, width: int, depth: int) -> list[tupl
 
 
 def sums(values: np.ndarray, z: np.ndarray, pull: np.ndarray, depth: int) -> list[list[int]]:
-    """Which of some programs with these values (M, N) make sums of up to `depth` that are near z (N,), once they have weights."""
+    """Which of some programs with these values (M, N) make sums of up to `depth` that are near z (N,), once they have
+    weights.
+    """
     with np.errstate(all="ignore"):
         root = np.sqrt(pull)
         which, C = unit_columns(values * root, root[None], 5000)
@@ -2634,7 +2667,8 @@ def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.nda
                    for part, k in zip(chosen, powers, strict=True)]
         if 0 < sum(abs(k) for _, k in factors) <= 20:
             out.append(quotient(*([part for factor, k in factors if sign * k > 0
-                                   for part in [factor] * (abs(k) // 2) + [[(SQRT, 0.0), *factor]] * (k % 2)] for sign in (1, -1))))
+                                   for part in [factor] * (abs(k) // 2) + [[(SQRT, 0.0), *factor]] * (k % 2)]
+                                   for sign in (1, -1))))
     return out
 
 
@@ -2652,9 +2686,12 @@ SOURCES = ("evolution", "dictionary", "net")
 
 class Regression:
     """A search of formulas for one data set. What is bred are programs for s in y = outer(s), s being y itself, 1 / y,
-    y^2, log y or sqrt y: each link is a problem of one `Search`, with the weights by which errors of s are errors of y."""
+    y^2, log y or sqrt y: each link is a problem of one `Search`, with the weights by which errors of s are errors of
+    y.
+    """
 
-    POPULATION, RENEWAL, PATIENCE = 100, 40, 30  # programs of an island; rounds between dictionaries; rounds until it is sown anew
+    # Programs of an island; rounds between dictionaries; rounds until it is sown anew.
+    POPULATION, RENEWAL, PATIENCE = 100, 40, 30
 
     def __init__(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray | None, loss: str, grammar: Grammar, seed: int,
                  net: Net | None = None, digit: float = 0.0):
@@ -2674,9 +2711,11 @@ class Regression:
         Q, Z, nothing = len(Z), np.array(Z), np.zeros((len(Z), 0))
         problems = Problems(np.repeat(self.X[None], Q, 0), Z, *[nothing] * 5)
         self.search = Search(problems, grammar, budget=1 << 60, population=self.POPULATION, islands=["raw", "terms"],
-                             seed=seed, parsimony=0.02, loss=Loss(Z, loss, np.array(pulls), copies_of(X, y)), exact=-1.0)
+                             seed=seed, parsimony=0.02, loss=Loss(Z, loss, np.array(pulls), copies_of(X, y)),
+                             exact=-1.0)
         floor = Loss(y[None], loss, self.weights[None]).floor(digit / self.unit)
-        self.exact = 1.5 * floor * self.weights.mean() / np.array([pull.mean() for pull in pulls]) / self.search.loss.of_constant
+        pull = np.array([pull.mean() for pull in pulls])
+        self.exact = 1.5 * floor * self.weights.mean() / pull / self.search.loss.of_constant
         self.exact_at: int | None = None  # in which round a program was
         self.seconds, self.slowest = 0.0, 0.0  # in all; of the last dictionary
         self.age = {kind: np.zeros(Q, int) for kind in self.search.islands}
@@ -2684,8 +2723,9 @@ class Regression:
         self.n_children = max(10, min(self.POPULATION, 40_000 // len(y)))
 
     def round(self, left: float = math.inf) -> None:
-        """A generation of every island; in some rounds the dictionary, or the net, has its say first. left: seconds; the
-        dictionary has not if it would take longer."""
+        """A generation of every island; in some rounds the dictionary, or the net, has its say first. left: seconds;
+        the dictionary has not if it would take longer.
+        """
         s, start = self.search, time.monotonic()
         s.rng = np.random.default_rng([self.seed, SEARCH, self.k])
         if self.k == 0:
@@ -2709,16 +2749,23 @@ class Regression:
             self.exact_at = self.k
         self.seconds += time.monotonic() - start
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of fixed size that a search changes in place."""
+        s = self.search
+        out = {"spent": s.spent, "gains": s.gains, **{f"front_{k}": x for k, x in s.front._asdict().items()}}
+        for kind, island in s.islands.items():
+            own = {**island._asdict(), "age": self.age[kind], "least": self.least[kind]}
+            out |= {f"{kind}_{k}": x for k, x in own.items()}
+        return out
+
     def state(self) -> dict:
         """All that a search needs to go on, of plain types."""
         s = self.search
-        arrays = {"spent": s.spent, "gains": s.gains, **{f"front_{k}": x for k, x in s.front._asdict().items()},
-                  "cache": np.array(sorted(s.cache), np.uint64).view(np.int64), "fitted": np.array(sorted(s.fitted), np.int64)}
-        for kind, island in s.islands.items():
-            arrays |= {f"{kind}_{k}": x for k, x in island._asdict().items()}
-            arrays |= {f"{kind}_age": self.age[kind], f"{kind}_least": self.least[kind]}
+        arrays = {**self.arrays(), "cache": np.array(sorted(s.cache), np.uint64).view(np.int64),
+                  "fitted": np.array(sorted(s.fitted), np.int64)}
         return {"k": self.k, "seconds": self.seconds, "exact_at": -1 if self.exact_at is None else self.exact_at,
-                "idle": s.idle, "n_ids": s.n_ids, **{k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}}
+                "idle": s.idle, "n_ids": s.n_ids,
+                **{k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}}
 
     def restore(self, state: dict) -> None:
         """Go on from a state."""
@@ -2727,13 +2774,13 @@ class Regression:
         self.exact_at = None if state["exact_at"] < 0 else state["exact_at"]
         s.cache = set(state["cache"].numpy().view(np.uint64).tolist())
         s.fitted = set(state["fitted"].tolist())
-        for name, x in [("spent", s.spent), ("gains", s.gains), *((f"front_{k}", x) for k, x in s.front._asdict().items()), *(
-                (f"{kind}_{k}", x) for kind, island in s.islands.items()
-                for k, x in {**island._asdict(), "age": self.age[kind], "least": self.least[kind]}.items())]:
+        for name, x in self.arrays().items():
             x[...] = state[name].numpy()
 
     def renew(self, kind: str) -> None:
-        """Sow the island anew that has not got better for longest; now and then let a program move to another of its link."""
+        """Sow the island anew that has not got better for longest; now and then let a program move to another of its
+        link.
+        """
         s, island = self.search, self.search.islands[kind]
         better = island.score[:, 0] < self.least[kind] - 0.01
         self.least[kind] = np.minimum(self.least[kind], island.score[:, 0])
@@ -2779,7 +2826,8 @@ class Regression:
         some = s.rng.permutation(len(self.y))[:200]  # to choose by; what is offered is measured on all
         X, y, weights = self.X[some], self.y[some], self.weights[some]
         values = evaluate(tokens, X[None], None, constants)
-        programs = [[(t, c) for t, c in zip(*row, strict=True) if t] for row in zip(tokens.tolist(), constants.tolist(), strict=True)]
+        programs = [[(t, c) for t, c in zip(*row, strict=True) if t]
+                    for row in zip(tokens.tolist(), constants.tolist(), strict=True)]
         for outer in dict.fromkeys(self.outer):
             q, logs = self.outer.index(outer), np.zeros(0, int)
             if outer == (EXP,) and "log" in g.ops:
@@ -2807,9 +2855,11 @@ class Regression:
         there[VARIABLES] = -1
         there[VARIABLES[columns]] = VARIABLES[:len(columns)]
         island = s.islands["raw"]
-        shown = [t for t in island.tokens[0] if (there[t] >= 0).all() and not t[c.max_size:].any() and whole(there[t][None], c.grammar)[0]][:c.members]
+        shown = [t for t in island.tokens[0] if (there[t] >= 0).all() and not t[c.max_size:].any()
+                 and whole(there[t][None], c.grammar)[0]][:c.members]
         shown = there[np.array(shown, np.int64).reshape(-1, self.grammar.max_size)][:, :c.max_size]
-        context = encode_context(self.X[None][:, rows][:, :, columns], self.y[None, rows], shown[None].astype(np.int8), c)
+        context = encode_context(self.X[None][:, rows][:, :, columns], self.y[None, rows], shown[None].astype(np.int8),
+                                 c)
         generator = torch.Generator().manual_seed(self.seed * 1000 + self.k)
         tokens = back[self.net.sample(context, self.POPULATION, generator, variables=len(columns))[0]]
         known = whole(tokens, self.grammar) & ((tokens != PAD).sum(1) <= self.grammar.max_size)
@@ -2873,14 +2923,15 @@ class Row(NamedTuple):
 
 def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: tuple[np.ndarray, Loss] | None,
             max_size: int, n_symbols: int, digit: float, n_forms: int = 4) -> list[Row]:
-    """The front of these programs: constants fitted until nothing changes and written with as few digits as that needs; each
-    row has a smaller loss than all that are shorter.
+    """The front of these programs: constants fitted until nothing changes and written with as few digits as that needs;
+    each row has a smaller loss than all that are shorter.
 
-    The description length of a row: n / 2 log(loss) + k / 2 log(n) + size log(symbols), of n data, k constants (Rissanen
-    1978), where a function of a function counts as two symbols more, since people seldom write such. This loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less
-    than rounding to the last digit of y makes it. With l1 and huber it is `Loss.fitness`. A pole inside the data's range
-    costs 1.5 n. Recommended is the row of the shortest description, or the simplest one than which it does not code the data
-    in fewer nats by two standard errors of what single rows differ by (Vuong 1989), lest a few of them decide.
+    The description length of a row: n / 2 log(loss) + k / 2 log(n) + size log(symbols), of n data, k constants
+    (Rissanen 1978), where a function of a function counts as two symbols more, since people seldom write such. This
+    loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less than
+    rounding to the last digit of y makes it. With l1 and huber it is `Loss.fitness`. A pole inside the data's range
+    costs 1.5 n. Recommended is the row of the shortest description, or the simplest one than which it does not code the
+    data in fewer nats by two standard errors of what single rows differ by (Vuong 1989), lest a few of them decide.
     """
     N, floor = loss.y.shape[1], loss.floor(digit)
     middle = least_squares(np.zeros((1, 0, N)), loss, np.zeros(1, int))[1][0, 0]
@@ -2899,7 +2950,8 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
         least = min(least, error[here].min(initial=np.inf))
     tokens, constants = tokens[some], converged(tokens[some], constants[some], X, loss)
     of = np.zeros(1, int)
-    found = (simplified(row[row != PAD].tolist(), c[row != PAD].tolist()) for row, c in zip(tokens, constants, strict=True))
+    found = (simplified(row[row != PAD].tolist(), c[row != PAD].tolist())
+             for row, c in zip(tokens, constants, strict=True))
     chosen = [rounded(t, c, X, loss, floor) for _, (t, c) in pareto(found, X, loss, floor)]
     out, codes, simpler = [], [], []  # nats of each row of the data; of the formula
     for outside, (t, c) in pareto(chosen, X, loss, floor):
@@ -2921,8 +2973,11 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     return out
 
 
-def pareto(formulas: Iterable[tuple[list, list]], X: np.ndarray, loss: Loss, floor: float) -> list[tuple[float, tuple[list, list]]]:
-    """The formulas that are better, on rows left out, than all shorter ones by a tenth; nothing behind one that is exact."""
+def pareto(formulas: Iterable[tuple[list, list]], X: np.ndarray, loss: Loss,
+           floor: float) -> list[tuple[float, tuple[list, list]]]:
+    """The formulas that are better, on rows left out, than all shorter ones by a tenth; nothing behind one that is
+    exact.
+    """
     rows = [(float(loss.fitness(left_out(t, c, X, loss), np.zeros(1, int))[0]), (t, c)) for t, c in formulas]
     out: list[tuple[float, tuple[list, list]]] = []
     for outside, (t, c) in sorted(rows, key=lambda row: (len(row[1][0]), row[0])):
@@ -2932,8 +2987,9 @@ def pareto(formulas: Iterable[tuple[list, list]], X: np.ndarray, loss: Loss, flo
 
 
 def left_out(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss) -> np.ndarray:
-    """Values (1, N) of a formula, each as if its constants had been fitted without that row and its copies (PRESS, to first
-    order)."""
+    """Values (1, N) of a formula, each as if its constants had been fitted without that row and its copies (PRESS, to
+    first order).
+    """
     t, c, first = np.array([tokens], np.int8), np.array([constants]), np.zeros(1, int)
     values, J = slopes(t, c, X[None], first, np.arange(len(tokens))[None] == 0, shape_of(t))
     if not (t == C).any() or not np.isfinite(J).all():
@@ -3003,225 +3059,20 @@ def has_pole(tokens: list[int], constants: list[float], X: np.ndarray) -> bool:
     return bool(not np.isfinite(value).all() or steep or any(d.min() <= 0 <= d.max() for d in divisors))
 
 
-# ---- Tables as people have them
-
-MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "-", "--", "?", ".", "*"}
-
-
-class Table(NamedTuple):
-    """A file's cells (rows, columns) as text, with a name for each column and, for each row, the line it stands in."""
-    names: list[str]
-    cells: np.ndarray
-    lines: list[int]
-    decimal: str      # point or comma
-    notes: list[str]  # what was found out
-
-    def numbers(self, column: int) -> np.ndarray:
-        """A column as numbers: NaN where a cell is missing, None where there is text in it."""
-        return numbers(self.cells[:, column], self.decimal)
-
-
-def numbers(cells: Sequence[str], decimal: str = ".") -> np.ndarray | None:
-    """Cells as numbers, NaN where they are missing; None if one is neither. Groups of thousands are joined."""
-    group = "," if decimal == "." else "."
-    joined = re.compile(rf"[-+]?[0-9]{{1,3}}((\{group}|['’\u00a0\u202f ])[0-9]{{3}})+(\{decimal}[0-9]*)?")
-    out = np.full(len(cells), np.nan)
-    for i, cell in enumerate(cells):
-        text = cell.strip()
-        if text.lower() in MISSING:
-            continue
-        if joined.fullmatch(text):
-            text = re.sub(rf"[\{group}'’\u00a0\u202f ]", "", text)
-        text = text.replace(decimal, ".", 1) if group not in text else "text"
-        try:
-            out[i] = float(re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eEdD][-+]?[0-9]+)?|[-+]?inf(inity)?", text,
-                                        re.IGNORECASE)[0].lower().replace("d", "e"))
-        except TypeError:
-            return None
-    return out
-
-
-def decimal_of(cells: Iterable[str]) -> str:
-    """Whether numbers are written with a point or a comma: 1,5 and 0,123 and 1.234,5 have a comma; 1,234 has none."""
-    seen = [cell.strip() for cell in cells if re.fullmatch(r"[-+]?[0-9.,]+([eE][-+]?[0-9]+)?", cell.strip())]
-    if any("." in x and "," in x[x.rindex("."):] for x in seen):
-        return ","
-    if any(re.fullmatch(r"[-+]?[0-9,]*\.[0-9]*(e.*)?", x, re.IGNORECASE) for x in seen):
-        return "."
-    both = [re.split("[.,]", re.split("[eE]", x)[0].lstrip("+-")) for x in seen
-            if x.count(",") == 1 and "." not in x]
-    return "," if any(len(b) != 3 or len(a) > 3 or a in ("", "0") for a, b in both) else "."
-
-
-def read_table(path: str | Path) -> Table:
-    """A file of numbers as it is: its delimiter, decimal sign and header are found out. Raises UserError."""
-    if Path(path).is_dir():
-        raise UserError(f"{path}: is a folder, not a file of data")
-    data, notes = Path(path).read_bytes(), []
-    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(coding)
-    except UnicodeDecodeError:
-        text, coding = data.decode("latin-1"), "latin-1"
-    if "\0" in text:
-        raise UserError(f"{path}: a binary file, not a table")
-    found = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    comments = [line.strip() for _, line in found if line.lstrip()[0] in "#%"]
-    found = [(i, line) for i, line in found if line.lstrip()[0] not in "#%"]
-    if not found:
-        raise UserError(f"{path}: empty" if not comments else f"{path}: it has comments alone")
-
-    def split(lines: list[str], delimiter: str) -> list[list[str]]:
-        if delimiter == " ":
-            return [line.split() for line in lines]
-        return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
-    best = None
-    for delimiter in "\t;|, ":
-        rows = split([line for _, line in found], delimiter)
-        widths = [len(row) for row in rows]
-        width = max(set(widths), key=widths.count)
-        cells = [cell for row in rows[1:] or rows for cell in row]
-        sign = decimal_of(cells)
-        known = sum(numbers([cell], sign) is not None and not np.isnan(numbers([cell], sign)).all() for cell in cells[:5000])
-        share = known / max(1, len(cells[:5000])) * (widths.count(width) / len(widths) > 0.8)
-        if best is None or (width > 1, share) > (best[0] > 1, best[1] + 0.05):
-            best = width, share, delimiter, rows, sign
-    width, _, delimiter, rows, sign = best
-    lines = [i for i, _ in found]
-    if len(rows) < len(lines):
-        raise UserError(f"{path}: a quoted cell goes over several lines")
-    told = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", " ": "spaces"}[delimiter]
-    notes.append(f"{told} between columns, decimal {'comma' if sign == ',' else 'point'}" +
-                 (f", {len(comments)} lines of comments" if comments else "") +
-                 (", byte-order mark" if data[:3] == b"\xef\xbb\xbf" else "") +
-                 (f", {coding}" if coding != "utf-8-sig" else ""))
-    names, head = None, rows[0]
-
-    def is_text(cell: str) -> bool:
-        return numbers([cell], sign) is None
-    named = [is_text(a) and not is_text(b) for a, b in zip(head, rows[1], strict=False)] if len(rows) > 1 else []
-    if any(named) or all(map(is_text, head)):
-        names, rows, lines = head, rows[1:], lines[1:]
-        if len(names) == width - 1:
-            names = ["row", *names]  # as R writes it
-        if len(rows) > 1 and not any(numbers([cell], sign) is not None for cell in rows[0]) and len(rows[0]) == width:
-            names = [f"{name} {unit}".strip() for name, unit in zip(names, rows[0], strict=False)]
-            rows, lines = rows[1:], lines[1:]
-            notes.append(f"line {lines[0] - 1} is taken for units")
-    elif comments and len(words := split([comments[-1].lstrip("#% ")], delimiter)[0]) == width and all(map(is_text, words)):
-        names = words
-    for row, i in zip(rows, lines, strict=True):
-        if len(row) > width and any(row[width:]):
-            raise UserError(f"{path}: line {i} has {len(row)} cells, the others {width}")
-    cells = np.array([(row + [""] * width)[:width] for row in rows], dtype=object).reshape(-1, width)
-    if names is None:
-        names = [*(f"x{i}" for i in range(width - 1)), "y"]
-        notes.append(f"no header: the columns are called {', '.join(names)}")
-    names = [name.strip() or f"column {i + 1}" for i, name in enumerate((names + [""] * width)[:width])]
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise UserError(f"{path}: two columns are called {twice[0]!r:.60}")
-    return Table(names, cells, lines, sign, notes)
-
-
-class Sample(NamedTuple):
-    """What a formula is searched for on: features X (N, V), y and weights (N,), and where they come from."""
-    X: np.ndarray
-    y: np.ndarray
-    weights: np.ndarray | None
-    names: list[str]   # of the features
-    target: str
-    lines: list[int]
-    digit: float       # unit of the last written digit of y
-    notes: list[str]
-
-
-def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
-    """The columns of a file that are used: --target, --features, --ignore, --weights. Raises UserError."""
-    table = read_table(path)
-    names, notes = table.names, list(table.notes)
-
-    def find(name: str, flag: str) -> int:
-        if name not in names:
-            raise UserError(f"{flag} {name!r:.60}: {path} has no such column; there are {', '.join(names):.200}")
-        return names.index(name)
-
-    def column(i: int, flag: str) -> np.ndarray:
-        values = table.numbers(i)
-        if values is None:
-            bad = next(k for k, cell in enumerate(table.cells[:, i]) if numbers([cell], table.decimal) is None)
-            raise UserError(f"{flag} {names[i]!r:.60}: not a column of numbers, line {table.lines[bad]} has "
-                            f"{table.cells[bad, i]!r:.40}")
-        return values
-    if not len(table.cells):
-        raise UserError(f"{path}: a header and no rows")
-    t = find(args.target, "--target") if args.target is not None else len(names) - 1
-    y = column(t, "--target")
-    if args.target is None:
-        notes.append(f"target {names[t]!r}, the last column")
-    w = column(find(args.weights, "--weights"), "--weights") if args.weights is not None else None
-    ignored = {find(name, "--ignore") for name in args.ignore or []} | {t}
-    ignored |= {find(args.weights, "--weights")} if args.weights is not None else set()
-    wanted = [find(name, "--features") for name in args.features or []]
-    if set(wanted) & ignored:
-        raise UserError(f"--features {names[(set(wanted) & ignored).pop()]!r}: it is the target, the weights, or ignored")
-    columns, left_out = {}, {}
-    for i in wanted or [i for i in range(len(names)) if i not in ignored]:
-        values = table.numbers(i)
-        there = values[~np.isnan(values)] if values is not None else None
-        if values is None:
-            left_out[i] = "text" if not re.match(r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}", table.cells[0, i]) else "dates"
-        elif len(there) < len(values) / 2:
-            left_out[i] = "more than half of it is missing"
-        elif there.max() == there.min():
-            left_out[i] = "the same everywhere"
-        else:
-            columns[i] = values
-        if args.features and i in left_out:
-            column(i, "--features")
-            raise UserError(f"--features {names[i]!r:.60}: {left_out[i]}")
-    for i in [] if args.features else list(columns):
-        n = np.arange(len(columns[i]))
-        if len(columns) > 1 and any((columns[i] == n + first).all() for first in (0, 1)):
-            left_out[i] = "it counts the rows"
-            del columns[i]
-    notes += [f"column {names[i]!r} is left out: {reason}" for i, reason in left_out.items()]
-    if not columns:
-        raise UserError(f"{path}: no column of numbers but the target {names[t]!r:.60}")
-    used = np.stack([*columns.values(), y] + ([w] if w is not None else []), 1)
-    if np.isinf(used).any():
-        raise UserError(f"{path}: a number in line {table.lines[int(np.argwhere(np.isinf(used))[0, 0])]} is infinite")
-    if w is not None and (np.isnan(w).any() or (w[~np.isnan(w)] < 0).any() or not w.any()):
-        raise UserError(f"--weights {args.weights!r:.60}: weights must be there, 0 or more, and not all 0")
-    kept = np.flatnonzero(~np.isnan(used).any(1))
-    if len(kept) < len(used):
-        gone = [table.lines[i] for i in np.setdiff1d(np.arange(len(used)), kept)]
-        notes.append(f"{len(gone)} of {len(used)} rows have a missing cell and are dropped: line"
-                     f"{'s' * (len(gone) > 1)} {', '.join(map(str, gone[:10]))}{', ...' * (len(gone) > 10)}")
-    if len(kept) < 3:
-        raise UserError(f"{path}: {len(kept)} usable rows; there must be 3 or more")
-    same = len(kept) - len(np.unique(used[kept], axis=0))
-    if same:
-        notes.append(f"{same} rows are there twice; they are kept")
-    parts = [re.split("[eEdD]", cell) for cell in table.cells[kept, t]]
-    digit = 10.0 ** min(int((x[1:] or ["0"])[0]) - len(x[0].partition(table.decimal)[2].strip()) for x in parts)
-    if args.loss == "log" and y[kept].min() <= 0:
-        raise UserError(f"--loss log: {names[t]!r:.60} is {y[kept].min():g} in line {table.lines[kept[y[kept].argmin()]]}, and must be "
-                        "above 0")
-    return Sample(used[kept, :len(columns)], y[kept], w[kept] if w is not None else None, [names[i] for i in columns],
-                  names[t], [table.lines[i] for i in kept], digit, notes)
-
+# ---- Regression as a user has it
 
 class Regressor:
     """Symbolic regression with scikit-learn's habits: `Regressor(max_minutes=0.2).fit(X, y).formula`.
 
-    Settings are those of the flags of the same names. After `fit`: `front` (a list of Row), `best` (the recommended one),
-    `formula` (it as Python writes it), `predict(X)`.
+    Settings are those of the flags of the same names. After `fit`: `front` (a list of Row), `best` (the recommended
+    one), `formula` (it as Python writes it), `predict(X)`.
     """
 
-    def __init__(self, ops: Sequence[str] = REGRESS_OPS, max_size: int = 40, loss: str = "mse", max_minutes: float = 1.0,
+    def __init__(self, ops: Sequence[str] = REGRESS_OPS, max_size: int = 40, loss: str = "mse",
+                 max_minutes: float = 1.0,
                  evaluations: int = 0, test_fraction: float = 0.25, seed: int = 0, net: Net | None = None):
-        self.settings = {"ops": tuple(ops), "max_size": max_size, "loss": loss, "test_fraction": test_fraction, "seed": seed}
+        self.settings = {"ops": tuple(ops), "max_size": max_size, "loss": loss, "test_fraction": test_fraction,
+                         "seed": seed}
         self.max_minutes, self.evaluations, self.net = max_minutes, evaluations, net
         self.names: list[str] = []
         self.front: list[Row] = []
@@ -3230,8 +3081,8 @@ class Regressor:
             watch: Callable[[Regressor], bool] = lambda regressor: False) -> Regressor:
         """Search for formulas of y (N,) in X (N, V). Raises UserError.
 
-        names, weights: of columns and rows; digit: the unit of the last digit that y is known to; state: of a search that
-        goes on; watch: called before each round, it ends the search by True.
+        names, weights: of columns and rows; digit: the unit of the last digit that y is known to; state: of a search
+        that goes on; watch: called before each round, it ends the search by True.
         """
         X, y = as_data(X, y)
         weights = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
@@ -3245,7 +3096,8 @@ class Regressor:
             raise UserError(f"{len(self.names)} names of {X.shape[1]} columns")
         grammar = Grammar(ops=self.settings["ops"], variables=X.shape[1], max_size=min(30, self.settings["max_size"]),
                           constants=True)
-        order = np.random.default_rng([self.settings["seed"], PROBLEMS]).permutation(np.flatnonzero(weights))[:MOST_ROWS]
+        rng = np.random.default_rng([self.settings["seed"], PROBLEMS])
+        order = rng.permutation(np.flatnonzero(weights))[:MOST_ROWS]
         n_test = round(self.settings["test_fraction"] * len(order)) if len(order) >= 20 else 0
         self.rows = {"test": np.sort(order[:n_test]), "train": np.sort(order[n_test:])}
         parts = {name: (X[rows], Loss(y[rows][None], loss, weights[rows][None], copies_of(X[rows], y[rows])))
@@ -3254,7 +3106,8 @@ class Regressor:
         X, y = parts["train"][0], parts["train"][1].y[0]
         some = np.sort(np.random.default_rng([self.settings["seed"], EVAL]).permutation(len(y))[:SEARCHED_ROWS])
         some = some if np.ptp(y[some]) else np.arange(len(y))
-        self.search = Regression(X[some], y[some], weights[self.rows["train"]][some], loss, grammar, self.settings["seed"], self.net,
+        self.search = Regression(X[some], y[some], weights[self.rows["train"]][some], loss, grammar,
+                                 self.settings["seed"], self.net,
                                  digit) if np.ptp(y) else None
         if state is not None and self.search:
             self.search.restore(state)
@@ -3270,7 +3123,9 @@ class Regressor:
         return s.k > 0 and bool(exact or spent)
 
     def conclude(self, n_forms: int = 4) -> Regressor:
-        """Make the front of what was found so far; n_forms: of formulas of a size, that are fitted until nothing changes."""
+        """Make the front of what was found so far; n_forms: of formulas of a size, that are fitted until nothing
+        changes.
+        """
         self.front = rows_of(self.search.programs() if self.search else [], *self.data["train"], self.data.get("test"),
                              self.settings["max_size"], self.n_symbols, self.digit, n_forms)
         return self
@@ -3299,7 +3154,7 @@ def safe_names(names: Sequence[str]) -> list[str]:
     for name in names:
         safe = re.sub(r"\W+", "_", name).strip("_")
         safe = safe if safe.isidentifier() else f"v_{safe}"
-        while keyword.iskeyword(safe) or hasattr(sympy, safe) or hasattr(math, safe) or hasattr(builtins, safe) or safe in out:
+        while keyword.iskeyword(safe) or safe in out or any(hasattr(known, safe) for known in (sympy, math, builtins)):
             safe += "_"
         out.append(safe)
     return out
@@ -3314,7 +3169,8 @@ class Powers(ast.NodeTransformer):
             case ast.BinOp(op=ast.Pow(), left=ast.BinOp(op=ast.Pow(), left=a, right=ast.Constant(value=int() as n)),
                            right=ast.Constant(value=int() as m)):
                 return ast.BinOp(a, ast.Pow(), ast.Constant(n * m))
-            case ast.BinOp(op=ast.Mult(), left=a, right=ast.BinOp(op=ast.Pow(), left=b, right=ast.Constant(value=int() as n))
+            case ast.BinOp(op=ast.Mult(), left=a,
+                           right=ast.BinOp(op=ast.Pow(), left=b, right=ast.Constant(value=int() as n))
                            ) if ast.dump(a) == ast.dump(b):
                 return ast.BinOp(a, ast.Pow(), ast.Constant(n + 1))
             case ast.BinOp(op=ast.Mult(), left=ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1)), right=a):
@@ -3331,7 +3187,9 @@ def text_of(row: Row, names: Sequence[str]) -> str:
 # ---- Mode regress
 
 def regress(args: flags.Flags) -> dict:
-    """A front of formulas for the file of --data, or predictions for that of --predict; the summary. Raises UserError."""
+    """A front of formulas for the file of --data, or predictions for that of --predict; the summary. Raises
+    UserError.
+    """
     if args.predict is not None:
         return predict_file(args)
     devices.refuse_ranks(SCRIPT)
@@ -3344,10 +3202,12 @@ def regress(args: flags.Flags) -> dict:
         raise UserError(f"{args.data}: it has changed since {args.resume} was begun")
     source = args.net or (KEPT if Path(KEPT).exists() else None)
     net = load_net(source)[0].eval() if source else None
-    regressor = Regressor(args.ops, args.max_size, args.loss, args.max_minutes, args.evaluations, args.test_fraction, args.seed,
+    regressor = Regressor(args.ops, args.max_size, args.loss, args.max_minutes, args.evaluations, args.test_fraction,
+                          args.seed,
                           net)
     with run.Run(args, SCRIPT, __file__, saved) as r:
-        print(f"{args.data}: {len(sample.y)} rows, {sample.target!r} of {', '.join(sample.names)}", *sample.notes, sep="\n  ",
+        print(f"{args.data}: {len(sample.y)} rows, {sample.target!r} of {', '.join(sample.names)}", *sample.notes,
+              sep="\n  ",
               flush=True)
         names = {name: safe for name, safe in zip(sample.names, safe_names(sample.names), strict=True) if name != safe}
         if names:
@@ -3374,7 +3234,8 @@ def report(r: run.Run, regressor: Regressor, sample: Sample) -> None:
     """front.csv, the live line."""
     best, s = regressor.best, regressor.search
     write_front(r.folder / "front.csv", regressor)
-    row = {"step": s.k, "evaluations": int(s.search.spent.sum()), "size": best.size, "train_loss": best.loss, "test_loss": best.test}
+    row = {"step": s.k, "evaluations": int(s.search.spent.sum()), "size": best.size, "train_loss": best.loss,
+           "test_loss": best.test}
     r.record(row)
     print(f"{s.seconds:6.1f} s, {row['evaluations']} evaluations: {best.loss:.4g} (test {best.test:.4g}) "
           f"{shown(best, regressor):.90}", flush=True)
@@ -3408,9 +3269,11 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
                                                zip(safe, sample.names, strict=True)})
     body = [f'"""{as_comment(sample.target)}, found by {SCRIPT} in {as_comment(Path(args.data).name)}."""',
             "from math import cos, exp, log, sin, sqrt, tanh  # noqa: F401", "", "",
-            f"def formula({', '.join(safe)}):", *(f"    # {a}: {as_comment(b)}" for a, b in zip(safe, sample.names, strict=True)
+            f"def formula({', '.join(safe)}):",
+            *(f"    # {a}: {as_comment(b)}" for a, b in zip(safe, sample.names, strict=True)
                                                   if a != b), f"    return {text}", ""]
-    for name, content in (("formula.py", "\n".join(body)), ("formula.tex", latex + "\n"), ("formula.sympy.txt", f"{formula}\n")):
+    for name, content in (("formula.py", "\n".join(body)), ("formula.tex", latex + "\n"),
+                          ("formula.sympy.txt", f"{formula}\n")):
         files.write_atomic(folder / name, content.encode())
     test = regressor.data.get("test")
     save_regressor(r, regressor, sample, hash_)
@@ -3419,7 +3282,8 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
     for row in regressor.front:
         print(f"{'*' if row is best else ' '}{row.size:5d} {row.loss:12.5g} {row.test:12.5g}  {shown(row, regressor)}"
               f"{'   (pole)' * row.pole}")
-    print("* recommended: the shortest description of formula and errors, unless a simpler formula is as good within two standard errors")
+    print("* recommended: the shortest description of formula and errors, unless a simpler formula is as good within "
+          "two standard errors")
     for line in outliers(regressor, sample) if args.loss == "mse" else []:
         print(line)
     share = s.search.gains / max(1, s.search.gains.sum()) if s else np.zeros(3)
@@ -3427,7 +3291,8 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
     summary = r.summary(n_params=best.tokens.count(C), formula=text, sympy=str(formula), train_loss=best.loss,
                         test_loss=best.test, size=best.size, n=len(sample.y), n_test=len(test[0]) if test else 0,
                         evaluations=int(s.search.spent.sum()) if s else 0, search_seconds=s.seconds if s else 0.0,
-                        steps=s.k if s else 0, stopped_early=bool(r.stopped_by), gains=dict(zip(SOURCES, map(float, share), strict=True)))
+                        steps=s.k if s else 0, stopped_early=bool(r.stopped_by),
+                        gains=dict(zip(SOURCES, map(float, share), strict=True)))
     print(f"{text}\n{folder}")
     r.leave_if_stopped()
     return summary
@@ -3442,19 +3307,23 @@ def as_comment(name: str) -> str:
 
 
 def outliers(regressor: Regressor, sample: Sample) -> list[str]:
-    """A line that names the rows whose residual is far out, if there are any: from what --loss l1 would recommend of all that
-    was found, and of a round of its own, since the formula of mse may have gone to the outliers."""
+    """A line that names the rows whose residual is far out, if there are any: from what --loss l1 would recommend of
+    all that was found, and of a round of its own, since the formula of mse may have gone to the outliers.
+    """
     if not regressor.search:
         return []
     used = np.sort(np.concatenate(list(regressor.rows.values())))
     some = np.sort(np.random.default_rng(0).permutation(used)[:200])
-    X, y, weights = sample.X[some], sample.y[some], np.ones(len(some)) if sample.weights is None else sample.weights[some]
+    X, y = sample.X[some], sample.y[some]
+    weights = np.ones(len(some)) if sample.weights is None else sample.weights[some]
     robust = Regression(X, y, weights, "l1", regressor.search.grammar, 0)
     robust.round()
-    rows = rows_of(robust.programs() + regressor.search.programs(), X, Loss(y[None], "l1", weights[None], copies_of(X, y)), None,
+    rows = rows_of(robust.programs() + regressor.search.programs(), X,
+                   Loss(y[None], "l1", weights[None], copies_of(X, y)), None,
                    regressor.settings["max_size"], regressor.n_symbols, sample.digit)
     best = next(row for row in rows if row.recommended)
-    residual = sample.y[used] - evaluate(np.array([best.tokens], np.int8), sample.X[None, used], None, np.array([best.constants]))[0]
+    residual = sample.y[used] - evaluate(np.array([best.tokens], np.int8), sample.X[None, used], None,
+                                         np.array([best.constants]))[0]
     middle = np.median(residual)
     far = np.abs(residual - middle)
     least = max(3 * sample.digit, 1e-9 * sample.y.std(), 1e-15 * np.abs(sample.y).max())  # less is rounding
@@ -3462,8 +3331,8 @@ def outliers(regressor: Regressor, sample: Sample) -> list[str]:
     if not len(rows):
         return []
     lines = ", ".join(str(sample.lines[i]) for i in used[rows[np.argsort(-far[rows])]][:10])
-    return [f"warning: {len(rows)} rows are more than 6 median deviations from the formula, line {lines}: --loss huber or l1 "
-            "gives them less weight"]
+    return [f"warning: {len(rows)} rows are more than 6 median deviations from the formula, line {lines}: "
+            "--loss huber or l1 gives them less weight"]
 
 
 def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
@@ -3483,14 +3352,17 @@ def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
         axes[0].plot(x, regressor.predict(x[:, None]), lw=1, color="k")
     else:
         axes[0].axline((sample.y[0], sample.y[0]), slope=1, color="k", lw=0.7)
-    axes[0].set(xlabel=plots.as_label(names[0]) if len(names) == 1 else "predicted", ylabel=plots.as_label(sample.target))
+    axes[0].set(xlabel=plots.as_label(names[0]) if len(names) == 1 else "predicted",
+                ylabel=plots.as_label(sample.target))
     axes[0].set_title(plots.as_label(f"{shown(best, regressor):.70}"), fontsize=8, loc="left")
     sizes = [row.size for row in regressor.front]
     for key, part, color in (("loss", "train", "C0"), ("test", "test", "C1")):
         if len(regressor.rows[part]):
-            axes[1].plot(sizes, [max(getattr(row, key), 1e-300) for row in regressor.front], marker="o", ms=4, color=color, label=part)
+            axes[1].plot(sizes, [max(getattr(row, key), 1e-300) for row in regressor.front], marker="o", ms=4,
+                         color=color, label=part)
     axes[1].axvline(best.size, color="k", lw=0.7, ls=":")
-    axes[1].set(xlabel="size (dotted: recommended)", ylabel=f"loss ({regressor.settings['loss']})", yscale="log", title="front")
+    axes[1].set(xlabel="size (dotted: recommended)", ylabel=f"loss ({regressor.settings['loss']})", yscale="log",
+                title="front")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[2].axhline(0, color="k", lw=0.7)
     axes[2].set(xlabel="predicted", ylabel="residual", title="residuals")
@@ -3511,9 +3383,11 @@ def load_regressor(saved: dict, path: str | Path) -> Regressor:
     """The Regressor of a run, ready to predict. Raises UserError."""
     with files.refuse_damaged(path):
         kept = saved["regressor"]
-        out = Regressor(kept["ops"], kept["max_size"], kept["loss"], test_fraction=kept["test_fraction"], seed=kept["seed"])
+        out = Regressor(kept["ops"], kept["max_size"], kept["loss"], test_fraction=kept["test_fraction"],
+                        seed=kept["seed"])
         out.names, out.target = list(kept["names"]), str(kept["target"])
-        out.front = [Row(**{**row, "tokens": list(row["tokens"]), "constants": list(row["constants"])}) for row in kept["front"]]
+        out.front = [Row(**{**row, "tokens": list(row["tokens"]), "constants": list(row["constants"])})
+                     for row in kept["front"]]
         grammar = Grammar(ops=out.settings["ops"], variables=len(out.names), max_size=100, constants=True)
         for row in out.front:
             check_programs(np.array([row.tokens], np.int8), replace(grammar, ops=tuple(TOKENS)))
@@ -3539,16 +3413,19 @@ def predict_file(args: flags.Flags) -> dict:
     files.check_output(out)
     values = regressor.predict(X)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([[regressor.target], *([repr(float(v)) if np.isfinite(v) else ""] for v in values)])
+    csv.writer(text, lineterminator="\n").writerows([[regressor.target],
+                                                     *([repr(float(v)) if np.isfinite(v) else ""] for v in values)])
     files.write_atomic(out, text.getvalue().encode())
     n = int((~np.isfinite(values)).sum())
-    print(f"{out}: {len(values)} predictions" + (f", {n} of them empty: a cell is missing, or the formula has no value" if n else ""))
+    print(f"{out}: {len(values)} predictions" + (f", {n} of them empty: a cell is missing, or the formula has no value"
+                                                 if n else ""))
     return {"script": SCRIPT, "predictions": str(out), "n": len(values), "empty": n}
 
 
 # ---- Mode bench: published problems, and other engines
 
-PROBLEM_SETS = {  # formula: range of all variables, or of each; points. Where a source has a grid, so many points at random
+# Formula: range of all variables, or of each; points. Where a source has a grid, so many points at random.
+PROBLEM_SETS = {
     # Nguyen et al. 2011, as in DSO (Petersen et al. 2021)
     "nguyen": ("x0**3 + x0**2 + x0: -1,1; 20", "x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
                "x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20", "x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
@@ -3561,29 +3438,38 @@ PROBLEM_SETS = {  # formula: range of all variables, or of each; points. Where a
                 "x0**3*exp(-x0)*cos(x0)*sin(x0)*(sin(x0)**2*cos(x0) - 1): 0,10; 200",
                 "30*x0*x1/((x0 - 10)*x2**2): -1,1 -1,1 1,2; 1000", "log(x0): 1,100; 100", "sqrt(x0): 0,100; 100",
                 "log(x0 + sqrt(x0**2 + 1)): 0,100; 100", "x0**x1: 0,1; 100", "x0*x1 + sin((x0 - 1)*(x1 - 1)): -3,3; 20",
-                "x0**4 - x0**3 + x1**2/2 - x1: -3,3; 20", "6*sin(x0)*cos(x1): -3,3; 20", "8/(2 + x0**2 + x1**2): -3,3; 20",
+                "x0**4 - x0**3 + x1**2/2 - x1: -3,3; 20", "6*sin(x0)*cos(x1): -3,3; 20",
+                "8/(2 + x0**2 + x1**2): -3,3; 20",
                 "x0**3/5 + x1**3/2 - x1 - x0: -3,3; 20"),
-    "koza": ("x0**4 + x0**3 + x0**2 + x0: -1,1; 20", "x0**5 - 2*x0**3 + x0: -1,1; 20", "x0**6 - 2*x0**4 + x0**2: -1,1; 20"),
+    "koza": ("x0**4 + x0**3 + x0**2 + x0: -1,1; 20", "x0**5 - 2*x0**3 + x0: -1,1; 20",
+             "x0**6 - 2*x0**4 + x0**2: -1,1; 20"),
     # Mundhenk et al. 2021
-    "livermore": ("1/3 + x0 + sin(x0**2): -10,10; 1000", "sin(x0**2)*cos(x0) - 2: -1,1; 20", "sin(x0**3)*cos(x0**2) - 1: -1,1; 20",
+    "livermore": ("1/3 + x0 + sin(x0**2): -10,10; 1000", "sin(x0**2)*cos(x0) - 2: -1,1; 20",
+                  "sin(x0**3)*cos(x0**2) - 1: -1,1; 20",
                   "log(x0 + 1) + log(x0**2 + 1) + log(x0): 0,2; 20", "x0**4 - x0**3 + x0**2 - x1: 0,1; 20",
                   "4*x0**4 + 3*x0**3 + 2*x0**2 + x0: -1,1; 20", "(exp(x0) - exp(-x0))/2: -1,1; 20",
                   "(exp(x0) + exp(-x0))/2: -1,1; 20",
-                  "x0**9 + x0**8 + x0**7 + x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20", "6*sin(x0)*cos(x1): 0,1; 20",
+                  "x0**9 + x0**8 + x0**7 + x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
+                  "6*sin(x0)*cos(x1): 0,1; 20",
                   "x0**4/(x0 + x1): -1,1; 50", "x0**5/x1**3: -1,1; 50", "x0**(1/3): 0,4; 20",
                   "x0**3 + x0**2 + x0 + sin(x0) + sin(x0**2): -1,1; 20", "x0**(1/5): 0,4; 20", "x0**(2/5): 0,4; 20",
-                  "4*sin(x0)*cos(x1): 0,1; 20", "sin(x0**2)*cos(x0) - 5: -1,1; 20", "x0**5 + x0**4 + x0**2 + x0: -1,1; 20",
+                  "4*sin(x0)*cos(x1): 0,1; 20", "sin(x0**2)*cos(x0) - 5: -1,1; 20",
+                  "x0**5 + x0**4 + x0**2 + x0: -1,1; 20",
                   "exp(-(x0**2)): -1,1; 20", "x0**8 + x0**7 + x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
                   "exp(-0.5*x0**2): -1,1; 20"),
     "pagie": ("1/(1 + 1/x0**4) + 1/(1 + 1/x1**4): -5,5; 676",),
-    # Every eighth of the hundred of Udrescu and Tegmark 2020, from the fourth on: I.8.14, I.12.11, I.16.6, I.29.4, I.34.14,
-    # I.41.16, II.2.42, II.10.9, II.13.34, II.34.2, II.38.3, III.12.43, with their ranges; chosen before the first timed run
-    "feynman": ("sqrt((x1 - x0)**2 + (x3 - x2)**2): 1,5 1,5 1,5 1,5; 200", "x0*(x1 + x2*x3*sin(x4)): 1,5 1,5 1,5 1,5 1,5; 200",
+    # Every eighth of the hundred of Udrescu and Tegmark 2020, from the fourth on: I.8.14, I.12.11, I.16.6, I.29.4,
+    # I.34.14, I.41.16, II.2.42, II.10.9, II.13.34, II.34.2, II.38.3, III.12.43, with their ranges; chosen before the
+    # first timed run
+    "feynman": ("sqrt((x1 - x0)**2 + (x3 - x2)**2): 1,5 1,5 1,5 1,5; 200",
+                "x0*(x1 + x2*x3*sin(x4)): 1,5 1,5 1,5 1,5 1,5; 200",
                 "(x1 + x2)/(1 + x1*x2/x0**2): 1,5 1,5 1,5; 200", "x0/x1: 1,10 1,10; 200",
                 "(1 + x1/x0)/sqrt(1 - x1**2/x0**2)*x2: 3,10 1,2 1,5; 200",
-                "x1*x0**3/(9.869604401089358*x4**2*(exp(x1*x0/(6.283185307179586*x3*x2)) - 1)): 1,5 1,5 1,5 1,5 1,5; 200",
+                "x1*x0**3/(9.869604401089358*x4**2*(exp(x1*x0/(6.283185307179586*x3*x2)) - 1)): "
+                "1,5 1,5 1,5 1,5 1,5; 200",
                 "x0*(x2 - x1)*x3/x4: 1,5 1,5 1,5 1,5 1,5; 200", "x0/x1/(1 + x2): 1,5 1,5 1,5; 200",
-                "x0/sqrt(1 - x1**2/x2**2): 1,5 1,2 3,10; 200", "x0*x1*x2/2: 1,5 1,5 1,5; 200", "x0*x1*x2/x3: 1,5 1,5 1,5 1,5; 200",
+                "x0/sqrt(1 - x1**2/x2**2): 1,5 1,2 3,10; 200", "x0*x1*x2/2: 1,5 1,5 1,5; 200",
+                "x0*x1*x2/x3: 1,5 1,5 1,5 1,5; 200",
                 "x0*x1/6.283185307179586: 1,5 1,5; 200"),
     # Four of Nguyen's, a decay that is measured with noise (see --noise), Coulomb's law in units of 1e9
     "six": ("x0**3 + x0**2 + x0: -1,1; 20", "x0**6 + x0**5 + x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
@@ -3609,7 +3495,8 @@ def published(set_name: str, i: int, noise: float, seed: int) -> Published:
     variables = 1 + int(INDEX[tokens].max())
     rng = np.random.default_rng([seed, PROBLEMS, list(PROBLEM_SETS).index(set_name), i])
     for _ in range(1000):  # poles of some are near the data at times
-        problems, usable = make_problems(rng, np.array([tokens], np.int8), int(points), variables, np.array([constants]),
+        problems, usable = make_problems(rng, np.array([tokens], np.int8), int(points), variables,
+                                         np.array([constants]),
                                          [np.array(ranges * (variables if len(ranges) == 1 else 1)).T])
         if len(usable):
             break
@@ -3621,9 +3508,9 @@ def published(set_name: str, i: int, noise: float, seed: int) -> Published:
 def judged(p: Published, formulas: Iterable[tuple[list, list]]) -> tuple[bool, bool, int]:
     """Whether one of the formulas solves the problem, and whether one recovers it; the size of that (0: none).
 
-    Without noise: NMSE of at most SOLVED on test points; and besides equal to the truth on a range twice as wide, with at
-    most twice its tokens. With noise: the error of test points to the truth within the noise; and besides the same as the
-    truth once its own constants are fitted to that, of which those fitted to the noise differ by 5 % at most.
+    Without noise: NMSE of at most SOLVED on test points; and besides equal to the truth on a range twice as wide, with
+    at most twice its tokens. With noise: the error of test points to the truth within the noise; and besides the same
+    as the truth once its own constants are fitted to that, of which those fitted to the noise differ by 5 % at most.
     """
     solved, sizes = False, []
     for t, c in formulas:
@@ -3649,7 +3536,8 @@ def better(a: tuple[bool, bool, int], b: tuple[bool, bool, int]) -> tuple[bool, 
     return max(a, b, key=lambda one: (*one[:2], -one[2]))
 
 
-def with_ours(p: Published, method: str, seconds: float, seed: int, net: Net | None) -> tuple[bool, bool, int, float, str]:
+def with_ours(p: Published, method: str, seconds: float, seed: int,
+              net: Net | None) -> tuple[bool, bool, int, float, str]:
     """What `judged` says, seconds until solved, and the recommended formula, of --mode regress; mix is with the net, gp
     without. The search ends once it has recovered the formula."""
     found, solved_at, least, start = (False, False, 0), None, SOLVED, time.monotonic()
@@ -3678,9 +3566,11 @@ def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, p
             from gplearn.functions import make_function
             from gplearn.genetic import SymbolicRegressor
             exp = make_function(function=lambda x: np.exp(np.minimum(x, 50)), name="exp", arity=1)
-            model = SymbolicRegressor(population_size=1000, generations=10 << k, random_state=1000 * seed + k, const_range=(-5, 5),
+            model = SymbolicRegressor(population_size=1000, generations=10 << k, random_state=1000 * seed + k,
+                                      const_range=(-5, 5),
                                       parsimony_coefficient=0.001,
-                                      function_set=("add", "sub", "mul", "div", "sin", "cos", exp, "log", "sqrt")).fit(X, y)
+                                      function_set=("add", "sub", "mul", "div", "sin", "cos", exp, "log",
+                                                    "sqrt")).fit(X, y)
             found = [str(model._program).replace("X", "x")]
         elif method == "pyoperon":  # restarts, twice as many evaluations each time
             from pyoperon.sklearn import SymbolicRegressor
@@ -3692,7 +3582,8 @@ def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, p
         else:  # eggp goes on from what it has; it takes no seed
             from eggp import EGGP
             file = Path(tempfile.gettempdir()) / f"neural_sr-{os.getpid()}.egraph"
-            model = EGGP(gen=100_000, nPop=100, maxSize=20, nonterminals="add,sub,mul,div,sin,cos,exp,log,sqrt,square", loss="MSE",
+            model = EGGP(gen=100_000, nPop=100, maxSize=20, nonterminals="add,sub,mul,div,sin,cos,exp,log,sqrt,square",
+                         loss="MSE",
                          optIter=10, optRepeat=1, max_time=4 << k, dumpTo=str(file), loadFrom=str(file) if k else "")
             model.fit(X, y)
             found = list(model.results.Expression)
@@ -3726,14 +3617,17 @@ def with_peer(p: Published, method: str, seconds: float, seed: int) -> tuple[boo
 
 
 def readable(text: str, protected: bool) -> tuple[list, list] | None:
-    """Another engine's formula; None if it cannot be read. protected: its roots and logarithms are of absolute values."""
+    """Another engine's formula; None if it cannot be read. protected: its roots and logarithms are of absolute
+    values.
+    """
     text = re.sub(r"\b[A-Z]\w*", lambda m: m[0].lower(), text).replace("^", "**")
     try:
         t, c = parse(text)
     except UserError:
         return None
     if protected:
-        pairs = [one for t, c in zip(t, c, strict=True) for one in [(t, c)] + [(TOKENS["abs"], 0.0)] * (t in (SQRT, LOG))]
+        pairs = [one for t, c in zip(t, c, strict=True)
+                 for one in [(t, c)] + [(TOKENS["abs"], 0.0)] * (t in (SQRT, LOG))]
         t, c = map(list, zip(*pairs, strict=True))
     return t, c
 
@@ -3748,7 +3642,8 @@ def bench(args: flags.Flags) -> dict:
     net = load_net(args.net or KEPT)[0].eval() if "mix" in args.method else None
     done = {(row["problem"], row["method"], row["seed"]) for row in rows}
     with run.Run(args, SCRIPT, __file__, saved) as r:
-        print(f"operators {','.join(REGRESS_OPS)}; {60 * args.max_minutes:.0f} s for each, on one thread; noise {args.noise}")
+        print(f"operators {','.join(REGRESS_OPS)}; {60 * args.max_minutes:.0f} s for each, on one thread; "
+              f"noise {args.noise}")
         todo = [(name, i, seed, method) for name in args.problems for i in range(len(PROBLEM_SETS[name]))
                 for seed in range(args.search_seeds) for method in args.method if seed == 0 or method != "gplearn"]
         for name, i, seed, method in todo:
@@ -3759,10 +3654,11 @@ def bench(args: flags.Flags) -> dict:
             solved, recovered, size, seconds, text = with_peer(*given) if method in PEERS else with_ours(*given, net)
             if r.stopped_by:
                 break
-            rows.append({"problem": p.name, "method": method, "seed": seed, "solved": solved, "recovered": recovered, "size": size,
+            rows.append({"problem": p.name, "method": method, "seed": seed, "solved": solved, "recovered": recovered,
+                         "size": size,
                          "seconds": seconds, "formula": text[:1000]})
-            print(f"{p.name:12s} {method:9s} seed {seed}: {'recovered' if recovered else 'solved' if solved else '-':9s} "
-                  f"{seconds:6.1f} s  {text:.90}", flush=True)
+            told = "recovered" if recovered else "solved" if solved else "-"
+            print(f"{p.name:12s} {method:9s} seed {seed}: {told:9s} {seconds:6.1f} s  {text:.90}", flush=True)
             r.save("last.pt", rows=rows)
         out = io.StringIO()
         table = csv.DictWriter(out, rows[0] if rows else ["problem"], lineterminator="\n")
@@ -3778,10 +3674,12 @@ def bench(args: flags.Flags) -> dict:
             methods[method] = {"n": n, "solved": solved, "recovered": recovered, "times": times,
                                "median_seconds": times[n // 2], "median_size": float(np.median(
                                    [row["size"] for row in mine if row["recovered"]] or [math.nan]))}
-            print(f"{method:9s} solved {format_rate(solved, n)}, recovered {format_rate(recovered, n)}, median time to solution "
-                  f"{times[n // 2]:.1f} s, median size of what is recovered {methods[method]['median_size']:.0f}")
+            print(f"{method:9s} solved {format_rate(solved, n)}, recovered {format_rate(recovered, n)}, "
+                  f"median time to solution {times[n // 2]:.1f} s, "
+                  f"median size of what is recovered {methods[method]['median_size']:.0f}")
         draw_bench(methods, 60 * args.max_minutes, r.folder / "bench.png")
-        return r.summary(n_params=0, problems=args.problems, minutes=args.max_minutes, noise=args.noise, methods=methods,
+        return r.summary(n_params=0, problems=args.problems, minutes=args.max_minutes, noise=args.noise,
+                         methods=methods,
                          ops=list(REGRESS_OPS))
 
 
@@ -3855,11 +3753,14 @@ def net_and_data(path: str, args: flags.Flags) -> tuple[Net, dict, Data]:
 
 
 def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
-    """The diagnosis of a net on the examples of its run, or the front of --mode regress on its test rows. Raises UserError."""
+    """The diagnosis of a net on the examples of its run, or the front of --mode regress on its test rows. Raises
+    UserError.
+    """
     own, regressor = parse_args([]), load(path)
     if isinstance(regressor, Regressor):
         safe, test = safe_names(regressor.names), regressor.data.get("test")
-        front = [{"size": row.size, "loss": row.loss, "test": measure(row.tokens, row.constants, *test) if test else math.nan,
+        front = [{"size": row.size, "loss": row.loss,
+                  "test": measure(row.tokens, row.constants, *test) if test else math.nan,
                   "recommended": row is regressor.best, "formula": text_of(row, safe)} for row in regressor.front]
         return {"script": SCRIPT, "file": str(checkpoint.file_of(path)), "n_params": regressor.best.tokens.count(C),
                 "front": front, "n": len(test[0]) if test else 0}
