@@ -2806,7 +2806,7 @@ class Regression:
         if {"add", "sub", "mul", "div"} <= set(g.ops):
             rows = [[t for t, _ in row] for row in monomials(g.variables, 1000) if len(row) <= L]
             n_monomials = len(rows)
-            small = [[ONE], *(row for row in rows if len(row) <= 3)]
+            small = [[ONE], *(row for row in rows if len(row) <= 3)][:60]
             pairs = [[op, *a, *b] for i, a in enumerate(small) for b in small[:i] for op in (ADD, SUB)]
             ratios = [[DIV, *a, *b] for b in pairs if len(b) == 3 for a in small]
             called = [[TOKENS[f], *m] for f in g.ops if f in ("sin", "cos", "exp", "tanh") for m in rows if len(m) <= 5]
@@ -3094,6 +3094,8 @@ class Regressor:
             raise UserError(f"--loss log: y is {y.min():g} in row {int(y.argmin())}, and must be above 0")
         if len(self.names) != X.shape[1]:
             raise UserError(f"{len(self.names)} names of {X.shape[1]} columns")
+        if X.shape[1] > len(VARIABLES):
+            raise UserError(f"{X.shape[1]} features: there may be {len(VARIABLES)}; choose some (--features)")
         grammar = Grammar(ops=self.settings["ops"], variables=X.shape[1], max_size=min(30, self.settings["max_size"]),
                           constants=True)
         rng = np.random.default_rng([self.settings["seed"], PROBLEMS])

@@ -103,9 +103,33 @@ def test_sums_and_products_of_a_dictionary_are_found_at_once():
     rng = np.random.default_rng(0)
     X = rng.uniform(1, 3, (60, 3))
     a, b, c = X.T
-    for y in (2.5 * a / b**2 - 0.3 * b * c + 1, 1 / (a + b * c), np.sqrt(a**2 + 3 * b**2), 4 * a**1.5 * np.log(b) / c, np.exp(a - 2 * b)):
+    for y in (2.5 * a / b**2 - 0.3 * b * c + 1, 1 / (a + b * c), np.sqrt(a**2 + 3 * b**2), 4 * a**1.5 * np.log(b) / c,
+              np.exp(a - 2 * b), (a * b + c) / (a + b), a * np.exp(-b / c), 1 / (np.exp(a) + np.exp(-a))):
         found = sr.Regressor(evaluations=1).fit(X, y)
         assert found.search.k == 1 and found.best.loss < 1e-20 * y.var(), found.formula
+
+
+def test_powers_are_made_multiples_of_a_half_where_there_is_noise():
+    rng = np.random.default_rng(0)
+    a, b, c = rng.uniform(1, 5, (3, 200))
+    y = 2.3 * a * np.exp(-0.4 * b) / (1 + c**2) + 0.02 * rng.normal(size=200)
+    root = np.abs(y)
+    A = np.stack([np.ones(200), np.log(a), np.log(c), np.log(1 + c**2), b]) * root
+    plain = np.linalg.lstsq(A.T, np.log(np.abs(y)) * root, rcond=None)[0]
+    assert abs(plain[2]) > 0.1  # all at once are too uncertain
+    powers = sr.halves(A, np.log(np.abs(y)) * root, [False, False, False, True])
+    assert powers[:3].tolist() == [1, 0, -1] and powers[3] == pytest.approx(-0.4, abs=0.02)
+
+
+def test_an_outlier_is_not_bought_with_a_term_that_no_other_row_knows_of():
+    x = np.linspace(0, 3, 30)
+    y = 2 * x + 1 + 0.05 * np.sin(40 * x)
+    y[17] += 4
+    t, c = sr.parse(f"1.0 + 2.0*x0 + 4.0*exp(-900.0*(x0 - {float(x[17])!r})**2)")
+    loss = sr.Loss(y[None])
+    assert sr.measure(t, c, x[:, None], loss) < 0.01  # it meets the outlier
+    assert np.abs(sr.left_out(t, c, x[:, None], loss) - y)[0].argmax() == 17
+    assert np.abs(sr.left_out(t, c, x[:, None], loss) - y)[0, 17] > 2
 
 
 @pytest.mark.parametrize("scale, offset", [(1e-12, 0.0), (1e9, 0.0), (1.0, 1e9), (1e23, 0.0)])
