@@ -16,7 +16,9 @@ import numpy as np
 
 from common.files import UserError, one_line_errors
 
-MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "-", "--", "?", ".", "*"}
+MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "--", "?", ".", "*",
+           "#n/a", "#div/0!", "#ref!", "#value!", "#name?", "#num!", "#null!"}
+DELIMITERS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", " ": "spaces"}
 
 
 class Table(NamedTuple):
@@ -25,6 +27,7 @@ class Table(NamedTuple):
     cells: np.ndarray
     lines: list[int]
     decimal: str      # point or comma
+    header: bool      # whether the names are the file's
     notes: list[str]  # what was found out
 
     def numbers(self, column: int) -> np.ndarray:
@@ -33,12 +36,13 @@ class Table(NamedTuple):
 
 
 def numbers(cells: Sequence[str], decimal: str = ".") -> np.ndarray | None:
-    """Cells as numbers, NaN where they are missing; None if one is neither. Groups of thousands are joined."""
+    """Cells as numbers, NaN where they are missing; None if one is neither. Groups of thousands are joined, a percent
+    sign is left out."""
     group = "," if decimal == "." else "."
-    joined = re.compile(rf"[-+]?[0-9]{{1,3}}((\{group}|['’\u00a0\u202f ])[0-9]{{3}})+(\{decimal}[0-9]*)?")
+    joined = re.compile(rf"[-+]?[1-9][0-9]{{0,2}}((\{group}|['’\u00a0\u202f ])[0-9]{{3}})+(\{decimal}[0-9]*)?")
     out = np.full(len(cells), np.nan)
     for i, cell in enumerate(cells):
-        text = cell.strip()
+        text = cell.strip().removesuffix("%").rstrip().replace("\u2212", "-")
         if text.lower() in MISSING:
             continue
         if joined.fullmatch(text):
@@ -52,16 +56,56 @@ def numbers(cells: Sequence[str], decimal: str = ".") -> np.ndarray | None:
     return out
 
 
-def decimal_of(cells: Iterable[str]) -> str:
-    """Whether numbers are written with a point or a comma: 1,5 and 0,123 and 1.234,5 have a comma; 1,234 has none."""
-    seen = [cell.strip() for cell in cells if re.fullmatch(r"[-+]?[0-9.,]+([eE][-+]?[0-9]+)?", cell.strip())]
-    if any("." in x and "," in x[x.rindex("."):] for x in seen):
-        return ","
-    if any(re.fullmatch(r"[-+]?[0-9,]*\.[0-9]*(e.*)?", x, re.IGNORECASE) for x in seen):
-        return "."
-    both = [re.split("[.,]", re.split("[eE]", x)[0].lstrip("+-")) for x in seen
-            if x.count(",") == 1 and "." not in x]
-    return "," if any(len(b) != 3 or len(a) > 3 or a in ("", "0") for a, b in both) else "."
+def decimal_of(cells: Iterable[str], delimiter: str) -> tuple[str, bool]:
+    """Whether numbers are written with a point or a comma, and whether a cell says so: 1,5 and 0,123 and 1.234,5 and
+    1.234.567 do; 1,234 may be either, and is taken for 1.234 where commas do not stand between columns."""
+    bodies = [re.split("[eE]", cell.strip())[0].lstrip("+-") for cell in cells]
+    seen = [x for x in bodies if re.fullmatch("[0-9.,]*[0-9][0-9.,]*", x) and ("." in x or "," in x)]
+
+    def is_decimal(x: str, sign: str, other: str) -> bool:
+        if sign in x and other in x:
+            return x.rindex(sign) > x.rindex(other)
+        grouped = re.fullmatch(r"[1-9][0-9]{0,2}([.,][0-9]{3})+", x)
+        return x.count(sign) == 1 and not grouped if sign in x else x.count(other) > 1 and bool(grouped)
+    comma, point = (sum(is_decimal(x, *signs) for x in seen) for signs in (",.", ".,"))
+    if comma or point:
+        return "," if comma > point else ".", True
+    return ("," if delimiter != "," and any("," in x for x in seen) else "."), not seen or delimiter == ","
+
+
+def rows_of(lines: list[str], delimiter: str) -> list[list[str]]:
+    """Cells of each line, without columns behind the last delimiter that are empty everywhere."""
+    if delimiter == " ":
+        return [line.split() for line in lines]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+    while (width := max(map(len, rows))) > 1 and not any(row[-1] for row in rows if len(row) == width):
+        if sum(len(row) < width for row in rows) > 1:
+            break
+        rows = [row[:width - 1] for row in rows]
+    return rows
+
+
+def split(lines: list[str]) -> tuple[list[list[str]], int, str, str, bool]:
+    """Rows of cells, how many most of them have, the delimiter with which most cells are numbers, the decimal sign,
+    and whether a cell tells that."""
+    best, best_score = None, (False, -1.0)
+    for delimiter in DELIMITERS:
+        rows = rows_of(lines, delimiter)
+        widths = [len(row) for row in rows]
+        width = max(set(widths), key=widths.count)
+        cells = [cell for row in rows[1:] or rows for cell in row][:5000]
+        sign, known = decimal_of(cells, delimiter)
+        read = [numbers([cell], sign) for cell in cells]
+        share = sum(x is not None and not np.isnan(x).all() for x in read) / max(1, len(read))
+        share *= widths.count(width) / len(widths) > 0.8
+        if len(rows[0]) == width - 1 and len(rows) > 1:  # R's row names have no header; numbers that do not count do
+            first = numbers([row[0] for row in rows[1:]], sign)
+            if first is not None and not (np.diff(first) == 1).all():
+                share = 0.0
+        several = width > 1 and share > 0
+        if best is None or (several, share) > (best_score[0], best_score[1] + 0.05):
+            best, best_score = (rows, width, delimiter, sign, known), (several, share)
+    return best
 
 
 def read_table(path: str | Path) -> Table:
@@ -69,64 +113,66 @@ def read_table(path: str | Path) -> Table:
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder, not a file of data")
     data, notes = Path(path).read_bytes(), []
-    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(coding)
-    except UnicodeDecodeError:
-        text, coding = data.decode("latin-1"), "latin-1"
+    for coding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
+        try:
+            text = data.decode(coding)
+            break
+        except UnicodeDecodeError as e:
+            if coding == "utf-16":
+                raise UserError(f"{path}: damaged UTF-16 ({e.reason})") from None
     if "\0" in text:
         raise UserError(f"{path}: a binary file, not a table")
-    found = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    comments = [line.strip() for _, line in found if line.lstrip()[0] in "#%"]
-    found = [(i, line) for i, line in found if line.lstrip()[0] not in "#%"]
+    found = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip(" \t")]
+    found = [(i, line) for i, line in found if not re.fullmatch("sep=.", line.strip())]  # Excel's own
+    remark = re.compile(r"\s*[#%](?!\s*[,;|\t]|(N/A|DIV|REF|VALUE|NAME|NUM|NULL)\b)")
+    comments = [line.strip() for _, line in found if remark.match(line)]
+    found = [(i, line) for i, line in found if not remark.match(line)]
     if not found:
         raise UserError(f"{path}: empty" if not comments else f"{path}: it has comments alone")
-
-    def split(lines: list[str], delimiter: str) -> list[list[str]]:
-        if delimiter == " ":
-            return [line.split() for line in lines]
-        return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
-    best = None
-    for delimiter in "\t;|, ":
-        rows = split([line for _, line in found], delimiter)
-        widths = [len(row) for row in rows]
-        width = max(set(widths), key=widths.count)
-        cells = [cell for row in rows[1:] or rows for cell in row]
-        sign = decimal_of(cells)
-        read = [numbers([cell], sign) for cell in cells[:5000]]
-        known = sum(x is not None and not np.isnan(x).all() for x in read)
-        share = known / max(1, len(read)) * (widths.count(width) / len(widths) > 0.8)
-        if best is None or (width > 1, share) > (best[0] > 1, best[1] + 0.05):
-            best = width, share, delimiter, rows, sign
-    width, _, delimiter, rows, sign = best
     lines = [i for i, _ in found]
+    try:
+        rows, width, delimiter, sign, known = split([line for _, line in found])
+    except csv.Error as e:
+        raise UserError(f"{path}: not a table ({e})") from None
     if len(rows) < len(lines):
         raise UserError(f"{path}: a quoted cell goes over several lines")
-    told = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", " ": "spaces"}[delimiter]
-    notes.append(f"{told} between columns, decimal {'comma' if sign == ',' else 'point'}" +
+    notes.append(f"{DELIMITERS[delimiter]} between columns, decimal {'comma' if sign == ',' else 'point'}" +
+                 ("" if known else " (no cell tells it from groups of thousands)") +
                  (f", {len(comments)} lines of comments" if comments else "") +
                  (", byte-order mark" if data[:3] == b"\xef\xbb\xbf" else "") +
                  (f", {coding}" if coding != "utf-8-sig" else ""))
-    names, head = None, rows[0]
+    before = next((k for k, row in enumerate(rows) if len(row) >= width - 1), 0)
+    if before:
+        notes.append(f"{before} lines before the table are left out")
+        rows, lines, found = rows[before:], lines[before:], found[before:]
 
     def is_text(cell: str) -> bool:
         return numbers([cell], sign) is None
+    names, head = None, rows[0]
     named = [is_text(a) and not is_text(b) for a, b in zip(head, rows[1], strict=False)] if len(rows) > 1 else []
     if any(named) or all(map(is_text, head)):
         names, rows, lines = head, rows[1:], lines[1:]
+        if len(names) > width:  # names with spaces between spaces
+            names = re.split(r"\s{2,}|\t", found[0][1].strip()) if delimiter == " " else names
+            names = names if len(names) == width else re.split(r"\s+(?![(\[])", found[0][1].strip())
+            if len(names) != width:
+                raise UserError(f"{path}: line {found[0][0]} has {len(names)} names of {width} columns")
         if len(names) == width - 1:
             names = ["row", *names]  # as R writes it
-        if len(rows) > 1 and not any(numbers([cell], sign) is not None for cell in rows[0]) and len(rows[0]) == width:
-            names = [f"{name} {unit}".strip() for name, unit in zip(names, rows[0], strict=False)]
+        units = [is_text(cell) for cell in rows[0]] if len(rows) > 1 and len(rows[0]) == len(rows[1]) == width else []
+        plain = all(u or cell in ("", "-", "1") for u, cell in zip(units, rows[0] if units else [], strict=True))
+        if any(units) and plain and not any(is_text(c) for c, u in zip(rows[1], units, strict=True) if u):
+            names = [f"{name} {cell}" if u else name for name, cell, u in zip(names, rows[0], units, strict=True)]
             rows, lines = rows[1:], lines[1:]
             notes.append(f"line {lines[0] - 1} is taken for units")
     elif comments:
-        words = split([comments[-1].lstrip("#% ")], delimiter)[0]
+        words = rows_of([comments[-1].lstrip("#% ")], delimiter)[0]
         names = words if len(words) == width and all(map(is_text, words)) else None
     for row, i in zip(rows, lines, strict=True):
         if len(row) > width and any(row[width:]):
             raise UserError(f"{path}: line {i} has {len(row)} cells, the others {width}")
     cells = np.array([(row + [""] * width)[:width] for row in rows], dtype=object).reshape(-1, width)
+    header = names is not None
     if names is None:
         names = [*(f"x{i}" for i in range(width - 1)), "y"]
         notes.append(f"no header: the columns are called {', '.join(names)}")
@@ -134,7 +180,7 @@ def read_table(path: str | Path) -> Table:
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
         raise UserError(f"{path}: two columns are called {twice[0]!r:.60}")
-    return Table(names, cells, lines, sign, notes)
+    return Table(names, cells, lines, sign, header, notes)
 
 
 class Sample(NamedTuple):
@@ -168,13 +214,19 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
         return values
     if not len(table.cells):
         raise UserError(f"{path}: a header and no rows")
-    t = find(args.target, "--target") if args.target is not None else len(names) - 1
+    ignored = {find(name, "--ignore") for name in args.ignore or []}
+    ignored |= {find(args.weights, "--weights")} if args.weights is not None else set()
+    left = [i for i in range(len(names)) if i not in ignored]
+    if not left:
+        raise UserError(f"{path}: no column is left for the target")
+    t = find(args.target, "--target") if args.target is not None else left[-1]
+    if t in ignored:
+        raise UserError(f"--target {names[t]!r:.60}: it is ignored, or the weights")
     y = column(t, "--target")
     if args.target is None:
-        notes.append(f"target {names[t]!r}, the last column")
+        notes.append(f"target {names[t]!r}, the last column" + " that is left" * bool(ignored))
     w = column(find(args.weights, "--weights"), "--weights") if args.weights is not None else None
-    ignored = {find(name, "--ignore") for name in args.ignore or []} | {t}
-    ignored |= {find(args.weights, "--weights")} if args.weights is not None else set()
+    ignored.add(t)
     wanted = [find(name, "--features") for name in args.features or []]
     if set(wanted) & ignored:
         both = names[(set(wanted) & ignored).pop()]
@@ -185,7 +237,10 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
         there = values[~np.isnan(values)] if values is not None else None
         if values is None:
             is_date = re.match(r"[0-9]{1,4}[-/.][0-9]{1,2}[-/.][0-9]{1,4}", table.cells[0, i])
+            bad = [k for k, cell in enumerate(table.cells[:, i]) if numbers([cell], table.decimal) is None]
             left_out[i] = "dates" if is_date else "text"
+            if len(bad) < len(table.cells) / 2:
+                left_out[i] += f", {table.cells[bad[0], i]!r:.30} in line {table.lines[bad[0]]}"
         elif len(there) < len(values) / 2:
             left_out[i] = "more than half of it is missing"
         elif there.max() == there.min():
