@@ -27,10 +27,10 @@ import io
 import keyword
 import math
 import multiprocessing
-import os
 import re
 import tempfile
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +56,7 @@ SOLVED = 1e-9                     # NMSE on test points: mean squared error as a
 EXACT = 1e-18                     # NMSE on a search's own points, at which it ends: rounding, and no approximation
 N_VAL, N_FINAL = 500, 1000         # examples of each split that are diagnosed in training, and at its end
 N_SAMPLED, N_SAMPLES = 250, 32     # of these get many samples each, at the end so many
+LOSSES = ("mse", "l1", "huber", "log")
 PATIENCE = 5                       # evaluations without a better validation loss, after which training ends
 SAMPLED = 2048                     # programs that are sampled at a time: more do not fit the cache
 RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no value, or too large ones, on the first
@@ -101,11 +102,11 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    help="columns that y may depend on (default: all others)")
     g.add_argument("--ignore", type=columns, metavar="LIST", help="columns that are left out")
     g.add_argument("--weights", type=path, metavar="COLUMN", help="of rows, in every fit and figure")
-    g.add_argument("--loss", choices=["mse", "l1", "huber", "log"], default="mse",
+    g.add_argument("--loss", choices=LOSSES, default="mse",
                    help="mean squared error; mean absolute "
                    "error; squared up to a tenth of y's spread and linear beyond; squared error of log y")
     g.add_argument("--test-fraction", type=real(0, 0.9), default=0.25,
-                   help="of rows that nothing is fitted on, from 20 rows on")
+                   help="of rows that no formula of the front is fitted on, from 20 rows on")
     g.add_argument("--predict", type=path, metavar="FILE",
                    help="with --checkpoint: write its predictions for this table")
     g.add_argument("--checkpoint", type=path, metavar="RUN", help="a run of --mode regress")
@@ -173,11 +174,13 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p.set_defaults(threads=2)
 
     args = flags.parse(p, argv)
+    if args.resume is not None and "mode" not in args.given:
+        args.mode = mode_of(args.resume)
     if args.mode == "regress":
         flags.use(args, {"ops": list(REGRESS_OPS), "max_size": 40, "steps": 10**9, "threads": 1} |
                   ({} if "evaluations" in args.given else {"evaluations": 0, "max_minutes": 1.0}))
-        if args.predict is not None and args.checkpoint is None:
-            p.error("--predict: --checkpoint RUN is missing")
+        if (args.predict is None) != (args.checkpoint is None) or (args.output is not None and args.predict is None):
+            p.error("--predict FILE and --checkpoint RUN go together, and --output FILE with them")
     if args.mode == "bench":
         flags.use(args, {"method": ["gp", "mix"], "max_minutes": 0.5, "steps": 10**9, "threads": 1})
     try:
@@ -186,6 +189,15 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     except UserError as e:
         p.error(str(e))
     return args
+
+
+def mode_of(run: str) -> str:
+    """The mode of the run that --resume goes on with; what is wrong with it is told later."""
+    try:
+        mode = checkpoint.read(Path(run) / "last.pt" if Path(run).is_dir() else Path(run))["args"]["mode"]
+    except (UserError, KeyError, TypeError):
+        mode = "demo"
+    return mode if mode in MODES else "demo"
 
 
 def check_flags(args: flags.Flags) -> None:
@@ -202,13 +214,18 @@ def check_flags(args: flags.Flags) -> None:
             "regress": (*table, "data", "ops", "max_size", "evaluations", "net", "max_minutes", "resume", "tracker")}
     if not args.rounds:
         used["train"] -= {"evaluations", "population", "islands", "mix", "temperature"}
-    flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir", "device")
+    if args.predict is not None:
+        used["regress"] = ("predict", "checkpoint", "output")
+    own = () if args.mode in ("regress", "bench") else ("device",)
+    flags.only(args, f"mode {args.mode}", *used[args.mode], "mode", "seed", "name", "out_dir", *own)
     known = ("gp", "mix", *PEERS) if args.mode == "bench" else METHODS
     if not set(args.method) <= set(known):
         raise UserError(f"--method {','.join(args.method)}: --mode {args.mode} has {', '.join(known)}")
-    no_budget = args.mode == "regress" and not args.evaluations + args.max_minutes
-    if no_budget or ("evaluations" in args.given and not args.evaluations):
+    budget = args.max_minutes + (args.evaluations if args.mode == "regress" else 0)
+    if args.mode in ("regress", "bench") and not budget or ("evaluations" in args.given and not args.evaluations):
         raise UserError("--evaluations, --max-minutes: a budget of 0")
+    if args.mode == "regress" and {"evaluations", "max_minutes"} <= set(args.given):
+        raise UserError("--evaluations: not together with --max-minutes")
     if args.mode not in ("regress", "bench"):
         check_sizes(args)
 
@@ -457,7 +474,7 @@ class Loss:
         """Twice the nats (P, N) in which a Cauchy distribution codes the errors, its scale their median."""
         with np.errstate(all="ignore"):
             far = np.abs(values - self.y[of])
-            scale = np.median(far, 1, keepdims=True) + 1e-300
+            scale = np.median(far, 1, keepdims=True) + 1e-12 * self.spread[of] + 1e-300
             codes = 2 * np.log1p((far / scale) ** 2) + 2 * np.log(scale)
             return codes if self.weights is None else codes * self.weights[of]
 
@@ -831,8 +848,9 @@ def breed(rng: np.random.Generator, a: Programs, b: Programs, grammar: Grammar) 
         constants = graft(constants, at, size_a, donated, of, size_b)
     for arity in (0, 1, 2):
         some = np.flatnonzero(~fits & (ARITY[tokens[rows, at]] == arity))
-        if len(some):
-            child[some, at[some]] = rng.choice(choices[ARITY[choices] == arity], len(some))
+        alike = choices[ARITY[choices] == arity]
+        if len(some) and len(alike):
+            child[some, at[some]] = rng.choice(alike, len(some))
             if grammar.constants:
                 constants[some, at[some]] = rng.normal(size=len(some))
     return child, constants
@@ -2630,27 +2648,29 @@ def sums(values: np.ndarray, z: np.ndarray, pull: np.ndarray, depth: int) -> lis
     return [which[list(row)].tolist() for row in best_sets(C, goal[0], 100, depth)] if len(C) and len(goal) else []
 
 
-def halves(A: np.ndarray, z: np.ndarray, free: list[bool]) -> np.ndarray:
+def rounded_powers(A: np.ndarray, z: np.ndarray, free: list[bool], n: int) -> np.ndarray:
     """Powers (k,) for which powers @ A[1:] and a multiple of A[0] make z (N,) by least squares: those that are not free
-    multiples of 1/2, the nearest made so first."""
+    multiples of 1 / n, the nearest made so first.
+    """
     powers, todo = np.zeros(len(A) - 1), np.arange(1, len(A))
     while True:
         found = np.linalg.lstsq(A[[0, *todo]].T, z - powers @ A[1:], rcond=None)[0][1:]
-        off = np.where(np.array(free)[todo - 1], np.inf, np.abs(2 * found - np.round(2 * found)))
+        off = np.where(np.array(free)[todo - 1], np.inf, np.abs(n * found - np.round(n * found)))
         if not np.isfinite(off).any():
             powers[todo - 1] = found
             return powers
         i = int(off.argmin())
-        powers[todo[i] - 1], todo = np.round(2 * found[i]) / 2, np.delete(todo, i)
+        powers[todo[i] - 1], todo = np.round(n * found[i]) / n, np.delete(todo, i)
 
 
-def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.ndarray, pull: np.ndarray) -> list[Pairs]:
+def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.ndarray, pull: np.ndarray, roots: bool
+             ) -> list[Pairs]:
     """Products of powers of variables and of up to two programs with these values (M, N), near y up to a factor.
 
-    In logarithms they are sums. Powers are multiples of 1/2.
+    In logarithms they are sums. Powers are whole or, with roots, multiples of 1/2.
     """
     with np.errstate(all="ignore"):
-        logs = [np.nan_to_num(np.log(np.abs(x)), nan=np.inf) for x in (X.T, values, y[None])]
+        logs = [np.log(np.abs(x)) for x in (X.T, values, y[None])]
         root = np.sqrt(pull) * np.abs(y)
         plain = np.flatnonzero(np.isfinite(logs[0]).all(1))
         given = np.concatenate([np.ones((1, len(y))), logs[0][plain]]) * root
@@ -2662,7 +2682,7 @@ def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.nda
     for row in [(), *(best_sets(columns, goal[0], 60, 2) if len(goal) and len(columns) else [])]:
         chosen = [*([(int(VARIABLES[i]), 0.0)] for i in plain), *(programs[which[i]] for i in row)]
         A = np.concatenate([given, logs[1][which[list(row)]] * root])
-        powers = halves(A, logs[2][0] * root, [part[0][0] == EXP for part in chosen])
+        powers = rounded_powers(A, logs[2][0] * root, [part[0][0] == EXP for part in chosen], 1 + roots)
         factors = [([(EXP, 0.0), (MUL, 0.0), (C, k), *part[1:]], 2) if part[0][0] == EXP else (part, round(2 * k))
                    for part, k in zip(chosen, powers, strict=True)]
         if 0 < sum(abs(k) for _, k in factors) <= 20:
@@ -2837,8 +2857,8 @@ class Regression:
             goal = s.loss.y[q, some], s.loss.weights[q, some]
             rows = sums(v[:n_monomials], *goal, 6) + sums(v, *goal, 3)  # of more, any functions make anything
             found = [[(ADD, 0.0)] * (len(row) - 1) + [pair for i in row for pair in both[i]] for row in rows]
-            if not outer:
-                found += products(programs, values, X, y, weights)
+            if not outer and {"mul", "div"} <= set(g.ops):
+                found += products(programs, values, X, y, weights, "sqrt" in g.ops)
             found = [row + [(PAD, 0.0)] * (L - len(row)) for row in found if len(row) <= L]
             if found:
                 rows = np.array(found).transpose(2, 0, 1)
@@ -2954,7 +2974,7 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
              for row, c in zip(tokens, constants, strict=True))
     chosen = [rounded(t, c, X, loss, floor) for _, (t, c) in pareto(found, X, loss, floor)]
     out, codes, simpler = [], [], []  # nats of each row of the data; of the formula
-    for outside, (t, c) in pareto(chosen, X, loss, floor):
+    for outside, (t, c) in pareto(chosen, X, loss, floor) or [(math.inf, ([C], [float(middle)]))]:
         pole, values = has_pole(t, c, X), left_out(t, c, X, loss)
         formula = t.count(C) / 2 * math.log(N) + (len(t) + 2 * int(nested(np.array([t]))[0])) * math.log(n_symbols)
         length = N / 2 * math.log(max(outside, floor)) + formula + pole * 1.5 * N
@@ -3069,50 +3089,69 @@ class Regressor:
     """
 
     def __init__(self, ops: Sequence[str] = REGRESS_OPS, max_size: int = 40, loss: str = "mse",
-                 max_minutes: float = 1.0,
-                 evaluations: int = 0, test_fraction: float = 0.25, seed: int = 0, net: Net | None = None):
-        self.settings = {"ops": tuple(ops), "max_size": max_size, "loss": loss, "test_fraction": test_fraction,
-                         "seed": seed}
-        self.max_minutes, self.evaluations, self.net = max_minutes, evaluations, net
+                 max_minutes: float = 1.0, evaluations: int = 0, test_fraction: float = 0.25, seed: int = 0,
+                 net: Net | None = None):
+        self.ops, self.max_size, self.loss, self.max_minutes = ops, max_size, loss, max_minutes
+        self.evaluations, self.test_fraction, self.seed, self.net = evaluations, test_fraction, seed, net
         self.names: list[str] = []
         self.front: list[Row] = []
 
-    def fit(self, X, y, names: Sequence[str] | None = None, weights=None, digit: float = 0.0, state: dict | None = None,
-            watch: Callable[[Regressor], bool] = lambda regressor: False) -> Regressor:
-        """Search for formulas of y (N,) in X (N, V). Raises UserError.
+    def get_params(self, deep: bool = True) -> dict:
+        """The settings, by which scikit-learn makes copies."""
+        return {name: getattr(self, name) for name in (
+            "ops", "max_size", "loss", "max_minutes", "evaluations", "test_fraction", "seed", "net")}
 
-        names, weights: of columns and rows; digit: the unit of the last digit that y is known to; state: of a search
-        that goes on; watch: called before each round, it ends the search by True.
-        """
+    def set_params(self, **settings) -> Regressor:
+        self.__init__(**{**self.get_params(), **settings})
+        return self
+
+    def prepare(self, X, y, names: Sequence[str] | None = None, weights=None, digit: float = 0.0) -> Regressor:
+        """Take the data, of which y is known to `digit`, split them, and make a search ready. Raises UserError."""
+        if self.loss not in LOSSES or not 0 <= self.test_fraction <= 0.9 or self.seed < 0 or self.max_size < 3:
+            raise UserError(f"loss {self.loss!r:.20}, test_fraction {self.test_fraction}, seed {self.seed}, max_size "
+                            f"{self.max_size}: expected one of {', '.join(LOSSES)}; 0 to 0.9; 0 or more; 3 or more")
+        if names is None:
+            names = getattr(X, "columns", None)  # of a data frame
         X, y = as_data(X, y)
-        weights = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
-        self.names = list(names) if names is not None else [f"x{i}" for i in range(X.shape[1])]
-        loss = self.settings["loss"]
+        self.names = [f"x{i}" for i in range(X.shape[1])] if names is None else list(map(str, names))
+        try:
+            weights = np.ones_like(y) if weights is None else np.asarray(weights, np.float64)
+        except (TypeError, ValueError):
+            weights = np.zeros(0)
         if weights.shape != y.shape or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
             raise UserError("weights must be numbers, one for each row, 0 or more and not all 0")
-        if loss == "log" and y.min() <= 0:
+        if self.loss == "log" and y.min() <= 0:
             raise UserError(f"--loss log: y is {y.min():g} in row {int(y.argmin())}, and must be above 0")
         if len(self.names) != X.shape[1]:
             raise UserError(f"{len(self.names)} names of {X.shape[1]} columns")
         if X.shape[1] > len(VARIABLES):
             raise UserError(f"{X.shape[1]} features: there may be {len(VARIABLES)}; choose some (--features)")
-        grammar = Grammar(ops=self.settings["ops"], variables=X.shape[1], max_size=min(30, self.settings["max_size"]),
-                          constants=True)
-        rng = np.random.default_rng([self.settings["seed"], PROBLEMS])
-        order = rng.permutation(np.flatnonzero(weights))[:MOST_ROWS]
-        n_test = round(self.settings["test_fraction"] * len(order)) if len(order) >= 20 else 0
+        sizes = np.abs([*np.ptp(X, 0), *np.abs(X).max(0), np.ptp(y), np.abs(y).max()])
+        if sizes.max() > 1e100 or sizes[sizes > 0].min(initial=1) < 1e-100:
+            raise UserError("numbers of more than 1e100, or that differ by less than 1e-100: choose other units")
+        grammar = Grammar(ops=tuple(self.ops), variables=X.shape[1], max_size=min(30, self.max_size), constants=True)
+        order = np.random.default_rng([self.seed, PROBLEMS]).permutation(np.flatnonzero(weights))[:MOST_ROWS]
+        n_test = round(self.test_fraction * len(order)) if len(order) >= 20 else 0
         self.rows = {"test": np.sort(order[:n_test]), "train": np.sort(order[n_test:])}
-        parts = {name: (X[rows], Loss(y[rows][None], loss, weights[rows][None], copies_of(X[rows], y[rows])))
-                 for name, rows in self.rows.items() if len(rows)}
-        self.data, self.digit, self.n_symbols = parts, digit, len(grammar.leaves) + len(grammar.ops)
-        X, y = parts["train"][0], parts["train"][1].y[0]
-        some = np.sort(np.random.default_rng([self.settings["seed"], EVAL]).permutation(len(y))[:SEARCHED_ROWS])
+        if len(self.rows["train"]) < 3:
+            raise UserError(f"{len(self.rows['train'])} rows to fit, behind those of --test-fraction and those without "
+                            "weight; there must be 3 or more")
+        self.data = {name: (X[rows], Loss(y[rows][None], self.loss, weights[rows][None], copies_of(X[rows], y[rows])))
+                     for name, rows in self.rows.items() if len(rows)}
+        self.digit, self.n_symbols = digit, len(grammar.leaves) + len(grammar.ops)
+        X, y, weights = self.data["train"][0], self.data["train"][1].y[0], weights[self.rows["train"]]
+        some = np.sort(np.random.default_rng([self.seed, EVAL]).permutation(len(y))[:SEARCHED_ROWS])
         some = some if np.ptp(y[some]) else np.arange(len(y))
-        self.search = Regression(X[some], y[some], weights[self.rows["train"]][some], loss, grammar,
-                                 self.settings["seed"], self.net,
-                                 digit) if np.ptp(y) else None
-        if state is not None and self.search:
-            self.search.restore(state)
+        self.search = None if not np.ptp(y) else Regression(X[some], y[some], weights[some], self.loss, grammar,
+                                                            self.seed, self.net, digit)
+        return self
+
+    def fit(self, X, y, names: Sequence[str] | None = None, weights=None) -> Regressor:
+        """Search for formulas of y (N,) in X (N, V). names, weights: of columns and rows. Raises UserError."""
+        return self.prepare(X, y, names, weights).go()
+
+    def go(self, watch: Callable[[Regressor], bool] = lambda regressor: False) -> Regressor:
+        """Search on what is prepared. watch: called before each round, it ends the search by True."""
         while self.search and not self.is_over() and not watch(self):
             self.search.round(math.inf if self.evaluations else 60 * self.max_minutes - self.search.seconds)
         return self.conclude()
@@ -3129,12 +3168,14 @@ class Regressor:
         changes.
         """
         self.front = rows_of(self.search.programs() if self.search else [], *self.data["train"], self.data.get("test"),
-                             self.settings["max_size"], self.n_symbols, self.digit, n_forms)
+                             self.max_size, self.n_symbols, self.digit, n_forms)
         return self
 
     @property
     def best(self) -> Row:
         """The recommended row."""
+        if not self.front:
+            raise UserError("nothing is fitted yet")
         return next(row for row in self.front if row.recommended)
 
     @property
@@ -3143,10 +3184,14 @@ class Regressor:
 
     def predict(self, X) -> np.ndarray:
         """Values (N,) of the recommended formula."""
-        X = as_data(X, None)[0]
+        X, best = as_data(X, None)[0], self.best
         if X.shape[1] != len(self.names):
             raise UserError(f"X has {X.shape[1]} columns, and the formula was found with {len(self.names)}")
-        return evaluate(np.array([self.best.tokens], np.int8), X[None], None, np.array([self.best.constants]))[0]
+        return evaluate(np.array([best.tokens], np.int8), X[None], None, np.array([best.constants]))[0]
+
+    def score(self, X, y) -> float:
+        """The share of y's variance that the formula explains, R^2."""
+        return float(1 - ((self.predict(X) - y) ** 2).mean() / np.var(y))
 
 
 def safe_names(names: Sequence[str]) -> list[str]:
@@ -3154,8 +3199,9 @@ def safe_names(names: Sequence[str]) -> list[str]:
     import sympy
     out: list[str] = []
     for name in names:
-        safe = re.sub(r"\W+", "_", name).strip("_")
+        safe = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", name)).strip("_")  # as Python reads it: x2 of x²
         safe = safe if safe.isidentifier() else f"v_{safe}"
+        safe = safe if safe.isidentifier() else f"v{len(out)}"
         while keyword.iskeyword(safe) or safe in out or any(hasattr(known, safe) for known in (sympy, math, builtins)):
             safe += "_"
         out.append(safe)
@@ -3195,22 +3241,27 @@ def regress(args: flags.Flags) -> dict:
     if args.predict is not None:
         return predict_file(args)
     devices.refuse_ranks(SCRIPT)
+    given = args.given
     args, saved = run.restore(args, SCRIPT, search=dict, data=str)
+    if saved and "max_minutes" not in given:
+        args.max_minutes = saved["args"]["max_minutes"]
     if args.data is None:
         raise UserError("--mode regress: --data FILE is missing")
     sample = read_sample(args.data, args)
-    hash_ = hashlib.sha256(sample.X.tobytes() + sample.y.tobytes()).hexdigest()[:12]
+    weights = sample.y * 0 + 1 if sample.weights is None else sample.weights
+    parts = (sample.X, sample.y, weights, np.frombuffer(repr(sample.names).encode(), np.uint8))
+    hash_ = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:12]
     if saved and saved["data"] != hash_:
         raise UserError(f"{args.data}: it has changed since {args.resume} was begun")
     source = args.net or (KEPT if Path(KEPT).exists() else None)
-    net = load_net(source)[0].eval() if source else None
     regressor = Regressor(args.ops, args.max_size, args.loss, args.max_minutes, args.evaluations, args.test_fraction,
-                          args.seed,
-                          net)
+                          args.seed, load_net(source)[0].eval() if source else None)
+    regressor.prepare(sample.X, sample.y, sample.names, sample.weights, sample.digit)
+    if saved and regressor.search:
+        regressor.search.restore(saved["search"])
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(f"{args.data}: {len(sample.y)} rows, {sample.target!r} of {', '.join(sample.names)}", *sample.notes,
-              sep="\n  ",
-              flush=True)
+              sep="\n  ", flush=True)
         names = {name: safe for name, safe in zip(sample.names, safe_names(sample.names), strict=True) if name != safe}
         if names:
             print("  in code: " + ", ".join(f"{name!r} is {safe}" for name, safe in names.items()))
@@ -3218,6 +3269,8 @@ def regress(args: flags.Flags) -> dict:
             print(f"  only {len(sample.y)} rows: whatever is found may be chance")
         if len(sample.y) > MOST_ROWS:
             print(f"  {MOST_ROWS} of the rows are used, drawn by --seed")
+        if not regressor.search:
+            print(f"  {sample.target!r} is the same in all rows that are fitted: there is nothing to search for")
         next_report = 0.0
 
         def watch(reg: Regressor) -> bool:
@@ -3228,7 +3281,10 @@ def regress(args: flags.Flags) -> dict:
                 report(r, reg.conclude(n_forms=1), sample)
                 r.save("last.pt", data=hash_, search=reg.search.state())
             return bool(r.stopped_by)
-        regressor.fit(sample.X, sample.y, sample.names, sample.weights, sample.digit, saved and saved["search"], watch)
+        regressor.go(watch)
+        if regressor.search:
+            r.step = regressor.search.k
+            r.save("last.pt", data=hash_, search=regressor.search.state())
         return finish_regression(r, regressor, sample, args, hash_)
 
 
@@ -3276,7 +3332,7 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
                                                   if a != b), f"    return {text}", ""]
     for name, content in (("formula.py", "\n".join(body)), ("formula.tex", latex + "\n"),
                           ("formula.sympy.txt", f"{formula}\n")):
-        files.write_atomic(folder / name, content.encode())
+        files.write_atomic(folder / name, content.encode("utf-8", "backslashreplace"))
     test = regressor.data.get("test")
     save_regressor(r, regressor, sample, hash_)
     draw_report(regressor, sample, folder / "report.png")
@@ -3301,7 +3357,8 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
 
 
 def as_latex(name: str) -> str:
-    return re.sub(r"([#$%&_{}])", r"\\\1", name.replace("\\", "").replace("^", r"\^{}").replace("~", " "))
+    safe = re.sub(r"([#$%&_{}])", r"\\\1", name.replace("\\", "").replace("~", " "))
+    return safe.replace("^", r"\wedge ")
 
 
 def as_comment(name: str) -> str:
@@ -3322,7 +3379,7 @@ def outliers(regressor: Regressor, sample: Sample) -> list[str]:
     robust.round()
     rows = rows_of(robust.programs() + regressor.search.programs(), X,
                    Loss(y[None], "l1", weights[None], copies_of(X, y)), None,
-                   regressor.settings["max_size"], regressor.n_symbols, sample.digit)
+                   regressor.max_size, regressor.n_symbols, sample.digit)
     best = next(row for row in rows if row.recommended)
     residual = sample.y[used] - evaluate(np.array([best.tokens], np.int8), sample.X[None, used], None,
                                          np.array([best.constants]))[0]
@@ -3363,7 +3420,7 @@ def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
             axes[1].plot(sizes, [max(getattr(row, key), 1e-300) for row in regressor.front], marker="o", ms=4,
                          color=color, label=part)
     axes[1].axvline(best.size, color="k", lw=0.7, ls=":")
-    axes[1].set(xlabel="size (dotted: recommended)", ylabel=f"loss ({regressor.settings['loss']})", yscale="log",
+    axes[1].set(xlabel="size (dotted: recommended)", ylabel=f"loss ({regressor.loss})", yscale="log",
                 title="front")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[2].axhline(0, color="k", lw=0.7)
@@ -3376,7 +3433,8 @@ def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
 def save_regressor(r: run.Run, regressor: Regressor, sample: Sample, hash_: str) -> None:
     test = regressor.data.get("test")
     r.save("best.pt", data=hash_, regressor={
-        **regressor.settings, "names": regressor.names, "target": sample.target, "n_symbols": regressor.n_symbols,
+        "settings": {**regressor.get_params(), "ops": list(regressor.ops), "net": None}, "names": regressor.names,
+        "target": sample.target, "n_symbols": regressor.n_symbols,
         "front": [row._asdict() for row in regressor.front],
         "test": [torch.from_numpy(x) for x in (test[0], test[1].y, test[1].weights)] if test else []})
 
@@ -3385,16 +3443,15 @@ def load_regressor(saved: dict, path: str | Path) -> Regressor:
     """The Regressor of a run, ready to predict. Raises UserError."""
     with files.refuse_damaged(path):
         kept = saved["regressor"]
-        out = Regressor(kept["ops"], kept["max_size"], kept["loss"], test_fraction=kept["test_fraction"],
-                        seed=kept["seed"])
+        out = Regressor(**kept["settings"])
         out.names, out.target = list(kept["names"]), str(kept["target"])
         out.front = [Row(**{**row, "tokens": list(row["tokens"]), "constants": list(row["constants"])})
                      for row in kept["front"]]
-        grammar = Grammar(ops=out.settings["ops"], variables=len(out.names), max_size=100, constants=True)
+        grammar = Grammar(ops=tuple(TOKENS), variables=len(out.names), max_size=100, constants=True)
         for row in out.front:
-            check_programs(np.array([row.tokens], np.int8), replace(grammar, ops=tuple(TOKENS)))
+            check_programs(np.array([row.tokens], np.int8), grammar)
         X, y, weights = (x.numpy() for x in kept["test"]) if kept["test"] else (None, None, None)
-        out.data = {} if X is None else {"test": (X, Loss(y, kept["loss"], weights))}
+        out.data = {} if X is None else {"test": (X, Loss(y, out.loss, weights))}
     return out
 
 
@@ -3403,6 +3460,8 @@ def predict_file(args: flags.Flags) -> dict:
     path_ = checkpoint.file_of(args.checkpoint)
     saved = checkpoint.check(checkpoint.read(path_), path_, SCRIPT, regressor=dict)
     regressor, table = load_regressor(saved, path_), read_table(args.predict)
+    if not table.header and len(table.names) == len(regressor.names):
+        table = table._replace(names=regressor.names)
     missing = [name for name in regressor.names if name not in table.names]
     if missing:
         raise UserError(f"{args.predict}: no column {missing[0]!r:.60}; there are {', '.join(table.names):.200}")
@@ -3538,10 +3597,13 @@ def better(a: tuple[bool, bool, int], b: tuple[bool, bool, int]) -> tuple[bool, 
     return max(a, b, key=lambda one: (*one[:2], -one[2]))
 
 
-def with_ours(p: Published, method: str, seconds: float, seed: int,
-              net: Net | None) -> tuple[bool, bool, int, float, str]:
-    """What `judged` says, seconds until solved, and the recommended formula, of --mode regress; mix is with the net, gp
-    without. The search ends once it has recovered the formula."""
+Outcome = tuple[bool, bool, int, float, str]  # what `judged` says, seconds until solved, the recommended formula
+
+
+def with_ours(p: Published, method: str, seconds: float, seed: int, net: Net | None) -> Outcome:
+    """What --mode regress makes of a problem; mix is with the net, gp without. The search ends once it has recovered
+    the formula, or when what is left of the time is for the front alone.
+    """
     found, solved_at, least, start = (False, False, 0), None, SOLVED, time.monotonic()
 
     def watch(regressor: Regressor) -> bool:
@@ -3551,71 +3613,81 @@ def with_ours(p: Published, method: str, seconds: float, seed: int,
             least = low / 10
             found = better(found, judged(p, [(row.tokens, row.constants) for row in regressor.conclude().front]))
             solved_at = solved_at or (found[0] and time.monotonic() - start)
-        return found[1]
+        return found[1] or time.monotonic() - start > seconds - min(1.5, 0.1 * seconds)
     regressor = Regressor(max_minutes=seconds / 60, seed=seed, net=net if method == "mix" else None)
-    regressor.fit(p.problems.X[0], p.y, watch=watch)
+    regressor.prepare(p.problems.X[0], p.y).go(watch)
     rows = [regressor.best] if p.noise else regressor.front
     found = better(found, judged(p, [(row.tokens, row.constants) for row in rows]))
     return *found, solved_at or time.monotonic() - start, text_of(regressor.best, safe_names(regressor.names))
 
 
-def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, pipe) -> None:
-    """Run another engine until it is killed, and send the formulas of its front after each of ever longer runs."""
-    names = [f"x{i}" for i in range(X.shape[1])]
-    pipe.send([])  # imports are not timed
-    for k in range(20):
-        if method == "gplearn":  # restarts, twice as many generations each time
-            from gplearn.functions import make_function
-            from gplearn.genetic import SymbolicRegressor
-            exp = make_function(function=lambda x: np.exp(np.minimum(x, 50)), name="exp", arity=1)
-            model = SymbolicRegressor(population_size=1000, generations=10 << k, random_state=1000 * seed + k,
-                                      const_range=(-5, 5),
-                                      parsimony_coefficient=0.001,
-                                      function_set=("add", "sub", "mul", "div", "sin", "cos", exp, "log",
-                                                    "sqrt")).fit(X, y)
-            found = [str(model._program).replace("X", "x")]
-        elif method == "pyoperon":  # restarts, twice as many evaluations each time
-            from pyoperon.sklearn import SymbolicRegressor
-            model = SymbolicRegressor(allowed_symbols="add,sub,mul,div,sin,cos,exp,log,sqrt,square,constant,variable",
-                                      population_size=1000, max_evaluations=20_000 << k, generations=100_000,
-                                      optimizer_iterations=10, n_threads=1, max_length=30, objectives=["r2", "length"],
-                                      random_state=1000 * seed + k).fit(X, y)
-            found = [model.get_model_string(one["tree"], 17, names=names) for one in model.pareto_front_]
-        else:  # eggp goes on from what it has; it takes no seed
-            from eggp import EGGP
-            file = Path(tempfile.gettempdir()) / f"neural_sr-{os.getpid()}.egraph"
-            model = EGGP(gen=100_000, nPop=100, maxSize=20, nonterminals="add,sub,mul,div,sin,cos,exp,log,sqrt,square",
-                         loss="MSE",
-                         optIter=10, optRepeat=1, max_time=4 << k, dumpTo=str(file), loadFrom=str(file) if k else "")
+def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, folder: str, pipe) -> None:
+    """Run another engine until it is killed, and send the formulas of its front from time to time."""
+    names, functions = [f"x{i}" for i in range(X.shape[1])], "add,sub,mul,div,sin,cos,exp,log,sqrt"
+    if method == "gplearn":  # one run, looked at after each ten generations
+        from gplearn.functions import make_function
+        from gplearn.genetic import SymbolicRegressor
+        exp = make_function(function=lambda x: np.exp(np.minimum(x, 50)), name="exp", arity=1)
+        model = SymbolicRegressor(
+            population_size=1000, random_state=seed, const_range=(-5, 5), parsimony_coefficient=0.001, warm_start=True,
+            function_set=[exp if name == "exp" else name for name in functions.split(",")])
+
+        def front(k: int, left: float) -> list[str]:
+            model.set_params(generations=10 * (k + 1)).fit(X, y)
+            return [str(model._program).replace("X", "x")]
+    elif method == "pyoperon":  # restarts, with twice as many evaluations each time
+        from pyoperon.sklearn import SymbolicRegressor
+
+        def front(k: int, left: float) -> list[str]:
+            model = SymbolicRegressor(
+                allowed_symbols=f"{functions},square,constant,variable", population_size=1000, generations=100_000,
+                max_evaluations=20_000 << k, max_time=max(1, int(left)), optimizer_iterations=10, n_threads=1,
+                max_length=30, objectives=["r2", "length"], random_state=1000 * seed + k).fit(X, y)
+            return [model.get_model_string(one["tree"], 17, names=names) for one in model.pareto_front_]
+    else:  # eggp goes on from what it has, for 1, 2, 4 and 8 fifteenths of the time; it takes no seed
+        from eggp import EGGP
+        file = f"{folder}/e.graph"
+
+        def front(k: int, left: float) -> list[str]:
+            model = EGGP(
+                gen=100_000, nPop=100, maxSize=20, nonterminals=f"{functions},square", loss="MSE", optIter=10,
+                optRepeat=1, max_time=max(1, int(min(left, seconds * 2 ** k / 15))),
+                dumpTo=file, loadFrom=file if k else "")
             model.fit(X, y)
-            found = list(model.results.Expression)
-        pipe.send(found)
+            return list(model.results.Expression)
+    pipe.send([])  # the imports are done, and not timed
+    start = time.monotonic()
+    for k in range(1000):
+        pipe.send(front(k, start + seconds - 0.5 - time.monotonic()))
 
 
-def with_peer(p: Published, method: str, seconds: float, seed: int) -> tuple[bool, bool, int, float, str]:
+def with_peer(p: Published, method: str, seconds: float, seed: int) -> Outcome:
     """The same of another engine, in a process of its own; all that it ever had in its front counts."""
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
-    process = context.Process(target=peer, args=(method, p.problems.X[0], p.y, seconds, seed, other), daemon=True)
-    process.start()
-    other.close()
     found, text, solved_at = (False, False, 0), "", seconds
-    try:
-        pipe.recv()
-        start = time.monotonic()
-        while (left := start + seconds - time.monotonic()) > 0 and pipe.poll(left):
-            texts = pipe.recv()
-            text = texts[-1]
-            found = better(found, judged(p, [x for x in (readable(text, method == "gplearn") for text in texts) if x]))
-            solved_at = min(solved_at, time.monotonic() - start) if found[0] else seconds
-            if found[1] and not p.noise:
-                break
-        return *found, solved_at, text
-    except EOFError:
-        raise UserError(f"--method {method}: it ended with an error") from None
-    finally:
-        process.kill()
-        process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=peer, args=(method, p.problems.X[0], p.y, seconds, seed, folder, other),
+                                  daemon=True)
+        process.start()
+        other.close()
+        try:
+            pipe.recv()
+            start = time.monotonic()
+            while (left := start + seconds - time.monotonic()) > 0 and pipe.poll(left):
+                texts = pipe.recv()
+                text = texts[-1] if texts else text
+                read = (readable(one, method == "gplearn") for one in texts)
+                found = better(found, judged(p, [x for x in read if x]))
+                solved_at = min(solved_at, time.monotonic() - start) if found[0] else seconds
+                if found[1] and not p.noise:
+                    break
+            return *found, solved_at, text
+        except EOFError:
+            raise UserError(f"--method {method}: it ended with an error") from None
+        finally:
+            process.kill()
+            process.join()
 
 
 def readable(text: str, protected: bool) -> tuple[list, list] | None:
@@ -3639,13 +3711,18 @@ def bench(args: flags.Flags) -> dict:
     for method in args.method:
         if method in PEERS and importlib.util.find_spec(method) is None:
             raise UserError(f"--method {method} needs a package that is missing: pip install -e '.[sr]'")
+    given = args.given
     args, saved = run.restore(args, SCRIPT, rows=list)
-    rows = saved["rows"] if saved else []
+    rows, minutes = (saved["rows"], saved["args"]["max_minutes"]) if saved else ([], args.max_minutes)
+    if "max_minutes" in given and args.max_minutes != minutes:
+        raise UserError(f"--max-minutes: {args.resume} was begun with {minutes}")
+    args.max_minutes = minutes
     net = load_net(args.net or KEPT)[0].eval() if "mix" in args.method else None
     done = {(row["problem"], row["method"], row["seed"]) for row in rows}
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(f"operators {','.join(REGRESS_OPS)}; {60 * args.max_minutes:.0f} s for each, on one thread; "
               f"noise {args.noise}")
+        r.save("last.pt", rows=rows)
         todo = [(name, i, seed, method) for name in args.problems for i in range(len(PROBLEM_SETS[name]))
                 for seed in range(args.search_seeds) for method in args.method if seed == 0 or method != "gplearn"]
         for name, i, seed, method in todo:
@@ -3657,8 +3734,7 @@ def bench(args: flags.Flags) -> dict:
             if r.stopped_by:
                 break
             rows.append({"problem": p.name, "method": method, "seed": seed, "solved": solved, "recovered": recovered,
-                         "size": size,
-                         "seconds": seconds, "formula": text[:1000]})
+                         "size": size, "seconds": seconds, "formula": text[:1000]})
             told = "recovered" if recovered else "solved" if solved else "-"
             print(f"{p.name:12s} {method:9s} seed {seed}: {told:9s} {seconds:6.1f} s  {text:.90}", flush=True)
             r.save("last.pt", rows=rows)
@@ -3680,9 +3756,9 @@ def bench(args: flags.Flags) -> dict:
                   f"median time to solution {times[n // 2]:.1f} s, "
                   f"median size of what is recovered {methods[method]['median_size']:.0f}")
         draw_bench(methods, 60 * args.max_minutes, r.folder / "bench.png")
+        r.step = args.steps
         return r.summary(n_params=0, problems=args.problems, minutes=args.max_minutes, noise=args.noise,
-                         methods=methods,
-                         ops=list(REGRESS_OPS))
+                         methods=methods, ops=list(REGRESS_OPS))
 
 
 def draw_bench(methods: dict[str, dict], seconds: float, out: Path) -> Path:

@@ -2,12 +2,14 @@
 
 A script imports from this package before torch, whose import takes seconds: a Ctrl-C then, too, is one line. And
 torch's threads then wait without spinning for long: beside another busy process on two cores a step of etrm_pretrain.py
-takes 0.6 instead of 1.2 s, a small one a twentieth; on a quiet machine a tenth more.
+takes 0.6 instead of 1.2 s, a small one a twentieth; on a quiet machine a tenth more. numpy's linear algebra, which
+--threads does not know, has one thread.
 """
 import os
 import sys
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _excepthook(kind, error, trace) -> None:

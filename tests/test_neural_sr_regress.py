@@ -117,7 +117,7 @@ def test_powers_are_made_multiples_of_a_half_where_there_is_noise():
     A = np.stack([np.ones(200), np.log(a), np.log(c), np.log(1 + c**2), b]) * root
     plain = np.linalg.lstsq(A.T, np.log(np.abs(y)) * root, rcond=None)[0]
     assert abs(plain[2]) > 0.1  # all at once are too uncertain
-    powers = sr.halves(A, np.log(np.abs(y)) * root, [False, False, False, True])
+    powers = sr.rounded_powers(A, np.log(np.abs(y)) * root, [False, False, False, True], 2)
     assert powers[:3].tolist() == [1, 0, -1] and powers[3] == pytest.approx(-0.4, abs=0.02)
 
 
