@@ -56,7 +56,7 @@ SOLVED = 1e-9                     # NMSE on test points: mean squared error as a
 EXACT = 1e-18                     # NMSE on a search's own points, at which it ends: rounding, and no approximation
 N_VAL, N_FINAL = 500, 1000         # examples of each split that are diagnosed in training, and at its end
 N_SAMPLED, N_SAMPLES = 250, 32     # of these get many samples each, at the end so many
-LOSSES = ("mse", "l1", "huber", "log")
+LOSSES, ROBUST, POWER = ("mse", "l1", "huber", "log"), ("l1", "huber"), {"l1": 1}  # POWER of y's unit: else 2
 PATIENCE = 5                       # evaluations without a better validation loss, after which training ends
 SAMPLED = 2048                     # programs that are sampled at a time: more do not fit the cache
 RANGES = ((-3.0, 3.0), (0.2, 4.0))  # of x: the second where a function has no value, or too large ones, on the first
@@ -116,18 +116,19 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "regress: formulas for the table of --data")
     g = p.add_argument_group("data")
     g.add_argument("--ops", type=names_of(TOKENS), default=["add", "sub", "mul", "div"],
-                   metavar="LIST", help=f"operators, some of {','.join(TOKENS)}")
+                   metavar="LIST", help=f"operators, some of {','.join(TOKENS)} (regress: all but pow, tanh, abs)")
     g.add_argument("--variables", type=integer(1, 4), default=2, help="of functions and programs")
     g.add_argument("--functions", type=integer(10), default=300_000, help="programs that are sampled; how many "
                    "different functions they are is printed")
     g.add_argument("--target-size", type=integer(3, 40), default=11, help="tokens of the largest of them")
     g.add_argument("--max-size", type=integer(3, 60), default=15,
-                   help="tokens of the largest program in a search (regress: of a formula, 40)")
+                   help="tokens of the largest program in a search (regress: of a formula, 40; what is bred: up to 30)")
     g.add_argument("--points", type=integer(3, 10_000), default=32, help="of a data set")
     g.add_argument("--generations", type=integer(1, 1000), default=4, help="of the GP runs that give examples")
     g.add_argument("--objective", choices=["solution", "ancestor", "gp"], default="solution", help="what the net shall "
                    "answer: the function; an ancestor of GP's best; any child of GP's (the notes' objective)")
-    g.add_argument("--data", type=path, metavar="FILE", help="a data.npz of --mode gen (default: made anew)")
+    g.add_argument("--data", type=path, metavar="FILE", help="regress: the table; else a data.npz of --mode gen "
+                   "(default: made anew)")
 
     g = p.add_argument_group("model")
     g.add_argument("--arch", choices=["own", "gpt2"], default="own", help="gpt2: transformers' model in its place")
@@ -145,7 +146,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval-every", type=integer(1), default=200, help="steps between validations and saves")
-    g.add_argument("--net", type=path, metavar="RUN", help="eval, search: this run's best.pt (default: the kept one)")
+    g.add_argument("--net", type=path, metavar="RUN",
+                   help="eval, search, bench, regress: this run's best.pt (default: the kept one)")
 
     g = p.add_argument_group("search")
     g.add_argument("--method", type=names_of(dict.fromkeys((*METHODS, "gp", "mix", *PEERS))), default=list(METHODS),
@@ -174,8 +176,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     p.set_defaults(threads=2)
 
     args = flags.parse(p, argv)
-    if args.resume is not None and "mode" not in args.given:
-        args.mode = mode_of(args.resume)
+    if "mode" not in args.given:
+        args.mode = "regress" if args.predict is not None else mode_of(args.resume) if args.resume else args.mode
     if args.mode == "regress":
         flags.use(args, {"ops": list(REGRESS_OPS), "max_size": 40, "steps": 10**9, "threads": 1} |
                   ({} if "evaluations" in args.given else {"evaluations": 0, "max_minutes": 1.0}))
@@ -259,7 +261,7 @@ class Op(NamedTuple):
     arity: int
     value: Callable   # a ufunc, with out=; no operator is protected: a pole is inf or NaN
     slopes: Callable  # derivatives of the value by each operand, of operands and value
-    text: str         # in Python, with math's functions
+    text: str         # in Python: operands with a sign between them, or the name as a function of math, or a builtin
     commutes: bool = False
 
 
@@ -438,7 +440,9 @@ class Loss:
 
     def __init__(self, y: np.ndarray, name: str = "mse", weights: np.ndarray | None = None,
                  copies: np.ndarray | float = 1.0):
-        self.y, self.name, self.copies, self.robust = y, name, np.broadcast_to(copies, y.shape), name in ("l1", "huber")
+        if name not in LOSSES:
+            raise UserError(f"loss {name!r:.40}: there are {', '.join(LOSSES)}")
+        self.y, self.name, self.copies, self.robust = y, name, np.broadcast_to(copies, y.shape), name in ROBUST
         self.weights = None if weights is None else weights / weights.mean(1, keepdims=True)
         self.rounds = 1 if name == "mse" else 8  # of reweighted least squares
         spread = np.median(np.abs(y - np.median(y, 1, keepdims=True)), 1, keepdims=True) * 1.4826
@@ -674,8 +678,9 @@ def to_sympy(tokens: Sequence[int], constants: Sequence[float] | None = None, na
     """A program as a sympy expression of Symbol objects, so that columns may be called N, S or lambda."""
     import sympy
     symbols = {f"x{i}": sympy.Symbol(names[i] if names else f"x{i}") for i in INDEX[np.array(tokens)] if i >= 0}
-    functions = {name: getattr(sympy, name) for name in ("sin", "cos", "exp", "log", "sqrt", "tanh")}
-    return sympy.S(eval(infix(tokens, constants), {**functions, **symbols, "abs": sympy.Abs, "c": sympy.Symbol("c")}))
+    called = {op.name: op.name.capitalize() if op.name in ("abs", "max", "min") else op.name for op in OPS}
+    functions = {name: getattr(sympy, there) for name, there in called.items() if hasattr(sympy, there)}
+    return sympy.S(eval(infix(tokens, constants), {**functions, **symbols, "c": sympy.Symbol("c")}))
 
 
 def parse(text: str, names: Sequence[str] | None = None) -> tuple[list[int], list[float]]:
@@ -2519,7 +2524,7 @@ def load(path: str) -> Callable[..., list[str]]:
     """
     saved = checkpoint.read(checkpoint.file_of(path))
     if "regressor" in saved:
-        return load_regressor(checkpoint.check(saved, path, SCRIPT, regressor=dict), path)
+        return load_regressor(checkpoint.check(saved, path, str(saved.get("script")), regressor=dict), path)
     net = load_net(path)[0].eval()
 
     def propose(X, y, population: Sequence[str] = (), n: int = 1, temperature: float = 1.0, seed: int = 0) -> list[str]:
@@ -2694,12 +2699,12 @@ def products(programs: list[Pairs], values: np.ndarray, X: np.ndarray, y: np.nda
 
 # ---- Regression: one data set, and for each size of a formula the least error
 
-LINKS = {  # outer tokens of y = outer(s): s of y, and the slope dy / ds
+LINKS = {  # tokens of outer in y = outer(s), a prefix without constants: s of y, NaN where there is none; dy / ds, of y
     (): (lambda y: y, np.ones_like),
     (DIV, ONE): (lambda y: 1 / y, np.square),
-    (SQRT,): (np.square, lambda y: 0.5 / y),
+    (SQRT,): (lambda y: np.where(y > 0, y * y, np.nan), lambda y: 0.5 / y),
     (EXP,): (np.log, lambda y: y),
-    (SQUARE,): (np.sqrt, lambda y: 2 * np.sqrt(y)),
+    (SQUARE,): (lambda y: np.sqrt(np.where(y > 0, y, np.nan)), lambda y: 2 * np.sqrt(y)),
 }
 SOURCES = ("evolution", "dictionary", "net")
 
@@ -2722,10 +2727,9 @@ class Regression:
         self.outer, Z, pulls = [], [], []
         for tokens, (s_of, slope) in LINKS.items():
             with np.errstate(all="ignore"):
-                s, pull = s_of(y), np.abs(slope(y)) ** (1 if loss == "l1" else 2)
-            known = {OPS[t - FIRST_OP].name for t in tokens if ARITY[t]} <= {*grammar.ops, "square"}
-            in_range = (y > 0).all() or tokens == (DIV, ONE)
-            if not tokens or (loss != "log" and known and in_range and np.isfinite(s + pull).all() and np.ptp(s) > 0):
+                s, pull = s_of(y), np.abs(slope(y)) ** POWER.get(loss, 2)
+            known = {OPS[t - FIRST_OP].name for t in tokens if ARITY[t]} <= set(grammar.ops)
+            if not tokens or (loss != "log" and known and np.isfinite(s + pull).all() and np.ptp(s) > 0):
                 n = 1 if tokens else 4
                 self.outer, Z, pulls = self.outer + [tokens] * n, Z + [s] * n, pulls + [pull * self.weights] * n
         Q, Z, nothing = len(Z), np.array(Z), np.zeros((len(Z), 0))
@@ -2783,13 +2787,15 @@ class Regression:
         s = self.search
         arrays = {**self.arrays(), "cache": np.array(sorted(s.cache), np.uint64).view(np.int64),
                   "fitted": np.array(sorted(s.fitted), np.int64)}
-        return {"k": self.k, "seconds": self.seconds, "exact_at": -1 if self.exact_at is None else self.exact_at,
-                "idle": s.idle, "n_ids": s.n_ids,
+        return {"tokens": list(TOKENS), "k": self.k, "seconds": self.seconds,
+                "exact_at": -1 if self.exact_at is None else self.exact_at, "idle": s.idle, "n_ids": s.n_ids,
                 **{k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}}
 
     def restore(self, state: dict) -> None:
-        """Go on from a state."""
+        """Go on from a state. Raises UserError: of other operators."""
         s = self.search
+        if state["tokens"] != list(TOKENS):
+            raise UserError(f"--resume: it was written with other operators: {', '.join(state['tokens'])}")
         self.k, self.seconds, s.idle, s.n_ids = (state[k] for k in ("k", "seconds", "idle", "n_ids"))
         self.exact_at = None if state["exact_at"] < 0 else state["exact_at"]
         s.cache = set(state["cache"].numpy().view(np.uint64).tolist())
@@ -2950,8 +2956,7 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     (Rissanen 1978), where a function of a function counts as two symbols more, since people seldom write such. This
     loss is that of rows left out one by one, since a spike may fit an outlier; and it is not taken to be less than
     rounding to the last digit of y makes it. With l1 and huber it is `Loss.fitness`. A pole inside the data's range
-    costs 1.5 n. Recommended is the row of the shortest description, or the simplest one than which it does not code the
-    data in fewer nats by two standard errors of what single rows differ by (Vuong 1989), lest a few of them decide.
+    costs 1.5 n. The row with the star is that of `recommended`.
     """
     N, floor = loss.y.shape[1], loss.floor(digit)
     middle = least_squares(np.zeros((1, 0, N)), loss, np.zeros(1, int))[1][0, 0]
@@ -2973,24 +2978,35 @@ def rows_of(programs: list[tuple[list, list]], X: np.ndarray, loss: Loss, test: 
     found = (simplified(row[row != PAD].tolist(), c[row != PAD].tolist())
              for row, c in zip(tokens, constants, strict=True))
     chosen = [rounded(t, c, X, loss, floor) for _, (t, c) in pareto(found, X, loss, floor)]
-    out, codes, simpler = [], [], []  # nats of each row of the data; of the formula
+    out, codes, nats = [], [], []  # nats of each row of the data; of the formula
     for outside, (t, c) in pareto(chosen, X, loss, floor) or [(math.inf, ([C], [float(middle)]))]:
         pole, values = has_pole(t, c, X), left_out(t, c, X, loss)
         formula = t.count(C) / 2 * math.log(N) + (len(t) + 2 * int(nested(np.array([t]))[0])) * math.log(n_symbols)
         length = N / 2 * math.log(max(outside, floor)) + formula + pole * 1.5 * N
-        simpler.append(formula)
+        nats.append(formula)
         out.append(Row(t, c, measure(t, c, X, loss), measure(t, c, *test) if test else math.nan, length, pole, False))
         each = loss.each(values, of)[0]
         scale = max(each.mean(), floor)
         codes.append(loss.codes(values, of)[0] / 2 if loss.robust else 0.5 * (np.log(scale) + each / scale))
-    best = min(range(len(out)), key=lambda i: out[i].length)
-    for i in np.argsort(simpler, kind="stable"):
-        gain = codes[i] - codes[best]
-        if gain.mean() <= 2 * gain.std() / math.sqrt(N):  # it comes from a few rows
-            best = int(i)
-            break
+    best = recommended([row.length for row in out], nats, codes)
     out[best] = out[best]._replace(recommended=True)
     return out
+
+
+RULE = ("recommended: the shortest description of formula and errors, unless a simpler formula is as good within two "
+        "standard errors")
+
+
+def recommended(lengths: list[float], nats: list[float], codes: list[np.ndarray]) -> int:
+    """Which formula has the star, by RULE. lengths: of descriptions; nats: of the formulas alone; codes: of each row
+    (N,) of the data by each formula. What a longer formula gains must not come from a few rows (Vuong 1989).
+    """
+    best = int(np.argmin(lengths))
+    for i in np.argsort(nats, kind="stable"):
+        gain = codes[i] - codes[best]
+        if gain.mean() <= 2 * gain.std() / math.sqrt(len(gain)):
+            return int(i)
+    return best
 
 
 def pareto(formulas: Iterable[tuple[list, list]], X: np.ndarray, loss: Loss,
@@ -3036,8 +3052,19 @@ def measure(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss
 
 
 def converged(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Loss) -> np.ndarray:
-    """Constants (P, L) from which no step makes a loss smaller by more than 1e-12 of it, or after 200 steps."""
+    """Constants (P, L) from which no step makes a loss smaller by more than 1e-12 of it, or after 200 steps. With l1
+    they come from ever sharper huber losses: steps on l1 itself stop where a row is met.
+    """
     constants, chunk = constants.copy(), max(1, 300_000 // len(X))
+    for corner in (0.1, 0.01, 1e-3, 1e-4) if loss.name == "l1" else ():
+        smooth = Loss(loss.y, "huber", loss.weights, loss.copies)
+        smooth.corner = corner * loss.spread
+        for some in (slice(k, k + chunk) for k in range(0, len(tokens), chunk)):
+            if (tokens[some] == C).any():
+                of = np.zeros(len(tokens[some]), int)
+                found = fit_constants(tokens[some], constants[some], X[None], smooth, of, 20)
+                before, after = (loss(evaluate(tokens[some], X[None], of, c), of) for c in (constants[some], found))
+                constants[some] = np.where((after < before)[:, None], found, constants[some])
     for k in range(0, len(tokens), chunk):
         todo = np.arange(k, min(k + chunk, len(tokens)))
         todo = todo[(tokens[todo] == C).any(1)]
@@ -3055,7 +3082,7 @@ def converged(tokens: np.ndarray, constants: np.ndarray, X: np.ndarray, loss: Lo
 def rounded(tokens: list[int], constants: list[float], X: np.ndarray, loss: Loss, floor: float) -> tuple[list, list]:
     """A formula whose constants have as few digits as leave its loss what it is: to 1e-9 of it, or to the floor."""
     t, c = np.array([tokens], np.int8), np.array([constants])
-    most = measure(tokens, constants, X, loss) * (1 + 1e-9) + (math.sqrt(floor) if loss.name == "l1" else floor)
+    most = measure(tokens, constants, X, loss) * (1 + 1e-9) + floor ** (POWER.get(loss.name, 2) / 2)
     for i in np.tile(np.flatnonzero(t[0] == C), 2):  # once more, when the others are short
         tried = np.array([0.0, *(float(f"{c[0, i]:.{n}g}") for n in range(1, 18))])
         rows = np.repeat(c, len(tried), 0)
@@ -3107,9 +3134,9 @@ class Regressor:
 
     def prepare(self, X, y, names: Sequence[str] | None = None, weights=None, digit: float = 0.0) -> Regressor:
         """Take the data, of which y is known to `digit`, split them, and make a search ready. Raises UserError."""
-        if self.loss not in LOSSES or not 0 <= self.test_fraction <= 0.9 or self.seed < 0 or self.max_size < 3:
-            raise UserError(f"loss {self.loss!r:.20}, test_fraction {self.test_fraction}, seed {self.seed}, max_size "
-                            f"{self.max_size}: expected one of {', '.join(LOSSES)}; 0 to 0.9; 0 or more; 3 or more")
+        if not 0 <= self.test_fraction <= 0.9 or self.seed < 0 or self.max_size < 3:
+            raise UserError(f"test_fraction {self.test_fraction}, seed {self.seed}, max_size {self.max_size}: expected "
+                            "0 to 0.9; 0 or more; 3 or more")
         if names is None:
             names = getattr(X, "columns", None)  # of a data frame
         X, y = as_data(X, y)
@@ -3269,6 +3296,10 @@ def regress(args: flags.Flags) -> dict:
             print(f"  only {len(sample.y)} rows: whatever is found may be chance")
         if len(sample.y) > MOST_ROWS:
             print(f"  {MOST_ROWS} of the rows are used, drawn by --seed")
+        n_test, n = len(regressor.rows["test"]), len(regressor.rows["train"])
+        print(f"  {n} rows are fitted" +
+              (f", {n_test}, drawn by --seed, are for the column test alone" if n_test else "") +
+              (f"; programs are bred on {SEARCHED_ROWS} of them" if n > SEARCHED_ROWS else ""))
         if not regressor.search:
             print(f"  {sample.target!r} is the same in all rows that are fitted: there is nothing to search for")
         next_report = 0.0
@@ -3295,8 +3326,9 @@ def report(r: run.Run, regressor: Regressor, sample: Sample) -> None:
     row = {"step": s.k, "evaluations": int(s.search.spent.sum()), "size": best.size, "train_loss": best.loss,
            "test_loss": best.test}
     r.record(row)
-    print(f"{s.seconds:6.1f} s, {row['evaluations']} evaluations: {best.loss:.4g} (test {best.test:.4g}) "
-          f"{shown(best, regressor):.90}", flush=True)
+    test = "" if math.isnan(best.test) else f" (test {best.test:.4g})"
+    print(f"{s.seconds:6.1f} s, {row['evaluations']} evaluations: {best.loss:.4g}{test} {shown(best, regressor):.90}",
+          flush=True)
 
 
 def shown(row: Row, regressor: Regressor) -> str:
@@ -3325,8 +3357,9 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
     formula = to_sympy(best.tokens, best.constants, safe)
     latex = sympy.latex(formula, symbol_names={sympy.Symbol(a): rf"\mathrm{{{as_latex(b)}}}" for a, b in
                                                zip(safe, sample.names, strict=True)})
+    used = sorted(op.name for op in OPS if re.search(rf"\b{op.name}\(", text) and hasattr(math, op.name))
     body = [f'"""{as_comment(sample.target)}, found by {SCRIPT} in {as_comment(Path(args.data).name)}."""',
-            "from math import cos, exp, log, sin, sqrt, tanh  # noqa: F401", "", "",
+            *([f"from math import {', '.join(used)}"] if used else []), "", "",
             f"def formula({', '.join(safe)}):",
             *(f"    # {a}: {as_comment(b)}" for a, b in zip(safe, sample.names, strict=True)
                                                   if a != b), f"    return {text}", ""]
@@ -3338,10 +3371,10 @@ def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: fl
     draw_report(regressor, sample, folder / "report.png")
     print(f"{'size':>6s} {'train ' + args.loss:>12s} {'test':>12s}  {sample.target} =")
     for row in regressor.front:
-        print(f"{'*' if row is best else ' '}{row.size:5d} {row.loss:12.5g} {row.test:12.5g}  {shown(row, regressor)}"
+        scored = "-" if math.isnan(row.test) else f"{row.test:.5g}"
+        print(f"{'*' if row is best else ' '}{row.size:5d} {row.loss:12.5g} {scored:>12s}  {shown(row, regressor)}"
               f"{'   (pole)' * row.pole}")
-    print("* recommended: the shortest description of formula and errors, unless a simpler formula is as good within "
-          "two standard errors")
+    print(f"* {RULE}")
     for line in outliers(regressor, sample) if args.loss == "mse" else []:
         print(line)
     share = s.search.gains / max(1, s.search.gains.sum()) if s else np.zeros(3)
@@ -3397,7 +3430,7 @@ def outliers(regressor: Regressor, sample: Sample) -> list[str]:
 def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
     """The fit, the front and the residuals."""
     fig, axes = plots.new_figure(1, 3, width=5.0, height=4.0)
-    best, names = regressor.best, regressor.names
+    best, names, is_log = regressor.best, regressor.names, regressor.loss == "log"
     for part, color in (("train", "C0"), ("test", "C1")):
         rows = regressor.rows[part]
         if not len(rows):
@@ -3405,26 +3438,30 @@ def draw_report(regressor: Regressor, sample: Sample, out: Path) -> Path:
         X, y = sample.X[rows], sample.y[rows]
         found = regressor.predict(X)
         axes[0].plot(X[:, 0] if len(names) == 1 else found, y, ".", ms=4, color=color, label=part)
-        axes[2].plot(found, y - found, ".", ms=4, color=color, label=part)
+        with np.errstate(all="ignore"):
+            axes[2].plot(found, np.log(y / found) if is_log else y - found, ".", ms=4, color=color, label=part)
     if len(names) == 1:
-        x = np.linspace(sample.X.min(), sample.X.max(), 1000)
+        spaced = np.geomspace if is_log and sample.X.min() > 0 else np.linspace
+        x = spaced(sample.X.min(), sample.X.max(), 1000)
         axes[0].plot(x, regressor.predict(x[:, None]), lw=1, color="k")
     else:
         axes[0].axline((sample.y[0], sample.y[0]), slope=1, color="k", lw=0.7)
     axes[0].set(xlabel=plots.as_label(names[0]) if len(names) == 1 else "predicted",
                 ylabel=plots.as_label(sample.target))
-    axes[0].set_title(plots.as_label(f"{shown(best, regressor):.70}"), fontsize=8, loc="left")
+    axes[0].set_title(plots.as_label(f"{sample.target} = {shown(best, regressor):.70}"), fontsize=8, loc="left")
+    if is_log:
+        axes[0].set(yscale="log", xscale="log" if len(names) > 1 or sample.X.min() > 0 else "linear")
+        axes[2].set(xscale="log")
     sizes = [row.size for row in regressor.front]
     for key, part, color in (("loss", "train", "C0"), ("test", "test", "C1")):
         if len(regressor.rows[part]):
             axes[1].plot(sizes, [max(getattr(row, key), 1e-300) for row in regressor.front], marker="o", ms=4,
                          color=color, label=part)
     axes[1].axvline(best.size, color="k", lw=0.7, ls=":")
-    axes[1].set(xlabel="size (dotted: recommended)", ylabel=f"loss ({regressor.loss})", yscale="log",
-                title="front")
+    axes[1].set(xlabel="size (dotted: recommended)", ylabel=f"loss ({regressor.loss})", yscale="log", title="front")
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[2].axhline(0, color="k", lw=0.7)
-    axes[2].set(xlabel="predicted", ylabel="residual", title="residuals")
+    axes[2].set(xlabel="predicted", ylabel="residual of log y" if is_log else "residual", title="residuals")
     for ax in axes[:2]:
         ax.legend(frameon=False, fontsize=7)
     return plots.save_figure(fig, out)
@@ -3434,7 +3471,7 @@ def save_regressor(r: run.Run, regressor: Regressor, sample: Sample, hash_: str)
     test = regressor.data.get("test")
     r.save("best.pt", data=hash_, regressor={
         "settings": {**regressor.get_params(), "ops": list(regressor.ops), "net": None}, "names": regressor.names,
-        "target": sample.target, "n_symbols": regressor.n_symbols,
+        "target": sample.target, "n_symbols": regressor.n_symbols, "tokens": list(TOKENS),
         "front": [row._asdict() for row in regressor.front],
         "test": [torch.from_numpy(x) for x in (test[0], test[1].y, test[1].weights)] if test else []})
 
@@ -3443,6 +3480,8 @@ def load_regressor(saved: dict, path: str | Path) -> Regressor:
     """The Regressor of a run, ready to predict. Raises UserError."""
     with files.refuse_damaged(path):
         kept = saved["regressor"]
+        if kept["tokens"] != list(TOKENS):
+            raise UserError(f"{path}: it was written with other operators: {', '.join(kept['tokens'])}")
         out = Regressor(**kept["settings"])
         out.names, out.target = list(kept["names"]), str(kept["target"])
         out.front = [Row(**{**row, "tokens": list(row["tokens"]), "constants": list(row["constants"])})
@@ -3458,7 +3497,8 @@ def load_regressor(saved: dict, path: str | Path) -> Regressor:
 def predict_file(args: flags.Flags) -> dict:
     """Write predictions.csv for a file whose columns have the names of those that the formula was found with."""
     path_ = checkpoint.file_of(args.checkpoint)
-    saved = checkpoint.check(checkpoint.read(path_), path_, SCRIPT, regressor=dict)
+    saved = checkpoint.read(path_)
+    saved = checkpoint.check(saved, path_, str(saved.get("script")), regressor=dict)  # a copy of the script may read it
     regressor, table = load_regressor(saved, path_), read_table(args.predict)
     if not table.header and len(table.names) == len(regressor.names):
         table = table._replace(names=regressor.names)
@@ -3485,7 +3525,8 @@ def predict_file(args: flags.Flags) -> dict:
 
 # ---- Mode bench: published problems, and other engines
 
-# Formula: range of all variables, or of each; points. Where a source has a grid, so many points at random.
+# Formula: range of all variables, or of each; points; a noise, if there is one. Values must be below 10,000. Where a
+# source has a grid, so many points at random. They are drawn by the place in the table: new ones stand last.
 PROBLEM_SETS = {
     # Nguyen et al. 2011, as in DSO (Petersen et al. 2021)
     "nguyen": ("x0**3 + x0**2 + x0: -1,1; 20", "x0**4 + x0**3 + x0**2 + x0: -1,1; 20",
@@ -3539,6 +3580,9 @@ PROBLEM_SETS = {
 }
 
 
+PEERS = ("gplearn", "pyoperon", "eggp")  # other engines: packages, each with a branch in `peer`
+
+
 class Published(NamedTuple):
     """A problem of a set, with data, and the noise that is added to y as a share of its standard deviation."""
     name: str
@@ -3561,6 +3605,8 @@ def published(set_name: str, i: int, noise: float, seed: int) -> Published:
                                          [np.array(ranges * (variables if len(ranges) == 1 else 1)).T])
         if len(usable):
             break
+    else:
+        raise UserError(f"{set_name}-{i + 1}: it has no usable values (below 10,000, not all the same)")
     noise = max(noise, float(own[0]) if own else 0.0)
     y = problems.y[0] + noise * problems.y[0].std() * rng.normal(size=int(points))
     return Published(f"{set_name}-{i + 1}", problems, y, noise, 2 * len(simplified(tokens, constants)[0]))
@@ -3644,7 +3690,7 @@ def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, f
                 max_evaluations=20_000 << k, max_time=max(1, int(left)), optimizer_iterations=10, n_threads=1,
                 max_length=30, objectives=["r2", "length"], random_state=1000 * seed + k).fit(X, y)
             return [model.get_model_string(one["tree"], 17, names=names) for one in model.pareto_front_]
-    else:  # eggp goes on from what it has, for 1, 2, 4 and 8 fifteenths of the time; it takes no seed
+    elif method == "eggp":  # goes on from what it has, for 1, 2, 4 and 8 fifteenths of the time; it takes no seed
         from eggp import EGGP
         file = f"{folder}/e.graph"
 
@@ -3772,9 +3818,6 @@ def draw_bench(methods: dict[str, dict], seconds: float, out: Path) -> Path:
     ax.set(xlabel="seconds", ylabel="share solved (points: recovered)", xscale="log", ylim=(-0.02, 1.02))
     ax.legend(frameon=False)
     return plots.save_figure(fig, out)
-
-
-PEERS = ("gplearn", "pyoperon", "eggp")
 
 
 # ---- Modes

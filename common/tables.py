@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.files import UserError, one_line_errors
+from common.flags import Parser, path
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "--", "?", ".", "*",
            "#n/a", "#div/0!", "#ref!", "#value!", "#name?", "#num!", "#null!"}
@@ -108,37 +108,37 @@ def split(lines: list[str]) -> tuple[list[list[str]], int, str, str, bool]:
     return best
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(file: str | Path) -> Table:
     """A file of numbers as it is: its delimiter, decimal sign and header are found out. Raises UserError."""
-    if Path(path).is_dir():
-        raise UserError(f"{path}: is a folder, not a file of data")
-    data, notes = Path(path).read_bytes(), []
+    if Path(file).is_dir():
+        raise UserError(f"{file}: is a folder, not a file of data")
+    data, notes = Path(file).read_bytes(), []
     for coding in ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252", "latin-1"):
         try:
             text = data.decode(coding)
             break
         except UnicodeDecodeError as e:
             if coding == "utf-16":
-                raise UserError(f"{path}: damaged UTF-16 ({e.reason})") from None
+                raise UserError(f"{file}: damaged UTF-16 ({e.reason})") from None
     if "\0" in text:
-        raise UserError(f"{path}: a binary file, not a table")
+        raise UserError(f"{file}: a binary file, not a table")
     found = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip(" \t")]
     found = [(i, line) for i, line in found if not re.fullmatch("sep=.", line.strip())]  # Excel's own
     remark = re.compile(r"\s*[#%](?!\s*[,;|\t]|(N/A|DIV|REF|VALUE|NAME|NUM|NULL)\b)")
     comments = [line.strip() for _, line in found if remark.match(line)]
     found = [(i, line) for i, line in found if not remark.match(line)]
     if not found:
-        raise UserError(f"{path}: empty" if not comments else f"{path}: it has comments alone")
+        raise UserError(f"{file}: empty" if not comments else f"{file}: it has comments alone")
     lines = [i for i, _ in found]
     try:
         rows, width, delimiter, sign, known = split([line for _, line in found])
     except csv.Error as e:
-        raise UserError(f"{path}: not a table ({e})") from None
+        raise UserError(f"{file}: not a table ({e})") from None
     if len(rows) < len(lines):
-        raise UserError(f"{path}: a quoted cell goes over several lines")
+        raise UserError(f"{file}: a quoted cell goes over several lines")
     notes.append(f"{DELIMITERS[delimiter]} between columns, decimal {'comma' if sign == ',' else 'point'}" +
                  ("" if known else " (no cell tells it from groups of thousands)") +
-                 (f", {len(comments)} lines of comments" if comments else "") +
+                 (f", comments: {len(comments)}" if comments else "") +
                  (", byte-order mark" if data[:3] == b"\xef\xbb\xbf" else "") +
                  (f", {coding}" if coding != "utf-8-sig" else ""))
     before = next((k for k, row in enumerate(rows) if len(row) >= width - 1), 0)
@@ -156,7 +156,7 @@ def read_table(path: str | Path) -> Table:
             names = re.split(r"\s{2,}|\t", found[0][1].strip()) if delimiter == " " else names
             names = names if len(names) == width else re.split(r"\s+(?![(\[])", found[0][1].strip())
             if len(names) != width:
-                raise UserError(f"{path}: line {found[0][0]} has {len(names)} names of {width} columns")
+                raise UserError(f"{file}: line {found[0][0]} has {len(names)} names of {width} columns")
         if len(names) == width - 1:
             names = ["row", *names]  # as R writes it
         units = [is_text(cell) for cell in rows[0]] if len(rows) > 1 and len(rows[0]) == len(rows[1]) == width else []
@@ -170,7 +170,7 @@ def read_table(path: str | Path) -> Table:
         names = words if len(words) == width and all(map(is_text, words)) else None
     for row, i in zip(rows, lines, strict=True):
         if len(row) > width and any(row[width:]):
-            raise UserError(f"{path}: line {i} has {len(row)} cells, the others {width}")
+            raise UserError(f"{file}: line {i} has {len(row)} cells, the others {width}")
     cells = np.array([(row + [""] * width)[:width] for row in rows], dtype=object).reshape(-1, width)
     header = names is not None
     if names is None:
@@ -179,7 +179,7 @@ def read_table(path: str | Path) -> Table:
     names = [name.strip() or f"column {i + 1}" for i, name in enumerate((names + [""] * width)[:width])]
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
-        raise UserError(f"{path}: two columns are called {twice[0]!r:.60}")
+        raise UserError(f"{file}: two columns are called {twice[0]!r:.60}")
     return Table(names, cells, lines, sign, header, notes)
 
 
@@ -195,14 +195,14 @@ class Sample(NamedTuple):
     notes: list[str]
 
 
-def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
+def read_sample(file: str | Path, args: argparse.Namespace) -> Sample:
     """The columns of a file that are used: --target, --features, --ignore, --weights. Raises UserError."""
-    table = read_table(path)
+    table = read_table(file)
     names, notes = table.names, list(table.notes)
 
     def find(name: str, flag: str) -> int:
         if name not in names:
-            raise UserError(f"{flag} {name!r:.60}: {path} has no such column; there are {', '.join(names):.200}")
+            raise UserError(f"{flag} {name!r:.60}: {file} has no such column; there are {', '.join(names):.200}")
         return names.index(name)
 
     def column(i: int, flag: str) -> np.ndarray:
@@ -213,12 +213,12 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
                             f"{table.cells[bad, i]!r:.40}")
         return values
     if not len(table.cells):
-        raise UserError(f"{path}: a header and no rows")
+        raise UserError(f"{file}: a header and no rows")
     ignored = {find(name, "--ignore") for name in args.ignore or []}
     ignored |= {find(args.weights, "--weights")} if args.weights is not None else set()
     left = [i for i in range(len(names)) if i not in ignored]
     if not left:
-        raise UserError(f"{path}: no column is left for the target")
+        raise UserError(f"{file}: no column is left for the target")
     t = find(args.target, "--target") if args.target is not None else left[-1]
     if t in ignored:
         raise UserError(f"--target {names[t]!r:.60}: it is ignored, or the weights")
@@ -257,10 +257,10 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
             del columns[i]
     notes += [f"column {names[i]!r} is left out: {reason}" for i, reason in left_out.items()]
     if not columns:
-        raise UserError(f"{path}: no column of numbers but the target {names[t]!r:.60}")
+        raise UserError(f"{file}: no column of numbers but the target {names[t]!r:.60}")
     used = np.stack([*columns.values(), y] + ([w] if w is not None else []), 1)
     if np.isinf(used).any():
-        raise UserError(f"{path}: a number in line {table.lines[int(np.argwhere(np.isinf(used))[0, 0])]} is infinite")
+        raise UserError(f"{file}: a number in line {table.lines[int(np.argwhere(np.isinf(used))[0, 0])]} is infinite")
     if w is not None and (np.isnan(w).any() or (w[~np.isnan(w)] < 0).any() or not w.any()):
         raise UserError(f"--weights {args.weights!r:.60}: weights must be there, 0 or more, and not all 0")
     kept = np.flatnonzero(~np.isnan(used).any(1))
@@ -269,7 +269,7 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
         notes.append(f"{len(gone)} of {len(used)} rows have a missing cell and are dropped: line"
                      f"{'s' * (len(gone) > 1)} {', '.join(map(str, gone[:10]))}{', ...' * (len(gone) > 10)}")
     if len(kept) < 3:
-        raise UserError(f"{path}: {len(kept)} usable rows; there must be 3 or more")
+        raise UserError(f"{file}: {len(kept)} usable rows; there must be 3 or more")
     same = len(kept) - len(np.unique(used[kept], axis=0))
     if same:
         notes.append(f"{same} rows are there twice; they are kept")
@@ -282,7 +282,13 @@ def read_sample(path: str | Path, args: argparse.Namespace) -> Sample:
                   names[t], [table.lines[i] for i in kept], digit, notes)
 
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = Parser(prog="common.tables", usage="python -m common.tables FILE", description=__doc__)
+    p.add_argument("file", type=path)
+    return p.parse_args(argv)
+
+
 if __name__ == "__main__":
     with one_line_errors("common.tables"):
-        for table in map(read_table, sys.argv[1:]):
-            print(f"{len(table.cells)} rows of {', '.join(table.names)}", *table.notes, sep="\n  ")
+        table = read_table(parse_args().file)
+        print(f"{len(table.cells)} rows of {', '.join(table.names)}", *table.notes, sep="\n  ")
