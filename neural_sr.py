@@ -3169,7 +3169,7 @@ class Regressor:
         X, y, weights = self.data["train"][0], self.data["train"][1].y[0], weights[self.rows["train"]]
         some = np.sort(np.random.default_rng([self.seed, EVAL]).permutation(len(y))[:SEARCHED_ROWS])
         some = some if np.ptp(y[some]) else np.arange(len(y))
-        self.search = None if not np.ptp(y) else Regression(X[some], y[some], weights[some], self.loss, grammar,
+        self.regression = None if not np.ptp(y) else Regression(X[some], y[some], weights[some], self.loss, grammar,
                                                             self.seed, self.net, digit)
         return self
 
@@ -3179,13 +3179,13 @@ class Regressor:
 
     def go(self, watch: Callable[[Regressor], bool] = lambda regressor: False) -> Regressor:
         """Search on what is prepared. watch: called before each round, it ends the search by True."""
-        while self.search and not self.is_over() and not watch(self):
-            self.search.round(math.inf if self.evaluations else 60 * self.max_minutes - self.search.seconds)
+        while self.regression and not self.is_over() and not watch(self):
+            self.regression.round(math.inf if self.evaluations else 60 * self.max_minutes - self.regression.seconds)
         return self.conclude()
 
     def is_over(self) -> bool:
         """Out of evaluations or time; or a formula was exact long ago."""
-        s = self.search
+        s = self.regression
         exact = s.exact_at is not None and s.k >= 2 * s.exact_at + 20
         spent = s.search.spent.sum() >= self.evaluations if self.evaluations else s.seconds >= 60 * self.max_minutes
         return s.k > 0 and bool(exact or spent)
@@ -3194,7 +3194,7 @@ class Regressor:
         """Make the front of what was found so far; n_forms: of formulas of a size, that are fitted until nothing
         changes.
         """
-        self.front = rows_of(self.search.programs() if self.search else [], *self.data["train"], self.data.get("test"),
+        self.front = rows_of(self.regression.programs() if self.regression else [], *self.data["train"], self.data.get("test"),
                              self.max_size, self.n_symbols, self.digit, n_forms)
         return self
 
@@ -3284,8 +3284,8 @@ def regress(args: flags.Flags) -> dict:
     regressor = Regressor(args.ops, args.max_size, args.loss, args.max_minutes, args.evaluations, args.test_fraction,
                           args.seed, load_net(source)[0].eval() if source else None)
     regressor.prepare(sample.X, sample.y, sample.names, sample.weights, sample.digit)
-    if saved and regressor.search:
-        regressor.search.restore(saved["search"])
+    if saved and regressor.regression:
+        regressor.regression.restore(saved["search"])
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(f"{args.data}: {len(sample.y)} rows, {sample.target!r} of {', '.join(sample.names)}", *sample.notes,
               sep="\n  ", flush=True)
@@ -3300,28 +3300,28 @@ def regress(args: flags.Flags) -> dict:
         print(f"  {n} rows are fitted" +
               (f", {n_test}, drawn by --seed, are for the column test alone" if n_test else "") +
               (f"; programs are bred on {SEARCHED_ROWS} of them" if n > SEARCHED_ROWS else ""))
-        if not regressor.search:
+        if not regressor.regression:
             print(f"  {sample.target!r} is the same in all rows that are fitted: there is nothing to search for")
         next_report = 0.0
 
         def watch(reg: Regressor) -> bool:
             nonlocal next_report
-            r.step = reg.search.k
-            if reg.search.k and (reg.search.seconds >= next_report or r.stopped_by):
-                next_report = 1.5 * reg.search.seconds + 1
+            r.step = reg.regression.k
+            if reg.regression.k and (reg.regression.seconds >= next_report or r.stopped_by):
+                next_report = 1.5 * reg.regression.seconds + 1
                 report(r, reg.conclude(n_forms=1), sample)
-                r.save("last.pt", data=hash_, search=reg.search.state())
+                r.save("last.pt", data=hash_, search=reg.regression.state())
             return bool(r.stopped_by)
         regressor.go(watch)
-        if regressor.search:
-            r.step = regressor.search.k
-            r.save("last.pt", data=hash_, search=regressor.search.state())
+        if regressor.regression:
+            r.step = regressor.regression.k
+            r.save("last.pt", data=hash_, search=regressor.regression.state())
         return finish_regression(r, regressor, sample, args, hash_)
 
 
 def report(r: run.Run, regressor: Regressor, sample: Sample) -> None:
     """front.csv, the live line."""
-    best, s = regressor.best, regressor.search
+    best, s = regressor.best, regressor.regression
     write_front(r.folder / "front.csv", regressor)
     row = {"step": s.k, "evaluations": int(s.search.spent.sum()), "size": best.size, "train_loss": best.loss,
            "test_loss": best.test}
@@ -3351,7 +3351,7 @@ def write_front(file: Path, regressor: Regressor) -> None:
 def finish_regression(r: run.Run, regressor: Regressor, sample: Sample, args: flags.Flags, hash_: str) -> dict:
     """The table, the files, the picture; the summary."""
     import sympy
-    best, safe, folder, s = regressor.best, safe_names(sample.names), r.folder, regressor.search
+    best, safe, folder, s = regressor.best, safe_names(sample.names), r.folder, regressor.regression
     write_front(folder / "front.csv", regressor)
     text = text_of(best, safe)
     formula = to_sympy(best.tokens, best.constants, safe)
@@ -3402,15 +3402,15 @@ def outliers(regressor: Regressor, sample: Sample) -> list[str]:
     """A line that names the rows whose residual is far out, if there are any: from what --loss l1 would recommend of
     all that was found, and of a round of its own, since the formula of mse may have gone to the outliers.
     """
-    if not regressor.search:
+    if not regressor.regression:
         return []
     used = np.sort(np.concatenate(list(regressor.rows.values())))
     some = np.sort(np.random.default_rng(0).permutation(used)[:200])
     X, y = sample.X[some], sample.y[some]
     weights = np.ones(len(some)) if sample.weights is None else sample.weights[some]
-    robust = Regression(X, y, weights, "l1", regressor.search.grammar, 0)
+    robust = Regression(X, y, weights, "l1", regressor.regression.grammar, 0)
     robust.round()
-    rows = rows_of(robust.programs() + regressor.search.programs(), X,
+    rows = rows_of(robust.programs() + regressor.regression.programs(), X,
                    Loss(y[None], "l1", weights[None], copies_of(X, y)), None,
                    regressor.max_size, regressor.n_symbols, sample.digit)
     best = next(row for row in rows if row.recommended)
@@ -3654,7 +3654,7 @@ def with_ours(p: Published, method: str, seconds: float, seed: int, net: Net | N
 
     def watch(regressor: Regressor) -> bool:
         nonlocal found, solved_at, least
-        low = regressor.search.search.front.nmse.min()
+        low = regressor.regression.search.front.nmse.min()
         if not p.noise and low <= least:
             least = low / 10
             found = better(found, judged(p, [(row.tokens, row.constants) for row in regressor.conclude().front]))

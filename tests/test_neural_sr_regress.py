@@ -106,7 +106,7 @@ def test_sums_and_products_of_a_dictionary_are_found_at_once():
     for y in (2.5 * a / b**2 - 0.3 * b * c + 1, 1 / (a + b * c), np.sqrt(a**2 + 3 * b**2), 4 * a**1.5 * np.log(b) / c,
               np.exp(a - 2 * b), (a * b + c) / (a + b), a * np.exp(-b / c), 1 / (np.exp(a) + np.exp(-a))):
         found = sr.Regressor(evaluations=1).fit(X, y)
-        assert found.search.k == 1 and found.best.loss < 1e-20 * y.var(), found.formula
+        assert found.regression.k == 1 and found.best.loss < 1e-20 * y.var(), found.formula
 
 
 def test_powers_are_made_multiples_of_a_half_where_there_is_noise():
