@@ -3692,13 +3692,12 @@ def peer(method: str, X: np.ndarray, y: np.ndarray, seconds: float, seed: int, f
             return [model.get_model_string(one["tree"], 17, names=names) for one in model.pareto_front_]
     elif method == "eggp":  # goes on from what it has, for 1, 2, 4 and 8 fifteenths of the time; it takes no seed
         from eggp import EGGP
-        file = f"{folder}/e.graph"
 
         def front(k: int, left: float) -> list[str]:
             model = EGGP(
                 gen=100_000, nPop=100, maxSize=20, nonterminals=f"{functions},square", loss="MSE", optIter=10,
                 optRepeat=1, max_time=max(1, int(min(left, seconds * 2 ** k / 15))),
-                dumpTo=file, loadFrom=file if k else "")
+                dumpTo=f"{folder}/{k}", loadFrom=f"{folder}/{k - 1}" if k else "")
             model.fit(X, y)
             return list(model.results.Expression)
     pipe.send([])  # the imports are done, and not timed
