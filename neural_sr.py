@@ -2754,9 +2754,9 @@ class Regression:
         s.rng = np.random.default_rng([self.seed, SEARCH, self.k])
         if self.k == 0:
             s.begin()
-        if self.k % self.RENEWAL == 0 and self.slowest < left:
+        if self.k == 0 or (self.k % self.RENEWAL == 1 and self.slowest < left):
             s.source = 1
-            self.offer_dictionary()
+            self.offer_dictionary(0.15 if self.k == 0 else 1.0)
             self.slowest = time.monotonic() - start
         if self.net is not None and self.k in {3 ** i for i in range(40)}:
             s.source = 2
@@ -2821,16 +2821,16 @@ class Regression:
             self.age[kind][old], self.least[kind][old] = 0, np.inf
             s.sow(kind, np.array([old]))
 
-    def offer_dictionary(self) -> None:
-        """Sums and products of monomials, of small programs, and of what the islands hold."""
+    def offer_dictionary(self, share: float) -> None:
+        """Sums and products of monomials, of small programs, and of what the islands hold; a share of a whole one."""
         s, g, L = self.search, self.grammar, self.grammar.max_size
-        tokens = random_programs(s.rng, s.rng.integers(1, min(7, L), 6000), g)
+        tokens = random_programs(s.rng, s.rng.integers(1, min(7, L), round(6000 * share)), g)
         if self.k // self.RENEWAL % 2 == 0:
             tokens[tokens == C] = ONE
         constants = s.rng.choice([-1.0, 1.0], tokens.shape) * 10 ** s.rng.uniform(-1, 1, tokens.shape)
         parts, n_monomials = [], 0
         if {"add", "sub", "mul", "div"} <= set(g.ops):
-            rows = [[t for t, _ in row] for row in monomials(g.variables, 1000) if len(row) <= L]
+            rows = [[t for t, _ in row] for row in monomials(g.variables, round(1000 * share)) if len(row) <= L]
             n_monomials = len(rows)
             small = [[ONE], *(row for row in rows if len(row) <= 3)][:60]
             pairs = [[op, *a, *b] for i, a in enumerate(small) for b in small[:i] for op in (ADD, SUB)]
@@ -2839,7 +2839,7 @@ class Regression:
             called += [[DIV, ONE, *f] for f in called if f[0] == EXP]
             waves = [*called, *([t, *f, *x] for f in called for x in small if len(x) == 1 for t in (MUL, DIV))]
             for some, n in ((pairs, 800), (ratios, 500), (waves, 800)):
-                rows += [some[i] for i in s.rng.permutation(len(some))[:n]]
+                rows += [some[i] for i in s.rng.permutation(len(some))[:round(n * share)]]
             rows = np.array([padded(row, L) for row in rows if len(row) <= L])
             parts.append((rows, np.zeros(rows.shape)))
         for island in s.islands.values() if self.k else ():
