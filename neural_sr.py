@@ -2721,7 +2721,7 @@ class Regression:
     def __init__(self, X: np.ndarray, y: np.ndarray, weights: np.ndarray | None, loss: str, grammar: Grammar, seed: int,
                  net: Net | None = None, digit: float = 0.0):
         self.units, self.unit = unit_of(np.sqrt((X ** 2).mean(0))), float(unit_of(y.std()))
-        self.seed, self.net, self.k, self.grammar, self.name = seed, net, 0, grammar, loss
+        self.seed, self.net, self.k, self.grammar = seed, net, 0, grammar
         self.X, y = X / self.units, y / self.unit
         self.y, self.weights = y, np.ones_like(y) if weights is None else weights
         self.outer, Z, pulls = [], [], []
@@ -3402,11 +3402,11 @@ def outliers(regressor: Regressor, sample: Sample) -> list[str]:
     """A line that names the rows whose residual is far out, if there are any: from what --loss l1 would recommend of
     all that was found, and of a round of its own, since the formula of mse may have gone to the outliers.
     """
-    if not regressor.regression:
-        return []
     used = np.sort(np.concatenate(list(regressor.rows.values())))
     some = np.sort(np.random.default_rng(0).permutation(used)[:200])
     X, y = sample.X[some], sample.y[some]
+    if not regressor.regression or not np.ptp(y):
+        return []
     weights = np.ones(len(some)) if sample.weights is None else sample.weights[some]
     robust = Regression(X, y, weights, "l1", regressor.regression.grammar, 0)
     robust.round()

@@ -287,6 +287,12 @@ def test_a_constant_target_is_said_and_given(write, tmp_path):
     assert out["formula"] == "4.2" and out["train_loss"] == 0
 
 
+def test_a_target_that_is_nearly_always_the_same_is_no_error(write, tmp_path):
+    rows = [(i, 5 * (i % 100 == 50), i % 7) for i in range(1, 401)]  # a sample of 200 rows may know no other value
+    out = regress(write(lines("x,y,z", rows)), tmp_path / "out", "--target", "y", "--features", "x,z")
+    assert out["n"] == 400
+
+
 # ---- Bad input
 
 BAD = {
