@@ -3159,7 +3159,13 @@ class Regressor:
         grammar = Grammar(ops=tuple(self.ops), variables=X.shape[1], max_size=min(30, self.max_size), constants=True)
         order = np.random.default_rng([self.seed, PROBLEMS]).permutation(np.flatnonzero(weights))[:MOST_ROWS]
         n_test = round(self.test_fraction * len(order)) if len(order) >= 20 else 0
-        self.rows = {"test": np.sort(order[:n_test]), "train": np.sort(order[n_test:])}
+        # Rows that are equal go to one side, or a formula would be tested on rows that it is fitted on.
+        _, first, which, counts = np.unique(np.column_stack([X, y])[order], axis=0, return_index=True,
+                                            return_inverse=True, return_counts=True)
+        drawn, up_to = np.argsort(first), np.zeros(len(first), np.int64)
+        up_to[drawn] = np.cumsum(counts[drawn])
+        is_test = up_to[which] <= n_test
+        self.rows = {"test": np.sort(order[is_test]), "train": np.sort(order[~is_test])}
         if len(self.rows["train"]) < 3:
             raise UserError(f"{len(self.rows['train'])} rows to fit, behind those of --test-fraction and those without "
                             "weight; there must be 3 or more")
@@ -3194,8 +3200,9 @@ class Regressor:
         """Make the front of what was found so far; n_forms: of formulas of a size, that are fitted until nothing
         changes.
         """
-        self.front = rows_of(self.regression.programs() if self.regression else [], *self.data["train"], self.data.get("test"),
-                             self.max_size, self.n_symbols, self.digit, n_forms)
+        programs = self.regression.programs() if self.regression else []
+        self.front = rows_of(programs, *self.data["train"], self.data.get("test"), self.max_size, self.n_symbols,
+                             self.digit, n_forms)
         return self
 
     @property

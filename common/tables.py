@@ -18,6 +18,8 @@ from common.flags import Parser, path
 
 MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "--", "?", ".", "*",
            "#n/a", "#div/0!", "#ref!", "#value!", "#name?", "#num!", "#null!"}
+FOOTER = re.compile(r"((grand|sub)[ -]?)?totals?|sum|mean|average|avg\.?|median|std\.?( ?dev\.?)?|min|max|count",
+                    re.IGNORECASE)
 DELIMITERS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", " ": "spaces"}
 
 
@@ -77,6 +79,8 @@ def rows_of(lines: list[str], delimiter: str) -> list[list[str]]:
     """Cells of each line, without columns behind the last delimiter that are empty everywhere."""
     if delimiter == " ":
         return [line.split() for line in lines]
+    if delimiter == "|" and all(line.strip().startswith("|") for line in lines):  # a Markdown table
+        lines = [line.strip()[1:] for line in lines]
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
     while (width := max(map(len, rows))) > 1 and not any(row[-1] for row in rows if len(row) == width):
         if sum(len(row) < width for row in rows) > 1:
@@ -124,6 +128,7 @@ def read_table(file: str | Path) -> Table:
         raise UserError(f"{file}: a binary file, not a table")
     found = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip(" \t")]
     found = [(i, line) for i, line in found if not re.fullmatch("sep=.", line.strip())]  # Excel's own
+    found = [(i, line) for i, line in found if not re.fullmatch(r"[\s|:+=-]*(---|===)[\s|:+=-]*", line)]  # rules
     remark = re.compile(r"\s*[#%](?!\s*[,;|\t]|(N/A|DIV|REF|VALUE|NAME|NUM|NULL)\b)")
     comments = [line.strip() for _, line in found if remark.match(line)]
     found = [(i, line) for i, line in found if not remark.match(line)]
@@ -172,6 +177,11 @@ def read_table(file: str | Path) -> Table:
         if len(row) > width and any(row[width:]):
             raise UserError(f"{file}: line {i} has {len(row)} cells, the others {width}")
     cells = np.array([(row + [""] * width)[:width] for row in rows], dtype=object).reshape(-1, width)
+    is_footer = [any(FOOTER.fullmatch(cell.strip(" :")) for cell in row) for row in cells]
+    n_rows = len(cells) - sum(is_footer)
+    if any(is_footer) and not any(is_footer[:n_rows]):
+        notes.append(f"line {', '.join(map(str, lines[n_rows:]))}: left out, a summary of the rows")
+        cells, lines = cells[:n_rows], lines[:n_rows]
     header = names is not None
     if names is None:
         names = [*(f"x{i}" for i in range(width - 1)), "y"]
