@@ -1984,20 +1984,17 @@ def written(node: Node) -> list[tuple[int, float]]:
         if k == 1:
             return base
         return [(SQUARE, 0.0), *power(base, k // 2)] if k % 2 == 0 else [(MUL, 0.0), *base, *power(base, k - 1)]
-
-    def product(parts: list[list]) -> list:
-        return [(MUL, 0.0)] * (len(parts) - 1) + sum(parts, [])
     if node[0] != 1 and len(terms := spread(node)) > 1 and any(abs(f) != 1 for f, _ in terms):
         node = 1.0, (((ADD, *terms), 1),)
     f, powers = node
     of_power: dict[int, list] = {}  # (a b)^2 is shorter than a^2 b^2
     for base, k in powers:
         of_power.setdefault(k, []).append(base_of(base))
-    above, below = ([power(product(bases), abs(k)) for k, bases in of_power.items() if sign * k > 0]
+    above, below = ([power(quotient(bases, []), abs(k)) for k, bases in of_power.items() if sign * k > 0]
                     for sign in (1, -1))
     if abs(f - 1) >= 1e-12 or not above:
         above = [number(f), *above]
-    return [(DIV, 0.0), *product(above), *product(below)] if below else product(above)
+    return quotient(above, below)
 
 
 def variants(node: Node) -> list[tuple[list[int], list[float]]]:

@@ -179,7 +179,7 @@ def read_table(file: str | Path) -> Table:
     cells = np.array([(row + [""] * width)[:width] for row in rows], dtype=object).reshape(-1, width)
     is_footer = [any(FOOTER.fullmatch(cell.strip(" :")) for cell in row) for row in cells]
     n_rows = len(cells) - sum(is_footer)
-    if any(is_footer) and not any(is_footer[:n_rows]):
+    if 0 < n_rows < len(cells) and not any(is_footer[:n_rows]):
         notes.append(f"line {', '.join(map(str, lines[n_rows:]))}: left out, a summary of the rows")
         cells, lines = cells[:n_rows], lines[:n_rows]
     header = names is not None
