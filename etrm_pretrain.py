@@ -20,6 +20,7 @@ from common import files, flags  # before torch: a Ctrl-C while that loads is on
 import argparse
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from common.flags import integer, path, real
 from common.optim import Muon
 
 SCRIPT = Path(__file__).name
+TORCHRUN = True                     # train_modal.py may start it so, on several GPUs
 PAD, EOS, VOCAB = 0, 1, 12          # a colour c is the token c + 2
 PASS_AT = (1, 2, 5, 10, 100, 1000)  # the guide's pass@k
 ORDER, AUGMENT, HALT, NOISE, VAL = range(1, 6)  # streams of randomness
@@ -131,7 +133,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--h-cycles", type=integer(1, 64), default=1, help="the last has a gradient; published: 3")
     g.add_argument("--l-cycles", type=integer(1, 64), default=2, help="as published: 4 (README) or 6 (paper)")
     g.add_argument("--rope", choices=ROPES, default="2d", help="rotary positions; as published: 1d")
-    g.add_argument("--init-decoder", type=path, metavar="RUN", help="this run's decoder, its EMA weights")
+    g.add_argument("--init-decoder", type=path, metavar="RUN|FILE", help="this run's decoder, its EMA weights; or "
+                   "that of TRM's published checkpoint")
     g.add_argument("--freeze-decoder", action="store_true", help="it does not learn")
 
     g = p.add_argument_group("halting")
@@ -146,12 +149,16 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
     g.add_argument("--steps", type=integer(1), default=600, help="of the optimizer, each a supervision step")
     g.add_argument("--batch-size", type=integer(1, 1 << 16), default=38, help="slots: queries worked on at a time")
     g.add_argument("--loss", choices=["softmax", "stablemax"], default="softmax", help="published: stablemax")
-    g.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon: of the blocks' "
-                   "matrices, and AdamW for the rest")
+    g.add_argument("--optimizer", choices=["muon", "adamw", "adam_atan2"], default="muon", help="muon: of the "
+                   "blocks' matrices, and AdamW for the rest; adam_atan2: of all, as published, and sign descent "
+                   "at 100 times the rate for the table of --encoder embedding")
     g.add_argument("--lr", type=real(0, 10, above=True), default=3e-3, help="peak of the learning rate")
-    g.add_argument("--warmup", type=integer(0), help="steps in which the rate rises; then it falls to 0 in a "
-                   "line (default: 50, or a sixth of the steps)")
-    g.add_argument("--weight-decay", type=real(0, 1), default=0.1, help="decoupled, of the blocks' matrices")
+    g.add_argument("--warmup", type=integer(0), help="steps in which the rate rises (default: 50, or a sixth of "
+                   "the steps; published: 2,000)")
+    g.add_argument("--schedule", choices=["linear", "constant"], default="linear", help="of the rate then: "
+                   "linear, to 0; as published: constant")
+    g.add_argument("--weight-decay", type=real(0, 1), default=0.1, help="decoupled, of the blocks' matrices "
+                   "(adam_atan2: of all)")
     g.add_argument("--clip", type=real(0), default=1.0, help="largest norm of the gradient; 0: none")
     g.add_argument("--ema", type=real(0, 0.99999), default=0.98, help="decay of the averaged weights; as "
                    "published: 0.999")
@@ -673,6 +680,36 @@ def compiled(model: Model, args: argparse.Namespace) -> str:
     return "compiled"
 
 
+# ---- Ranks: each works on a part of the slots, and of what is evaluated; without torchrun all of this does nothing
+
+def own_part(n: int) -> slice:
+    """Which of n slots are this rank's."""
+    size = n // devices.world_size()
+    return slice(devices.rank() * size, (devices.rank() + 1) * size)
+
+
+def gathered(x: torch.Tensor) -> torch.Tensor:
+    """What all ranks have, one behind the other: (W n, ...) of (n, ...) each."""
+    if devices.world_size() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(devices.world_size())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Add up the gradients of all ranks, in one message; what no rank has a gradient of keeps none."""
+    if devices.world_size() == 1:
+        return
+    learning = [p for p in model.parameters() if p.requires_grad]
+    there = torch.tensor([float(p.grad is not None) for p in learning], device=learning[0].device)
+    flat = torch.cat([there, *(p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in learning)])
+    torch.distributed.all_reduce(flat)
+    there, *gradients = flat.split([len(learning), *(p.numel() for p in learning)])
+    for p, gradient, n in zip(learning, gradients, there.tolist(), strict=True):
+        p.grad = gradient.view_as(p) if n else None
+
+
 # ---- Loss and optimizer
 
 def token_loss(logits: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
@@ -713,16 +750,60 @@ def batch_loss(step: Output, batch: Batch, args: argparse.Namespace
 
 
 def schedule(step: int, args: argparse.Namespace) -> float:
-    """Share of --lr: up in a line during the warm-up, then down in a line to 0 at the end."""
+    """Share of --lr: up in a line during the warm-up; then constant, or down in a line to 0 at the end."""
     rising, falling = (step + 1) / (args.warmup + 1), (args.steps - step) / (args.steps - args.warmup)
-    return min(rising, falling, 1.0)
+    return min(rising, 1.0) if args.schedule == "constant" else min(rising, falling, 1.0)
+
+
+class AdamATan2(torch.optim.Optimizer):
+    """AdamW without its epsilon: atan2(m, s) in place of m / (s + eps) (Everett et al. 2024, arXiv:2407.05872).
+
+    As in the package that TRM is trained with, m is corrected for its start outside of atan2, s inside.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, betas=(0.9, 0.95)):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, (beta_1, beta_2) = group["lr"], group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(steps=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state["steps"] += 1
+                mean = state["mean"].lerp_(p.grad, 1 - beta_1)
+                square = state["square"].lerp_(p.grad.square(), 1 - beta_2)
+                p.mul_(1 - lr * group["weight_decay"])
+                s = (square / (1 - beta_2 ** state["steps"])).sqrt()
+                p.add_(torch.atan2(mean, s), alpha=-lr / (1 - beta_1 ** state["steps"]))
+
+
+class SignDescent(torch.optim.Optimizer):
+    """TRM's optimizer of the embedding's table: the gradient's sign, for the rows of this batch alone."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                asked = p.grad.any(1, keepdim=True)
+                p.sub_(group["lr"] * (p.grad.sign() + asked * group["weight_decay"] * p))
 
 
 def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon (or AdamW) for the matrices of linear layers but the heads', AdamW without decay for the rest.
+    """Muon (or AdamW) for the matrices of linear layers but the heads', AdamW without decay for the rest; or TRM's.
 
     The lr of each group of parameters is its peak: `update` multiplies it by `schedule`.
     """
+    if args.optimizer == "adam_atan2":
+        table = [model.encoder.table.weight] if isinstance(model.encoder, Embedding) else []
+        rest = [p for p in model.parameters() if p.requires_grad and all(p is not t for t in table)]
+        return with_peaks([AdamATan2(rest, args.lr, args.weight_decay)] * bool(rest) +
+                          [SignDescent(table, 100 * args.lr, args.weight_decay)] * bool(table))
     heads = {model.decoder.head, model.decoder.halt}
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in heads
                 and layer.weight.requires_grad]
@@ -734,6 +815,10 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
     elif matrices:
         decays = args.weight_decay
         optimizers.insert(0, torch.optim.AdamW(matrices, betas=(0.9, 0.95), lr=args.lr, weight_decay=decays))
+    return with_peaks(optimizers)
+
+
+def with_peaks(optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers
@@ -879,7 +964,8 @@ def describe(data: Data) -> str:
     if data.val is not data.train:
         parts.append(f"{len(data.val)} of held-out tasks")
     if data.evaluated:
-        parts.append(f"{len(data.evaluated)} evaluated ({data.n_larger} tasks left out that are larger than --max-side)")
+        parts.append(f"{len(data.evaluated)} evaluated ({data.n_larger} tasks left out that are larger than "
+                     "--max-side)")
     if data.val is not data.train or data.evaluated:
         ids = f": {', '.join(data.contaminated)}" if data.contaminated else ""
         parts.append(f"{len(data.contaminated)} tasks left out that are known from training{ids}")
@@ -902,15 +988,21 @@ class Answers(NamedTuple):
 
 def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namespace,
            view: View = PLAIN, demos_of: Sequence[Query] | None = None) -> Answers:
-    """All steps of these queries, seen in a view; demos_of: with the demonstrations of other queries."""
+    """All steps of these queries, seen in a view; demos_of: with the demonstrations of other queries.
+
+    Each rank answers a part of them, and has the answers to all.
+    """
     device, parts = model.decoder.H_init.device, []
 
     def version(task: Task, i: int, epoch: int) -> tuple[Pair, int, int]:
         return tuple(grid if grid is None else view.apply(grid) for grid in task.pairs[i]), 0, 0
-    n, size = len(queries), min(args.batch_size, len(queries))
+    n, W = len(queries), devices.world_size()
+    share = -(-n // W)  # of a rank; the last one answers the last query several times
+    size = min(-(-args.batch_size // W), share)
     with eval_mode(model), devices.autocast(device, args.precision):
-        for start in range(0, n, size):
-            some = [min(i, n - 1) for i in range(start, start + size)]  # one shape, for the compiled blocks
+        for start in range(0, share, size):
+            some = [min(i, share - 1) for i in range(start, start + size)]  # one shape, for the compiled blocks
+            some = [min(devices.rank() * share + i, n - 1) for i in some]
             batch = make_batch([(queries[i], 0) for i in some], C, device, version)
             if demos_of is not None:
                 others = make_batch([(demos_of[i], 0) for i in some], C, device, version)
@@ -922,11 +1014,10 @@ def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namesp
                 step = model(batch, carry, reuse=reuse if k else None)
                 carry = step.carry
                 steps.append((step.logits.argmax(-1).to(torch.uint8), step.q.float()))
-            tokens, q = map(torch.stack, zip(*steps, strict=True))
+            tokens, q = (torch.stack(x, 1) for x in zip(*steps, strict=True))                # (B, steps, ...)
             parts.append((tokens, q, token_loss(step.logits, batch.y, args.loss), step.context.float()))
-    tokens, q, loss, context = (torch.cat(x, axis).cpu().numpy() for axis, x in zip(
-        (1, 1, 0, 0), zip(*parts, strict=True), strict=True))
-    return Answers(tokens, q, loss, context).of(range(n))
+    tokens, q, loss, context = (gathered(torch.cat(x)[:share]).cpu().numpy() for x in zip(*parts, strict=True))
+    return Answers(tokens.swapaxes(0, 1), q.T, loss, context).of(range(n))
 
 
 def targets(queries: Sequence[Query], C: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1184,7 +1275,9 @@ def untrained(model: Model, batch: Batch, args: argparse.Namespace) -> dict[str,
     """The same of the first batch before any step, for the row of step 0."""
     B, S = batch.x.shape
     with torch.no_grad(), devices.autocast(batch.x.device, args.precision):
-        _, each = batch_loss(model(batch, model.fresh(B, S)), batch, args)
+        out = model(batch, model.fresh(B, S))
+        _, each = of_all(out, batch_loss(out, batch, args)[1])
+    B = len(each["lm_loss"])
     return sums_of(each, np.ones(B, bool), np.ones(B, int), dict.fromkeys(NORMS, math.nan))
 
 
@@ -1226,36 +1319,43 @@ def faster_precision(model: Model) -> str:
 
 def train(args: flags.Flags) -> dict:
     """Train a model, and return the summary. Raises UserError."""
-    devices.refuse_ranks(SCRIPT)
     args, saved = run.restore(args, SCRIPT, model=dict, ema=dict, optimizers=list, carry=list, slots=dict,
                               window=list, best=float, data=str)
-    device = devices.get_device(args.device)
+    device, W = devices.get_device(args.device), devices.world_size()
+    devices.init_ranks(SCRIPT, device)
+    if args.batch_size % W:
+        raise UserError(f"--batch-size {args.batch_size}: cannot be divided among {W} ranks")
     args.device = str(device)
-    parents = {path: load_model(path) for path in (args.init_from, args.init_decoder) if path and not saved}
+    trm = checkpoint.read(checkpoint.file_of(args.init_decoder)) if args.init_decoder and not saved else {}
+    parents = {path: load_model(path) for path in (args.init_from, None if recognises(trm) else args.init_decoder)
+               if path and not saved}
     before = [saved] if saved else [its for _, its in parents.values()]
     data = load_data(args, [mark for its in before for mark in seen_by(its)])
     torch.manual_seed(args.seed)
     model = Model(replace(config_of(args), tasks=data.ids if args.encoder == "embedding" else ())).to(device)
     taken = [take_weights(model, path, *parents[path], part) for path, part in (
         (args.init_from, ""), (args.init_decoder, "decoder")) if path in parents]
+    if recognises(trm):
+        taken.append(take_trm(model, trm, args.init_decoder, args))
     model.decoder.requires_grad_(not args.freeze_decoder)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
     optimizers, slots = make_optimizers(model, args), Slots(data.train, args)
+    mine = own_part(args.batch_size)
     version = partial(training_version, C=data.C, seed=args.seed, augment=args.augment)
     if args.precision == "auto" and device.type == "cpu":
-        args.precision = faster_precision(model)
+        args.precision = devices.of_first(faster_precision(model))
     if saved:
         with files.refuse_damaged(args.resume):
             ema, carry = go_on(saved, args.resume, data, model, optimizers, slots)
         window, best = saved["window"], saved["best"]
     else:
-        first = make_batch(slots.items(), data.C, device, version)
-        carry, window, best = model.fresh(args.batch_size, data.C ** 2), [untrained(model, first, args)], -1.0
+        first = make_batch(slots.items()[mine], data.C, device, version)
+        carry, window, best = model.fresh(*first.x.shape), [untrained(model, first, args)], -1.0
 
     with run.Run(args, SCRIPT, __file__, saved) as r:
         print(describe(data), *taken, sep="\n", flush=True)
         how = compiled(model, args)
-        print(f"{args.encoder} on {devices.describe(device)}, {args.precision}, {how}; "
+        print(f"{args.encoder} on {f'{W} ranks, ' * (W > 1)}{devices.describe(device)}, {args.precision}, {how}; "
               f"{count_parameters(model.decoder)} parameters in the decoder, {count_parameters(model.encoder)} in "
               f"the encoder, {args.steps} steps of {args.batch_size} slots, {r.folder}", flush=True)
         rows, clock, out, ended = metrics.read(r.folder) if saved else [], (r.seconds(), r.start), None, ""
@@ -1268,7 +1368,7 @@ def train(args: flags.Flags) -> dict:
             if due or r.due(step, LOG_EVERY):
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
                 figures = validate(model, ema, data, args) if due else {}
-                trained = training_row(window, args) | context_statistics(out and out.context)
+                trained = training_row(window, args) | context_statistics(out and gathered(out.context))
                 rows.append(log(r, step, trained, figures, speed if step else math.nan, model, args))
                 window = []
                 if figures and figures["score"] >= best:  # of equal ones the later: at first all are 0
@@ -1279,12 +1379,12 @@ def train(args: flags.Flags) -> dict:
             last = last or bool(ended)
             if due or last:
                 save(r, "last.pt", model, ema, data, best, optimizers=[o.state_dict() for o in optimizers],
-                     carry=list(carry), slots=slots.state(), window=window)
+                     carry=[gathered(x) for x in carry], slots=slots.state(), window=window)
             if last:
                 break
             if not window:
                 clock = r.seconds(), step
-            batch = make_batch(slots.items(), data.C, device, version)
+            batch = make_batch(slots.items()[mine], data.C, device, version)
             out, each = supervise(model, batch, carry, slots, args, step)
             carry, norms = out.carry, update(model, optimizers, ema, args, step, r.folder)
             slots.steps += 1
@@ -1310,22 +1410,30 @@ def go_on(saved: dict, path: str, data: Data, model: Model, optimizers: Sequence
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     slots.load_state(saved["slots"])
-    return ema, Carry(*(x.to(device) for x in carry))
+    return ema, Carry(*(x[own_part(len(x))].to(device) for x in carry))
 
 
 def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argparse.Namespace, step: int
               ) -> tuple[Output, dict[str, torch.Tensor]]:
-    """One supervision step of all slots, and its gradient."""
-    new = torch.from_numpy(slots.new).to(batch.x.device)
+    """One supervision step of this rank's slots, and the gradient of all; `q` and the figures are of all, too."""
+    new = torch.from_numpy(slots.new[own_part(len(slots.new))]).to(batch.x.device)
     carry = Carry(*(torch.where(new.view(-1, *[1] * (x.ndim - 1)), first, x)  # what others left may be NaN
                     for first, x in zip(model.fresh(*batch.x.shape), carry, strict=True)))
-    seed = int(np.random.default_rng([args.seed, NOISE, step]).integers(1 << 62))
+    draw = step * devices.world_size() + devices.rank()
+    seed = int(np.random.default_rng([args.seed, NOISE, draw]).integers(1 << 62))
     noise = torch.Generator().manual_seed(seed)
     with devices.autocast(batch.x.device, args.precision):
         out = model(batch, carry, noise, ~new if args.cache_context else None)
     loss, each = batch_loss(out, batch, args)
-    loss.backward()
-    return out, each
+    (loss / devices.world_size()).backward()
+    sum_gradients(model)
+    return of_all(out, each)
+
+
+def of_all(out: Output, each: dict[str, torch.Tensor]) -> tuple[Output, dict[str, torch.Tensor]]:
+    """A step whose q (B,) is that of all ranks, and its figures (B,), gathered in one message."""
+    q, *figures = gathered(torch.stack([out.q.detach().float(), *each.values()], 1)).unbind(1)
+    return out._replace(q=q), dict(zip(each, figures, strict=True))
 
 
 def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[str, torch.Tensor],
@@ -1406,6 +1514,9 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
         answers = answer(model, queries, data.C, args)
         predicted = predict(model, queries, data.C, args, answers)
         swap = swapped(model, data.val, data.C, args)
+    told["n_ranks"] = devices.world_size()
+    if devices.rank():
+        return told
     files.write_json(r.folder / "predictions.json", {"weights": "ema", "rule": "all steps", "queries": [
         {name: entry[name] for name in ("task", "pair", "views")} for entry in predicted]})
     summary = r.summary(
@@ -1509,7 +1620,11 @@ def load_model(path: str) -> tuple[Model, dict]:
     Raises UserError: no such checkpoint, damaged, of another script or size.
     """
     path = checkpoint.file_of(path)
-    saved = checkpoint.check(checkpoint.read(path), path, SCRIPT, like=Config, config=dict, model=dict,
+    saved = checkpoint.read(path)
+    if recognises(saved):
+        raise UserError(f"{path}: a checkpoint of TRM itself, whose puzzle table belongs to other tasks; what can be "
+                        "used is its decoder: --init-decoder")
+    saved = checkpoint.check(saved, path, SCRIPT, like=Config, config=dict, model=dict,
                              ema=dict, args=dict, step=int, canvas=int, data=str)
     if not 1 <= saved["canvas"] <= arc_tasks.LARGEST:
         raise UserError(f"{path}: damaged: its canvas is {saved['canvas']}")
@@ -1523,6 +1638,51 @@ def load_model(path: str) -> tuple[Model, dict]:
     # Of those that it was made with: an edited script may have more flags.
     saved["args"] = flags.restored(parse_args([]), saved["args"], path, tuple(saved["args"]))
     return model, saved
+
+
+def recognises(saved: dict) -> bool:
+    """Whether this is a state dict of TRM's published code."""
+    return any(name.endswith("inner.L_level.layers.0.mlp.gate_up_proj.weight") for name in map(str, saved))
+
+
+def take_trm(model: Model, saved: dict, path: str, args: flags.Flags) -> str:
+    """Take the decoder of a checkpoint of TRM's published code; what was taken. UserError: of another shape.
+
+    Heads and cycles leave no trace in the weights, so they must be given. Where TRM's all_config.yaml lies beside
+    the file, they must be those that it names.
+    """
+    published = {"heads": 8, "h_cycles": 3, "l_cycles": 4, "context_tokens": 16}
+    beside = Path(path).with_name("all_config.yaml")
+    text = beside.read_text(errors="replace") if beside.is_file() else ""
+    for name, key in zip(published, ("num_heads", "H_cycles", "L_cycles", "puzzle_emb_len"), strict=True):
+        flag, found = f"--{name.replace('_', '-')}", re.search(rf"^\s*{key}:\s*(\d+)\s*$", text, re.MULTILINE)
+        if name not in args.given:
+            raise UserError(f"{flag}: must be given with {path}, which does not tell it; published: {published[name]}")
+        if found and int(found[1]) != getattr(args, name):
+            raise UserError(f"{flag} {getattr(args, name)}: {beside} says {key} {found[1]}")
+    if args.rope != "1d":
+        raise UserError(f"--rope {args.rope}: {path} needs 1d")
+    theirs = {str(name).rpartition("inner.")[2]: x for name, x in saved.items()}
+    if "L_level.layers.0.self_attn.qkv_proj.weight" not in theirs or "embed_pos.embedding_weight" in theirs:
+        raise UserError(f"{path}: a TRM without attention, or with learned positions, which the decoder here has not")
+    with files.refuse_damaged(path):
+        state = {"embed.weight": theirs["embed_tokens.embedding_weight"], "head.weight": theirs["lm_head.weight"],
+                 "halt.weight": theirs["q_head.weight"][:1], "halt.bias": theirs["q_head.bias"][:1],  # 1: continue
+                 "H_init": theirs["H_init"], "L_init": theirs["L_init"]}
+        n_layers = sum(name.endswith("self_attn.o_proj.weight") for name in theirs)
+        for i in range(n_layers):
+            layer, block = f"L_level.layers.{i}.", f"blocks.{i}."
+            qkv = theirs[layer + "self_attn.qkv_proj.weight"]
+            state |= {block + "q.weight": qkv[:qkv.shape[1]], block + "kv.weight": qkv[qkv.shape[1]:],
+                      block + "o.weight": theirs[layer + "self_attn.o_proj.weight"],
+                      block + "up.weight": theirs[layer + "mlp.gate_up_proj.weight"],
+                      block + "down.weight": theirs[layer + "mlp.down_proj.weight"]}
+    D = state["H_init"].numel()
+    if (D, n_layers) != (args.hidden, args.layers):
+        raise UserError(f"{path}: its decoder has --hidden {D} and --layers {n_layers}, here {args.hidden} and "
+                        f"{args.layers}")
+    checkpoint.load_weights(model.decoder, {name: x.float() for name, x in state.items()}, path)
+    return f"decoder of {path}, a checkpoint of TRM: trained on demonstrations of ARC's evaluation tasks, too"
 
 
 def take_weights(model: Model, path: str, other: Model, saved: dict, part: str = "") -> str:
@@ -1627,7 +1787,9 @@ def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
             setattr(own, name, getattr(args, name))
     if "max_eval_groups" in getattr(args, "given", ()) and not own.eval_data:
         raise UserError(f"--max-eval-groups: {path} was evaluated on its own queries; give --eval-data")
-    model.to(devices.get_device(getattr(args, "device", "cpu")))
+    device = devices.get_device(getattr(args, "device", "cpu"))
+    devices.init_ranks(SCRIPT, device)
+    model.to(device)
     if own.encoder == "embedding" and own.views > 1:
         raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")
     data = load_data(own, seen_by(saved))
@@ -1649,6 +1811,7 @@ def format_evaluation(out: dict) -> str:
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse_args(argv)
     with files.one_line_errors(SCRIPT):
+        flags.use(args, {"threads": 1} if devices.world_size() > 1 else {})
         devices.set_threads(args.threads)
         mode = next((name for name in ("solve", "show", "checkpoint") if vars(args)[name] is not None), None)
         if mode is None:
@@ -1657,6 +1820,8 @@ def main(argv: list[str] | None = None) -> dict | None:
                 "show": ("data", "out_dir", "skip_bad"),
                 "checkpoint": ("eval_data", "max_eval_groups", "views", "skip_bad", "device")}[mode]
         flags.only(args, mode, "checkpoint", *also)
+        if mode != "checkpoint":
+            devices.refuse_ranks(f"{SCRIPT} --{mode}")
         if mode == "show":
             print(show(args))
             return None

@@ -29,6 +29,7 @@ from common import checkpoint, devices, run
 from common.files import UserError
 from common.flags import integer, path
 
+SCRIPT = Path(__file__).name
 SCRIPTS = ("addition_train", "collatz", "self_improve")  # whose flags are here; their copies are found by name
 TABLES = 4              # stream of the pairs of the tables; training, validation and test have others
 EDGE_CASES = ((0, 0), (0, 1), (1, 0), (9, 1), (5, 5), (LIMIT - 1, 0), (LIMIT - 1, 1), (1, LIMIT - 1),
@@ -131,12 +132,12 @@ def format_tables(out: dict) -> str:
 # ---- Any checkpoint
 
 def script_of(file: str) -> ModuleType:
-    """The script that evaluates a checkpoint: one of SCRIPTS, or another one in this folder that wrote it.
+    """The script that evaluates a checkpoint: one that `recognises` it, or the one in this folder that wrote it.
 
     Raises UserError when there is none.
     """
     saved = checkpoint.read(checkpoint.file_of(file))
-    for module in map(importlib.import_module, SCRIPTS):
+    for module in map(importlib.import_module, (*SCRIPTS, "etrm_pretrain")):
         if getattr(module, "recognises", lambda saved: False)(saved):
             return module
     name = str(saved.get("script", "nothing: it has no field 'script'"))
@@ -162,7 +163,8 @@ def evaluate(file: str, args: argparse.Namespace) -> tuple[dict, str]:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     results, failed = {}, 0
-    with files.one_line_errors("evaluate_checkpoints.py"):
+    with files.one_line_errors(SCRIPT):
+        devices.refuse_ranks(SCRIPT)
         devices.set_threads(args.threads)
         devices.get_device(args.device)
         if args.output:

@@ -1,8 +1,12 @@
 """Where a run computes: device, precision, threads, ranks of torchrun."""
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import re
+import signal
+import sys
 from contextlib import nullcontext
 
 import torch
@@ -13,14 +17,15 @@ from common.files import UserError
 def get_device(name: str) -> torch.device:
     """The device called `name`: auto, cpu, cuda, cuda:1 or mps.
 
-    auto takes CUDA, then MPS, then the CPU. With torchrun, `cuda` is the GPU of the local rank.
+    auto takes CUDA, then MPS, then the CPU. With torchrun, `cuda` and `cuda:N` are the GPU of the local rank.
     Raises UserError for a device that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
+    is_own = name == "cuda" or (name.startswith("cuda") and world_size() > 1)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if is_own else name)
     there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[device.type]
     if (device.index or 0) >= there:
         raise UserError(f"--device {name}: this machine has {there or 'no'} {device.type.upper()} devices; try --device cpu")
@@ -52,7 +57,7 @@ def set_threads(n: int) -> None:
         torch.set_num_threads(n)
 
 
-# ---- torchrun
+# ---- torchrun: W ranks, processes that do the same with a part of the data each
 
 def rank() -> int:
     """Rank of this process under torchrun, 0 without."""
@@ -60,16 +65,50 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes under torchrun, 1 without."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes under torchrun, 1 without. Raises UserError when WORLD_SIZE is no number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise UserError(f"the environment variable WORLD_SIZE is {text!r:.40}: torchrun sets it, or nobody")
+    return int(text)
 
 
-def init_ranks(device: torch.device) -> None:
-    """Join the process group of torchrun (nccl on CUDA, gloo elsewhere). Does nothing without torchrun."""
-    if world_size() > 1 and not torch.distributed.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def init_ranks(script: str, device: torch.device) -> None:
+    """Become one of torchrun's ranks (nccl on CUDA, gloo elsewhere), of which the first alone prints.
+
+    Does nothing without torchrun. Raises UserError when the environment is not torchrun's.
+    """
+    if world_size() == 1:
+        return
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"WORLD_SIZE is {world_size()}, but {name} is not set: start it with torchrun "
+                            f"--nproc-per-node {world_size()} {script}, or unset WORLD_SIZE")
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: a torchrun that is killed would leave its ranks behind
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def largest(*numbers: float) -> list[float]:
+    """The largest of each number over all ranks: what one knows, all know. It waits for the others."""
+    if world_size() == 1:
+        return list(numbers)
+    device = f"cuda:{torch.cuda.current_device()}" if torch.distributed.get_backend() == "nccl" else "cpu"
+    together = torch.tensor(numbers, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX)
+    return together.tolist()
+
+
+def of_first(value):
+    """What rank 0 has, of plain types, for all ranks."""
+    values = [value]
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def refuse_ranks(script: str) -> None:

@@ -12,8 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import checkpoint, metrics
-from common.devices import set_threads
+from common import checkpoint, devices, metrics
 from common.files import UserError, append, named, write_json
 from common.flags import Flags, restored
 
@@ -32,7 +31,7 @@ def restore(args: Flags, script: str, **kinds: type) -> tuple[Flags, dict | None
     saved = checkpoint.check(checkpoint.read(path), path, script, step=int, args=dict, seconds=float,
                              cpu_seconds=float, **kinds)
     args = restored(args, saved["args"], path)
-    set_threads(args.threads)  # another number of them rounds otherwise
+    devices.set_threads(args.threads)  # another number of them rounds otherwise
     if not 0 <= saved["step"] <= args.steps:
         raise UserError(f"{path}: damaged, it is at step {saved['step']} of {args.steps}")
     return args, saved
@@ -43,6 +42,7 @@ class Run:
 
     Nothing is written before it is entered; from then on the folder is this process's alone, and the first Ctrl-C or
     SIGTERM ends the loop (the second acts at once). Raises UserError when the folder is in use or holds another run.
+    Of torchrun's ranks the first alone writes, and all must call `last` and `save` at the same steps.
     """
 
     def __init__(self, args: Flags, script: str, script_file: str, saved: dict | None):
@@ -57,13 +57,16 @@ class Run:
             self._cpu -= saved["cpu_seconds"]
 
     def __enter__(self) -> Run:
-        metrics.check_tracker(self.args.tracker)
-        self.folder, self._lock = open_folder(self.args, self.script_file)
-        try:
-            self._open_files()
-        except BaseException:
-            self.__exit__()
-            raise
+        self.folder, self._lock = Path(), None
+        if devices.rank() == 0:
+            metrics.check_tracker(self.args.tracker)
+            self.folder, self._lock = open_folder(self.args, self.script_file)
+            try:
+                self._open_files()
+            except BaseException:
+                self.__exit__()
+                raise
+        self.folder = Path(devices.of_first(str(self.folder)))
         if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # so a shell starts what runs behind `&`
@@ -115,23 +118,28 @@ class Run:
     def last(self, step: int) -> bool:
         """Whether to save and leave the loop at this step: the end, a signal, or --max-minutes."""
         self.step = step
-        return step == self.args.steps or self.stopped_by != 0 or time.monotonic() > self._end
+        self.stopped_by, is_late = map(int, devices.largest(self.stopped_by, time.monotonic() > self._end))
+        return step == self.args.steps or self.stopped_by != 0 or bool(is_late)
 
     def record(self, row: metrics.Row) -> None:
         """Append a row to metrics.csv, seconds last."""
-        metrics.write(self.folder / "metrics.csv", {**row, "sec": self.seconds()})
+        if devices.rank() == 0:
+            metrics.write(self.folder / "metrics.csv", {**row, "sec": self.seconds()})
 
     def show(self, row: metrics.Row) -> None:
         """Print the log line, and send it to the tracker."""
         row = {**row, "sec": self.seconds()}
-        print(metrics.format_row(row), flush=True)
-        self._tracker(row)
+        if devices.rank() == 0:
+            print(metrics.format_row(row), flush=True)
+            self._tracker(row)
 
     def save(self, name: str, **fields) -> None:
-        """Write a checkpoint of this step into the run folder."""
-        checkpoint.save(self.folder / name, {
-            "script": self.script, "format": checkpoint.FORMAT, "step": self.step, "args": vars(self.args),
-            "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), **fields})
+        """Write a checkpoint of this step into the run folder. It is there for all ranks when this returns."""
+        if devices.rank() == 0:
+            checkpoint.save(self.folder / name, {
+                "script": self.script, "format": checkpoint.FORMAT, "step": self.step, "args": vars(self.args),
+                "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), **fields})
+        devices.largest(0)
 
     def leave_if_stopped(self) -> None:
         """After the loop: a Ctrl-C or SIGTERM ends the process here; from now on it acts at once."""
@@ -146,7 +154,8 @@ class Run:
         out = {"script": self.script, "name": self.folder.resolve().name, "seed": self.args.seed,
                "steps": self.step, "stopped_early": self.step < self.args.steps, "seconds": self.seconds(),
                "cpu_seconds": self.cpu_seconds(), "command": command(), **results}
-        write_json(self.folder / "summary.json", out)
+        if devices.rank() == 0:
+            write_json(self.folder / "summary.json", out)
         return out
 
 
@@ -218,6 +227,16 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + (", with changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("RUN_COMMIT", "unknown")
+
+
+def changes(folder: str | os.PathLike) -> str:
+    """How the files of a checkout differ from its commit, new ones by name; nothing where there is no git."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, errors="replace").stdout
+    try:
+        return git("status", "--porcelain") + git("diff", "HEAD", "--no-color", "--no-ext-diff")
+    except OSError:
+        return ""
 
 
 def provenance() -> str:

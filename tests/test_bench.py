@@ -14,7 +14,7 @@ import addition_train
 import collatz
 import neural_sr
 import self_improve
-from common import sandbox
+from common import metrics, sandbox
 
 pytestmark = pytest.mark.bench
 
@@ -321,3 +321,16 @@ def test_evaluations_a_second_of_whole_engines(engine):
         n, children = sum(model.stats_[key] for key in ("residual_evaluations", "jacobian_evaluations")), model.stats_["evaluation_count"]
     seconds = time.process_time() - start
     print(f"\n{engine}: {n / seconds / 1e3:.1f} k evaluations/CPU-s (ours: distinct ones), {children / seconds / 1e3:.1f} k programs")
+
+
+def test_two_ranks_against_one(tmp_path):
+    """On the clock, so on two idle cores: sample-steps a second of the default run, the median over rows, twice each."""
+    rates = {1: [], 2: []}
+    for k, n in enumerate((1, 2, 1, 2)):
+        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "etrm_pretrain.py", "--threads", "1",
+                 "--steps", "60", "--eval-every", "60", "--out-dir", str(tmp_path / str(k))]
+        subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
+        rows = metrics.read(tmp_path / str(k))
+        rates[n].append(np.median([row["samples_per_second"] for row in rows if row["step"] > 10]))
+    one, two = np.mean(rates[1]), np.mean(rates[2])
+    print(f"\netrm_pretrain.py, sample-steps/s: one rank {one:.0f}, two ranks {two:.0f}: {two / one:.2f} times; each: {rates}")

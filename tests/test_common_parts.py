@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -400,14 +401,26 @@ def test_under_torchrun_a_rank_takes_its_gpu_and_joins_the_others(machine, monke
     machine(cuda=2)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
-    devices.init_ranks(torch.device("cpu"))
+    monkeypatch.setattr(devices.atexit, "register", lambda end: None)
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Mock())
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    devices.init_ranks("fake.py", torch.device("cpu"))
     devices.refuse_ranks("fake.py")
     assert not calls and devices.rank() == 0  # without torchrun
-    for variable, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+    for variable, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(variable, value)
-    for name in ("cuda", "cpu"):
-        devices.init_ranks(devices.get_device(name))
-    assert calls == [torch.device("cuda:1"), "nccl", "gloo"] and devices.rank() == 3
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"^WORLD_SIZE is 4, but MASTER_ADDR is not set: [^\n]*torchrun[^\n]*$"):
+        devices.init_ranks("fake.py", torch.device("cpu"))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    for name in ("cuda", "cuda:0", "cpu"):  # cuda:0: of a checkpoint of rank 0
+        devices.init_ranks("fake.py", devices.get_device(name))
+    assert calls == [*[torch.device("cuda:1"), "nccl"] * 2, "gloo"] and devices.rank() == 3
+    assert sys.stdout.name == os.devnull
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="^the environment variable WORLD_SIZE is 'two'"):
+        devices.world_size()
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"^fake.py runs in one process: [^\n]*$"):
         devices.refuse_ranks("fake.py")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import etrm_pretrain as etrm
+import evaluate_checkpoints
 from common import arc_tasks, metrics, optim
 from common.files import UserError
 
@@ -350,6 +351,130 @@ def test_muon_is_that_of_torch():
             ours.step()
             theirs.step()
         assert (a - b).norm() < 0.05 * (a - before).norm()  # bfloat16 there
+
+
+def test_adam_atan2_is_its_formula_and_sign_descent_moves_the_rows_that_are_asked():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 2))
+    optimizer, x = etrm.AdamATan2([p], lr=0.01, weight_decay=0.1), p.detach().double().numpy().copy()
+    m = v = 0.0
+    for t in range(1, 6):
+        p.grad = torch.randn(3, 2)
+        g = p.grad.double().numpy()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        x = x * (1 - 0.01 * 0.1) - 0.01 / (1 - 0.9 ** t) * np.arctan2(m, np.sqrt(v / (1 - 0.95 ** t)))
+        optimizer.step()
+        np.testing.assert_allclose(p.detach(), x, rtol=1e-5)
+    p.grad = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, -1e-9]])
+    before = p.detach().clone()
+    etrm.SignDescent([p], lr=0.5, weight_decay=0.2).step()
+    expected = before - 0.5 * (torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0]]) + 0.2 * before * torch.tensor([[0.0], [1.0], [1.0]]))
+    torch.testing.assert_close(p.detach(), expected)
+
+
+def test_the_published_optimizers_reach_every_parameter_once_and_the_rate_stays(tmp_path):
+    args = etrm.parse_args(["--encoder", "embedding", "--optimizer", "adam_atan2", "--schedule", "constant", "--lr", "1e-4"])
+    model = make_model("embedding", tasks=small_tasks())
+    adam, signs = etrm.make_optimizers(model, args)
+    assert [group["peak"] for o in (adam, signs) for group in o.param_groups] == [1e-4, 1e-2]
+    assert signs.param_groups[0]["params"][0] is model.encoder.table.weight
+    n = sum(p.numel() for o in (adam, signs) for group in o.param_groups for p in group["params"])
+    assert n == sum(p.numel() for p in model.parameters())
+    assert [etrm.schedule(step, args) for step in (49, 50, 599)] == [50 / 51, 1.0, 1.0]
+    etrm.main([*SMALL, "--encoder", "embedding", "--optimizer", "adam_atan2", "--steps", "3", "--out-dir", str(tmp_path / "run")])
+
+
+# ---- TRM's published checkpoints
+
+def trm_file(path, D=32, layers=2) -> dict[str, torch.Tensor]:
+    """A state dict of the names and shapes of TRM's code, at another width."""
+    generator, inner = torch.Generator().manual_seed(0), 3 * D
+    shapes = {"embed_tokens.embedding_weight": (12, D), "lm_head.weight": (12, D), "q_head.weight": (2, D), "q_head.bias": (2,),
+              "puzzle_emb.weights": (7, D), "H_init": (D,), "L_init": (D,)}
+    for i in range(layers):
+        shapes |= {f"L_level.layers.{i}.{name}.weight": shape for name, shape in {
+            "self_attn.qkv_proj": (3 * D, D), "self_attn.o_proj": (D, D), "mlp.gate_up_proj": (2 * inner, D),
+            "mlp.down_proj": (D, inner)}.items()}
+    named = {f"_orig_mod.model.inner.{name}": torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
+             for name, shape in shapes.items()}
+    torch.save(named, path)
+    return {name.rpartition("inner.")[2]: x for name, x in named.items()}
+
+
+def trm_step(w: dict, x: torch.Tensor, context: torch.Tensor, heads: int, H: int, L: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A supervision step as TRM's code takes it, of x (S,) behind a context (T, D): logits (S, 12), q of halting."""
+    D = context.shape[1]
+
+    def rms(z):
+        return z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    def turned(z):  # rotate_half with cosines and sines that are there twice
+        angle = torch.arange(z.shape[1])[:, None] / 1e4 ** (torch.arange(0, D // heads, 2) / (D // heads))
+        a, b = z.chunk(2, -1)
+        return z * torch.cat([angle.cos()] * 2, -1) + torch.cat([-b, a], -1) * torch.cat([angle.sin()] * 2, -1)
+
+    def net(z):
+        for i in range(2):
+            name = f"L_level.layers.{i}."
+            q, k, v = (z @ w[name + "self_attn.qkv_proj.weight"].T).view(len(z), 3 * heads, -1).transpose(0, 1).chunk(3)
+            h = (turned(q) @ turned(k).transpose(1, 2) / (D // heads) ** 0.5).softmax(-1) @ v
+            z = rms(z + h.transpose(0, 1).reshape(len(z), D) @ w[name + "self_attn.o_proj.weight"].T)
+            gate, up = (z @ w[name + "mlp.gate_up_proj.weight"].T).chunk(2, -1)
+            z = rms(z + (torch.nn.functional.silu(gate) * up) @ w[name + "mlp.down_proj.weight"].T)
+        return z
+    e = torch.cat([context, w["embed_tokens.embedding_weight"][x]]) * D ** 0.5
+    z_H, z_L = (w[name].expand(len(e), D) for name in ("H_init", "L_init"))
+    for _ in range(H):
+        for _ in range(L):
+            z_L = net(z_L + z_H + e)
+        z_H = net(z_H + z_L)
+    return (z_H @ w["lm_head.weight"].T)[len(context):], (z_H[0] @ w["q_head.weight"].T + w["q_head.bias"])[0]
+
+
+TRM = ["--encoder", "embedding", "--hidden", "32", "--heads", "2", "--h-cycles", "2", "--l-cycles", "3", "--rope", "1d",
+       "--context-tokens", "4"]
+
+
+def test_a_published_decoder_gives_the_answers_of_trms_own_code(tmp_path):
+    w = trm_file(tmp_path / "step_7")
+    args, model = etrm.parse_args(TRM), make_model("embedding", *TRM[2:], tasks=small_tasks())
+    said = etrm.take_trm(model, etrm.checkpoint.read(tmp_path / "step_7"), str(tmp_path / "step_7"), args)
+    batch = batch_of(etrm.queries_of(small_tasks()))
+    vector = torch.randn(32)
+    with torch.no_grad():
+        model.encoder.table.weight[:] = vector
+        out = model(batch, model.fresh(*batch.x.shape))
+        context = torch.cat([vector[None], torch.zeros(3, 32)])
+        for i, x in enumerate(batch.x):
+            logits, q = trm_step(w, x, context, heads=2, H=2, L=3)
+            torch.testing.assert_close(out.logits[i], logits, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(out.q[i], q, rtol=1e-3, atol=1e-3)
+    assert "evaluation tasks, too" in said
+
+
+@pytest.mark.parametrize("flags, config, said", [
+    (TRM[:-2], "", "--context-tokens: must be given"), (TRM[:6], "", "--h-cycles: must be given"),
+    (TRM, "arch:\n  H_cycles: 2\n  L_cycles: 6\n", "--l-cycles 3: [^ ]*all_config.yaml says L_cycles 6"),
+    ([*TRM, "--rope", "2d"], "", "--rope 2d: [^ ]*step_7 needs 1d"), ([*TRM, "--layers", "3"], "", "has --hidden 32 and --layers 2"),
+    ([*TRM, "--init-from", "FILE"], "", "a checkpoint of TRM itself")])
+def test_a_published_checkpoint_is_refused_where_it_cannot_be_what_is_asked(tmp_path, flags, config, said):
+    file = tmp_path / "step_7"
+    trm_file(file)
+    if config:
+        (tmp_path / "all_config.yaml").write_text(config)
+    flags = [str(file) if flag == "FILE" else flag for flag in flags]
+    with pytest.raises(SystemExit, match=said) as e:
+        etrm.main([*SMALL, *flags, "--init-decoder", str(file), "--out-dir", str(tmp_path / "run")])
+    assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
+
+
+def test_a_published_checkpoint_is_known_trained_on_and_not_evaluated(tmp_path, capsys):
+    trm_file(tmp_path / "step_7")
+    etrm.main([*SMALL, *TRM, "--init-decoder", str(tmp_path / "step_7"), "--steps", "2", "--out-dir", str(tmp_path / "run")])
+    assert "decoder of" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate_checkpoints.main([str(tmp_path / "step_7")])
+    assert "whose puzzle table belongs to other tasks" in capsys.readouterr().err
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
