@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -106,7 +107,7 @@ class FakeVolume:
         fileobj.write((self.committed / path).read_bytes())
 
     def text(self, file, run=N):
-        return (self.committed / run / file).read_text()
+        return (self.committed / run / file).read_text(errors="replace")
 
     def record(self):
         return json.loads(self.text("modal.json"))
@@ -136,14 +137,16 @@ def account(monkeypatch, volume):
 
     def with_options(**options):
         asked.update(options)
-        return Mock(spawn=lambda job: Mock(get=lambda: body(job)))
+        return Mock(spawn=lambda job: Mock(get=lambda: run_local(job, body)))
     monkeypatch.setattr(train_modal, "train", Mock(local=body, with_options=with_options))
     return asked
 
 
-def run_local(job: dict) -> None:
+def run_local(job: dict, body=None) -> None:
+    """A new container: it sees what is committed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started with it ignored
-    train_modal.train.local(job)
+    train_modal.volume.reload()
+    (body or train_modal.train.local)(job)
 
 
 def left_over(folder: Path) -> list[int]:
@@ -157,7 +160,10 @@ def left_over(folder: Path) -> list[int]:
 
 
 def interrupt(job: dict, seen: str, n: int = 1, sig: int = signal.SIGINT) -> None:
-    """Preempt a container (SIGKILL: it is gone at once) as soon as the script's output has `seen` n times."""
+    """Preempt a container (SIGKILL: it is gone at once) as soon as the script's output has `seen` n times.
+
+    Meanwhile, and when a container goes unless it is killed, Modal commits the Volume by itself.
+    """
     folder = train_modal.LOGS / job["run"]
     log = folder / "output.txt"
     body = multiprocessing.get_context("fork").Process(target=run_local, args=[job])
@@ -165,10 +171,13 @@ def interrupt(job: dict, seen: str, n: int = 1, sig: int = signal.SIGINT) -> Non
     while not (log.is_file() and log.read_text().count(seen) >= n):
         assert body.is_alive()
         time.sleep(0.02)
+        train_modal.volume.commit()
     for pid in [body.pid, *left_over(folder)] if sig == signal.SIGKILL else [body.pid]:
         os.kill(pid, sig)
     body.join(30)
     assert body.exitcode
+    if sig != signal.SIGKILL:
+        train_modal.volume.commit()
 
 
 # ---- At home
@@ -179,19 +188,21 @@ def interrupt(job: dict, seen: str, n: int = 1, sig: int = signal.SIGINT) -> Non
     ({"gpu": "T4,L4"}, "does not look like a GPU"),
     ({"gpu": "H\u0661\u0660\u0660"}, "does not look like a GPU"),
     ({"gpu": "H100:4"}, "TORCHRUN = True"),
+    ({"gpu": "A10:8", "script": "ranks.py"}, "up to 4 of these"),
     ({"name": ".."}, "is no name of"),
     ({"args": f"--name {'x' * 101}"}, "is no name of"),
     ({"timeout_hours": 0.05}, "timeout-hours"),
     ({"timeout_hours": 25}, "timeout-hours"),
     ({"timeout_hours": float("nan")}, "timeout-hours"),
+    ({"timeout_hours": "soon"}, "timeout-hours"),
     ({"args": "--text 'a"}, "No closing quotation"),
     ({"args": "--out-dir x"}, "not with --out-dir"),
     ({"args": "--resume=x"}, "not with --resume"),
-    ({"name": "a", "resume_name": "b"}, "not together"),
+    ({"name": "a", "resume_name": "b"}, "not together with --name"),
     ({"script": "reader.py", "resume_name": "n"}, "leaves no checkpoint"),
     ({"args": "--tracker wandb"}, "WANDB_API_KEY"),
     ({"args": "--seed x"}, "collatz.py: error: argument --seed"),  # the script's own message
-    ({"args": "--init-from x", "resume_name": "y"}, "collatz.py: error: not both"),
+    ({"args": "--init-from x", "resume_name": "y"}, "not together with --init-from"),
 ])
 def test_a_bad_flag_is_refused_in_one_line(volume, monkeypatch, capsys, wrong, message):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -214,9 +225,9 @@ def test_a_job_is_plain_types_and_has_defaults(volume):
 def test_every_script_can_be_run_and_declares_what_is_so():
     optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for script in train_modal.scripts():
-        assert set(train_modal.constant(script, "EXTRAS", ())) <= set(optional), script
-        if "devices.refuse_ranks(SCRIPT)" in (ROOT / script).read_text():
-            assert train_modal.constant(script, "TORCHRUN", False) is False, script
+        assert set(train_modal.declared(script, "EXTRAS", ())) <= set(optional), script
+        refuses = "devices.refuse_ranks(SCRIPT)" in (ROOT / script).read_text()
+        assert train_modal.declared(script, "TORCHRUN", False) is not refuses, script
     for script in ("collatz.py", "addition_train.py"):
         assert {"out_dir", "resume"} <= vars(train_modal.parse_flags(script, [])).keys(), script
 
@@ -228,17 +239,17 @@ def test_the_container_is_made_of_pyproject_files_and_volume(volume, monkeypatch
     def keep(self, *words, **options):
         asked.update(options, words=[*asked.get("words", []), *words])
         return self
-    for method in ("apt_install", "pip_install_from_pyproject", "add_local_dir"):
+    for method in ("pip_install_from_pyproject", "add_local_dir"):
         monkeypatch.setattr(modal.Image, method, keep)
     monkeypatch.setattr(modal.App, "function", lambda self, **options: keep(lambda body: body, **options))
     write(train_modal.HERE, half_py="def parse_args(\n\ndef parse_args(",
           some_py="raise SystemExit\nEXTRAS = ('arc',)\n" + TOY,
           none_py=TOY.replace("    p = ", "    EXTRAS = ('sr',)\n    p = "))
     here = runpy.run_path(shutil.copy(ROOT / "train_modal.py", train_modal.HERE))
-    assert asked["words"] == ["g++", f"{here['HERE']}/pyproject.toml", here["HERE"], "/root"]
+    assert asked["words"] == [f"{here['HERE']}/pyproject.toml", here["HERE"], "/root"]
     assert asked["optional_dependencies"] == ["arc", "trackers"] and asked["ignore"] is here["NOT_SENT"]
     assert asked["image"] is here["image"] and asked["volumes"] == {"/root/logs": here["volume"]}
-    assert (asked["retries"].max_retries, asked["timeout"], asked["scaledown_window"]) == (3, 86400, 5)
+    assert (asked["retries"].max_retries, asked["timeout"], asked["single_use_containers"]) == (3, 86400, True)
     pytest.importorskip("toml").loads((ROOT / "pyproject.toml").read_text())  # Modal's parser stumbles easily
 
 
@@ -271,13 +282,14 @@ def test_a_script_runs_once_with_its_flags_and_what_it_prints_is_kept(volume, mo
     text = "it's a \"b\" x=y,z $HOME `ls` ; rm -rf\t[1]* \u00fc\n"
     job = make_job(f"--text {shlex.quote(text)} --seed=4 --init-from ''", name="n")
     run_local(job)
-    output = (volume.committed / N / "output.txt").read_bytes().decode()
+    output = (volume.committed / N / "output.txt").read_bytes().decode(errors="replace")
     words = json.loads(output.partition("\nwords ")[2].partition("\n")[0])
     assert words == ["--text", text, "--seed=4", "--init-from", "", "--out-dir", str(volume.mounted / N)]
     assert output.endswith(f"1 15 True {train_modal.HERE}\n\ufffdbar 1\rbar 2\nend\n")
     assert capsys.readouterr().out.endswith("bar 1\rbar 2\nend\n")
     assert volume.record()["last_lines"][-2:] == ["bar 2", "end"] and volume.record()["exit_code"] == 0
-    assert volume.commits[0] == {"modal.json", "output.txt"} and volume.text("last.pt") == "1"
+    assert volume.commits[0] == {"modal.json", "output.txt"} and len(volume.commits) == 2
+    assert volume.text("last.pt") == "1"
     run_local(job)
     assert volume.text("output.txt").count("\nwords ") == 1
 
@@ -327,9 +339,7 @@ def test_a_folder_belongs_to_the_call_that_began_it_also_if_that_died_at_its_ver
 
 
 def test_a_preempted_container_saves_and_the_next_one_goes_on(volume, tmp_path):
-    """Nothing of the first is left that would write over the checkpoints of the next."""
-    child = "[sys.executable, '-c', 'import time; time.sleep(60)', __file__], start_new_session=True"
-    write_script(f"args.resume or [subprocess.Popen({child}), print('started', flush=True), time.sleep(60)]")
+    write_script("args.resume or [print('started', flush=True), time.sleep(60)]")
     job = make_job("--seed 3 --init-from w.pt --init-from=w.pt --text x=y", name="n")
     interrupt(job, "started")
     assert volume.record()["exit_code"] is None and volume.text("last.pt") == "1" and not left_over(tmp_path)
@@ -337,60 +347,37 @@ def test_a_preempted_container_saves_and_the_next_one_goes_on(volume, tmp_path):
     assert volume.record()["exit_code"] == 0 and volume.text("last.pt") == "2"
     first, second = volume.text("output.txt").split("# container 2: ")
     assert "from step 0 " in first and "collatz.py --seed 3 --text x=y --out-dir " in second
+    run_local(make_job(resume_name="n"))
+    assert "# container 3: " in volume.text("output.txt")
 
 
-def test_ranks_of_torchrun_save_and_none_is_left(volume, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_modal, "GRACE", 1.0)
+@pytest.mark.slow
+def test_ranks_of_torchrun_save_and_none_is_left(volume, tmp_path):
     deaf = "rank == '1' and [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)]"
     write_script(f"{deaf}; print('ready', flush=True); time.sleep(60)", file="ranks.py")
-    interrupt(make_job("", "ranks.py", "H100:2", "n"), "ready", n=2)
+    interrupt(make_job("", "ranks.py", "H100:2", "n"), "ready", n=2)  # torchrun kills rank 1 after 15 s
     assert volume.text("last.pt", "ranks/n") == "1" and not left_over(tmp_path)  # saved by rank 0
 
 
-def test_a_script_that_saves_is_not_told_again():
-    child = Mock(spec=["send_signal", "wait", "kill"])
-    for _ in range(2):  # at the end of its time, then preempted
-        train_modal.stop(child, "no call", 1)
-    child.send_signal.assert_called_once_with(signal.SIGINT)
-
-
 def test_there_is_time_for_the_last_commit_before_a_preempted_container_goes():
-    assert train_modal.GRACE + 2 + 5 < 30  # seconds, all told; 2 for the reader, 5 for the commit
-    assert train_modal.MARGIN / 2 >= 60 and train_modal.COMMIT_EVERY <= 60
-
-
-def test_the_script_goes_on_when_its_output_cannot_be_written(volume, monkeypatch):
-    echo = train_modal.echo
-    monkeypatch.setattr(train_modal, "echo", lambda child, log, tail: echo(child, Path("/dev/full"), tail))
-    write_script(r"print(('x' * 999 + '\n') * 99 + 'the end')")  # more than a pipe holds
-    run_local({**make_job(name="n"), "seconds": 20})
-    assert volume.record()["last_lines"][-1] == "the end"
-
-
-def test_the_volume_is_committed_during_the_run_and_survives_a_failed_commit(volume, monkeypatch, capsys):
-    monkeypatch.setattr(train_modal, "COMMIT_EVERY", 0.1)
-    volume.fails = 2
-    write_script("time.sleep(0.8)")
-    run_local(make_job(name="n"))
-    assert "could not be committed, trying again: no connection" in capsys.readouterr().out
-    assert len(volume.commits) >= 4 and volume.record()["exit_code"] == 0
+    assert 15 < train_modal.GRACE <= 30 - 5  # seconds; 15 for torchrun's ranks, 5 for the commit
+    assert train_modal.MARGIN / 2 >= 60
 
 
 def test_a_failed_last_commit_and_a_lost_connection_are_not_hidden(volume, monkeypatch):
-    volume.fails = 3
+    volume.fails = 2
     with pytest.raises(RuntimeError, match="no connection"):
         run_local(make_job(name="n"))
-    monkeypatch.setattr(volume, "reload", Mock(side_effect=TimeoutError("late")))
+    monkeypatch.setattr(volume, "commit", Mock(side_effect=TimeoutError("late")))
     with pytest.raises(RuntimeError, match="timed out: late"):  # last_call takes a TimeoutError for "not yet"
         run_local(make_job(name="m"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, sig", [("collatz.py", "SIGINT"), ("addition_train.py", "SIGKILL")])
-def test_an_interrupted_run_gives_the_numbers_of_an_unbroken_one(volume, monkeypatch, script, sig):
+def test_an_interrupted_run_gives_the_numbers_of_an_unbroken_one(volume, script, sig):
     def rows(run):  # as text, for a NaN equals itself there
         return [{k: str(v) for k, v in row.items() if k != "sec"} for row in metrics.read(run)]
-    monkeypatch.setattr(train_modal, "COMMIT_EVERY", 0.2)
     shutil.copy(ROOT / script, train_modal.HERE)
     shutil.copytree(ROOT / "common", train_modal.HERE / "common")
     run_local(make_job("--steps 200 --seed 0", script, name="whole"))
@@ -437,14 +424,14 @@ def test_main_exits_with_code_and_last_lines_of_the_script(account, volume, caps
 @pytest.mark.parametrize("flags, message", [
     ({"gpu": "banana"}, "'banana' does not look like a GPU"),
     ({"name": "n"}, "collatz/n is on the Volume already"),
-    ({"resume_name": "m"}, "no run m on the Volume"),
+    ({"resume_name": "m"}, "no run 'm' on the Volume"),
     ({"resume_name": "log"}, "has no last.pt"),
-    ({"resume_name": "bad"}, "collatz/bad/modal.json on the Volume is damaged"),
-    ({"resume_name": "cut"}, "collatz/cut/modal.json on the Volume is damaged"),
-    ({"resume_name": ""}, "'' is no name of a run"),
-    ({"pull": ""}, "'' is no name of a run"),
+    ({"resume_name": "bad"}, "collatz/bad/modal.json on the Volume: damaged"),
+    ({"resume_name": "cut"}, "collatz/cut/modal.json on the Volume: damaged"),
+    ({"resume_name": ""}, "no run '' on the Volume"),
+    ({"pull": ""}, "no run '' on the Volume"),
     ({"pull": "n", "gpu": "T4"}, "--pull: alone"),
-    ({"pull": "n", "script": "../x"}, "no run n of ../x"),
+    ({"pull": "n", "script": "../x"}, "no run 'n' of ../x"),
     ({"pull": "two"}, "collatz/two, reader/two: which one"),
 ])
 def test_what_cannot_be_run_or_pulled_rents_nothing(account, volume, capsys, flags, message):
@@ -470,6 +457,7 @@ def test_resume_name_finds_script_and_gpu_and_goes_on(account, volume):
 
 @pytest.mark.parametrize("outcome, runs", [
     (TimeoutError(), True), (modal.exception.ConnectionError("no line"), True), ([None], False),
+    (modal.exception.AuthError("no line"), True),
     (CalledProcessError(124, "x", "y"), False), (modal.exception.FunctionTimeoutError(), False),
 ])
 def test_a_run_that_has_not_ended_is_not_resumed(account, volume, monkeypatch, outcome, runs):
@@ -484,15 +472,20 @@ def test_a_run_that_has_not_ended_is_not_resumed(account, volume, monkeypatch, o
     assert bool(account) is not runs
 
 
-@pytest.mark.parametrize("error, raised", [
-    (modal.exception.AuthError("no token"), SystemExit), (RuntimeError("not committed"), SystemExit),
-    (OSError("no line"), SystemExit), (KeyboardInterrupt("ours"), KeyboardInterrupt),
+@pytest.mark.parametrize("error, text", [
+    (modal.exception.AuthError("no token"), "no token"), (RuntimeError("not committed"), "not committed"),
+    (modal.exception.RemoteError(""), "RemoteError; was the call cancelled?"),
+    (OSError("no line"), "no line; the connection is lost, and with --detach the run goes on (`modal app list`)"),
 ])
-def test_errors_of_modal_are_one_line_and_ctrl_c_reaches_it(account, monkeypatch, error, raised):
-    monkeypatch.setattr(train_modal.train, "with_options", Mock(side_effect=error))
-    with pytest.raises(raised) as e:
+def test_errors_of_modal_are_one_line_and_say_whether_the_run_goes_on(account, monkeypatch, capsys, error, text):
+    call = Mock(**{"return_value.spawn.return_value.get.side_effect": error})
+    monkeypatch.setattr(train_modal.train, "with_options", call)
+    with pytest.raises(SystemExit, match=f"^train_modal.py: error: {re.escape(text)}$"):
         train_modal.main(name="n")
-    assert str(e.value) in (f"train_modal.py: error: {error}", "ours")
+    assert capsys.readouterr().out.endswith("--pull n\n")
+    call.return_value.spawn.return_value.get.side_effect = KeyboardInterrupt  # Modal stops the app
+    with pytest.raises(KeyboardInterrupt):
+        train_modal.main(name="n")
 
 
 @pytest.mark.parametrize("here, pulled", [
@@ -528,12 +521,12 @@ def test_a_pull_that_breaks_off_can_be_repeated(volume, tmp_path, monkeypatch):
     assert sorted(p.name for p in home.iterdir()) == ["last.pt", "metrics.csv", "output.txt", "run.txt"]
 
 
-def test_the_early_check_leaves_to_modal_and_the_volume_what_they_know_better(volume):
-    for flags in ("--args='--seed three'", "--timeout-hours 99", "--resume-name n --script reader.py"):
-        with pytest.raises(SystemExit):
-            train_modal.check_early(shlex.split(flags))
-    for flags in ("--seeds 3", "--timeout-hours soon", "--args", "--resume-name n --args '--of another'"):
-        train_modal.check_early(shlex.split(flags))
+@pytest.mark.parametrize("words, options", [
+    ("modal run --detach train_modal.py --gpu L4 --name=x", {"gpu": "L4", "name": "x"}),
+    ("modal run ./train_modal.py::main --resume-name n", {"resume_name": "n"}),
+    ("modal deploy train_modal.py", None), ("pytest run", None)])
+def test_flags_of_modal_run_are_known_before_it_parses_them(words, options):
+    assert train_modal.options_of(words.split()) == options
 
 
 def test_modal_run_checks_the_flags_before_it_asks_for_a_token(tmp_path):
@@ -549,8 +542,10 @@ def test_modal_run_checks_the_flags_before_it_asks_for_a_token(tmp_path):
         words = [sys.executable, "-m", "modal", "run", "--detach", *words]
         return subprocess.Popen(words, cwd=sent, env=environment, stdout=PIPE, stderr=STDOUT)
     good = modal_run("train_modal.py", "--args", "--seed 3", "--gpu", "L4", "--timeout-hours", "0.5")
+    other = modal_run("train_modal.py", "--seeds", "3")  # which Modal knows better
     bad = modal_run("train_modal.py::main", "--script", "nope.py")
     assert b"modal token new" in good.communicate()[0] and good.returncode == 1
+    assert b"No such option" in other.communicate()[0]
     [line] = bad.communicate()[0].splitlines()
     assert line.startswith(b"train_modal.py: error: --script: no script nope.py") and bad.returncode == 1
 
