@@ -59,22 +59,21 @@ def declared(script: str, name: str, default):
     return ast.literal_eval(line[1]) if line else default
 
 
-def options_of(argv: list[str]) -> dict[str, str] | None:
-    """The flags of `modal run train_modal.py --gpu L4 --name=x` as arguments of `main`; None of another command."""
-    at = next((i for i, word in enumerate(argv) if Path(word.partition("::")[0]).name == Path(__file__).name), 0)
-    if "run" not in argv[1:at]:
-        return None
-    options, rest = {}, iter(argv[at + 1:])
+def options_of(words: list[str]) -> dict[str, str]:
+    """`--gpu L4 --name=x`, as words, as arguments of `main`."""
+    options, rest = {}, iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
         options[flag.removeprefix("--").replace("-", "_")] = value if equals else next(rest, "")
     return options
 
 
-given = options_of(sys.argv)
-is_new = given is None or not given.keys() & {"pull", "resume_name"}
+# modal run imports this file before it parses its flags, asks for a token, and makes Volume and image
+at = next((i for i, word in enumerate(sys.argv[1:], 1) if Path(word.partition("::")[0]).name == Path(__file__).name), 0)
+given = options_of(sys.argv[at + 1:]) if "run" in sys.argv[1:at] else {}
+is_old = bool(given.keys() & {"pull", "resume_name"})
 app = modal.App(NAME)
-volume = modal.Volume.from_name(NAME, create_if_missing=is_new)
+volume = modal.Volume.from_name(NAME, create_if_missing=not is_old)
 extras = {"trackers"}.union(*(declared(script, "EXTRAS", ()) for script in scripts()))
 image = (modal.Image.debian_slim(python_version="3.11")
          .pip_install_from_pyproject(str(HERE / "pyproject.toml"), optional_dependencies=sorted(extras))
@@ -357,7 +356,7 @@ def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeou
             print(f"to bring it into logs/: modal run train_modal.py --script {stem}.py --pull {name}")
 
 
-if given is not None and is_new:  # modal run imports this file before it asks for a token and builds the image
+if given and not is_old:
     with suppress(TypeError), one_line_errors("train_modal.py"):  # unknown flags are left to Modal
         make_job(**given)
 if __name__ == "__main__":

@@ -521,12 +521,14 @@ def test_a_pull_that_breaks_off_can_be_repeated(volume, tmp_path, monkeypatch):
     assert sorted(p.name for p in home.iterdir()) == ["last.pt", "metrics.csv", "output.txt", "run.txt"]
 
 
-@pytest.mark.parametrize("words, options", [
-    ("modal run --detach train_modal.py --gpu L4 --name=x", {"gpu": "L4", "name": "x"}),
-    ("modal run ./train_modal.py::main --resume-name n", {"resume_name": "n"}),
-    ("modal deploy train_modal.py", None), ("pytest run", None)])
-def test_flags_of_modal_run_are_known_before_it_parses_them(words, options):
-    assert train_modal.options_of(words.split()) == options
+def test_flags_are_known_before_modal_parses_them(volume, monkeypatch):
+    assert train_modal.options_of(["--gpu", "L4", "--name=x", "--args"]) == {"gpu": "L4", "name": "x", "args": ""}
+    made, from_name = Mock(), modal.Volume.from_name
+    monkeypatch.setattr(modal.Volume, "from_name", lambda name, create_if_missing: made(create_if_missing) and from_name(name))
+    for words, makes in (("--name x", True), ("--resume-name=n", False), ("--pull nope --script collatz.py", False)):
+        monkeypatch.setattr(sys, "argv", ["modal", "run", "train_modal.py::main", *words.split()])
+        runpy.run_path(shutil.copy(ROOT / "train_modal.py", train_modal.HERE))
+        made.assert_called_with(makes)
 
 
 def test_modal_run_checks_the_flags_before_it_asks_for_a_token(tmp_path):
