@@ -331,6 +331,6 @@ def test_two_ranks_against_one(tmp_path):
                  "--steps", "60", "--eval-every", "60", "--out-dir", str(tmp_path / str(k))]
         subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
         rows = metrics.read(tmp_path / str(k))
-        rates[n].append(np.median([row["samples_per_second"] for row in rows if row["step"] > 10]))
+        rates[n].append(round(float(np.median([row["samples_per_second"] for row in rows if row["step"] > 10])), 1))
     one, two = np.mean(rates[1]), np.mean(rates[2])
     print(f"\netrm_pretrain.py, sample-steps/s: one rank {one:.0f}, two ranks {two:.0f}: {two / one:.2f} times; each: {rates}")

@@ -154,7 +154,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute(two, tmp_path, mode, rank
 
 @pytest.mark.slow
 def test_two_ranks_save_when_told_and_one_goes_on(tmp_path):
-    words = [*SMALL, "--steps", "300", "--eval-every", "20", "--out-dir", str(tmp_path / "run")]
+    words = [*SMALL, "--steps", "80", "--eval-every", "20", "--out-dir", str(tmp_path / "run")]
     process = torchrun("etrm_pretrain.py", *words)
     wait_for(process, "step     20 ")
     process.send_signal(signal.SIGINT)
@@ -163,7 +163,7 @@ def test_two_ranks_save_when_told_and_one_goes_on(tmp_path):
     etrm.main(["--resume", str(tmp_path / "run"), "--threads", "1"])
     etrm.main([*words[:-1], str(tmp_path / "one"), "--threads", "1"])
     a, b = (metrics.read(tmp_path / name)[-1] for name in ("run", "one"))
-    assert a["step"] == b["step"] == 300 and a["train/lm_loss"] == pytest.approx(b["train/lm_loss"], rel=0.05)
+    assert a["step"] == b["step"] == 80 and a["train/lm_loss"] == pytest.approx(b["train/lm_loss"], rel=0.02)
 
 
 if __name__ == "__main__":
