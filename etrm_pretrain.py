@@ -802,8 +802,8 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
     if args.optimizer == "adam_atan2":
         table = [model.encoder.table.weight] if isinstance(model.encoder, Embedding) else []
         rest = [p for p in model.parameters() if p.requires_grad and all(p is not t for t in table)]
-        return with_peaks([AdamATan2(rest, args.lr, args.weight_decay)] * bool(rest) +
-                          [SignDescent(table, 100 * args.lr, args.weight_decay)] * bool(table))
+        return with_peaks([kind(parameters, lr, args.weight_decay) for kind, parameters, lr in (
+            (AdamATan2, rest, args.lr), (SignDescent, table, 100 * args.lr)) if parameters])
     heads = {model.decoder.head, model.decoder.halt}
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear) and layer not in heads
                 and layer.weight.requires_grad]
@@ -1320,17 +1320,20 @@ def faster_precision(model: Model) -> str:
 def train(args: flags.Flags) -> dict:
     """Train a model, and return the summary. Raises UserError."""
     args, saved = run.restore(args, SCRIPT, model=dict, ema=dict, optimizers=list, carry=list, slots=dict,
-                              window=list, best=float, data=str)
-    device, W = devices.get_device(args.device), devices.world_size()
-    devices.init_ranks(SCRIPT, device)
-    if args.batch_size % W:
-        raise UserError(f"--batch-size {args.batch_size}: cannot be divided among {W} ranks")
-    args.device = str(device)
+                              window=list, best=float, data=str, canvas=int)
+    device = devices.get_device(args.device)
+    devices.init_ranks(SCRIPT, device, batch_size=args.batch_size)
+    args.device, W = str(device), devices.world_size()
+    if W > 1 and "threads" not in args.given:  # also where the run that goes on had more
+        args.threads = 1
+        devices.set_threads(1)
     trm = checkpoint.read(checkpoint.file_of(args.init_decoder)) if args.init_decoder and not saved else {}
     parents = {path: load_model(path) for path in (args.init_from, None if recognises(trm) else args.init_decoder)
                if path and not saved}
     before = [saved] if saved else [its for _, its in parents.values()]
     data = load_data(args, [mark for its in before for mark in seen_by(its)])
+    if saved or recognises(trm):  # places of cells, in rows of 30, are a part of what TRM's weights mean
+        data = data._replace(C=saved["canvas"] if saved else arc_tasks.LARGEST)
     torch.manual_seed(args.seed)
     model = Model(replace(config_of(args), tasks=data.ids if args.encoder == "embedding" else ())).to(device)
     taken = [take_weights(model, path, *parents[path], part) for path, part in (
@@ -1375,7 +1378,7 @@ def train(args: flags.Flags) -> dict:
                     best = figures["score"]
                     save(r, "best.pt", model, ema, data, best)
                 if due or step in {check.at for check in CHECKS}:
-                    ended = examine(rows, args)
+                    ended = devices.of_first(examine(rows, args))
             last = last or bool(ended)
             if due or last:
                 save(r, "last.pt", model, ema, data, best, optimizers=[o.state_dict() for o in optimizers],
@@ -1641,8 +1644,9 @@ def load_model(path: str) -> tuple[Model, dict]:
 
 
 def recognises(saved: dict) -> bool:
-    """Whether this is a state dict of TRM's published code."""
-    return any(name.endswith("inner.L_level.layers.0.mlp.gate_up_proj.weight") for name in map(str, saved))
+    """Whether this is a state dict of TRM's published code, and not of HRM's, which has two networks."""
+    names = "\n".join(map(str, saved))
+    return "inner.L_level.layers.0.mlp.gate_up_proj.weight" in names and "inner.H_level" not in names
 
 
 def take_trm(model: Model, saved: dict, path: str, args: flags.Flags) -> str:
@@ -1682,7 +1686,8 @@ def take_trm(model: Model, saved: dict, path: str, args: flags.Flags) -> str:
         raise UserError(f"{path}: its decoder has --hidden {D} and --layers {n_layers}, here {args.hidden} and "
                         f"{args.layers}")
     checkpoint.load_weights(model.decoder, {name: x.float() for name, x in state.items()}, path)
-    return f"decoder of {path}, a checkpoint of TRM: trained on demonstrations of ARC's evaluation tasks, too"
+    return (f"decoder of {path}, a checkpoint of TRM: on its canvas of {arc_tasks.LARGEST}, and trained on "
+            "demonstrations of ARC's evaluation tasks, too")
 
 
 def take_weights(model: Model, path: str, other: Model, saved: dict, part: str = "") -> str:
@@ -1789,6 +1794,8 @@ def evaluate_checkpoint(path: str, args: argparse.Namespace) -> dict:
         raise UserError(f"--max-eval-groups: {path} was evaluated on its own queries; give --eval-data")
     device = devices.get_device(getattr(args, "device", "cpu"))
     devices.init_ranks(SCRIPT, device)
+    if devices.world_size() > 1 and "threads" not in getattr(args, "given", ()):
+        devices.set_threads(1)
     model.to(device)
     if own.encoder == "embedding" and own.views > 1:
         raise UserError("--views: not with --encoder embedding, whose vectors are of tasks as they are")
@@ -1811,7 +1818,6 @@ def format_evaluation(out: dict) -> str:
 def main(argv: list[str] | None = None) -> dict | None:
     args = parse_args(argv)
     with files.one_line_errors(SCRIPT):
-        flags.use(args, {"threads": 1} if devices.world_size() > 1 else {})
         devices.set_threads(args.threads)
         mode = next((name for name in ("solve", "show", "checkpoint") if vars(args)[name] is not None), None)
         if mode is None:

@@ -10,6 +10,10 @@ import sys
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that is killed would leave its ranks
+    import ctypes
+    import signal
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _excepthook(kind, error, trace) -> None:

@@ -2,10 +2,8 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import re
-import signal
 import sys
 from contextlib import nullcontext
 
@@ -24,7 +22,7 @@ def get_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
-    is_own = name == "cuda" or (name.startswith("cuda") and world_size() > 1)
+    is_own = name == "cuda" or (name.startswith("cuda") and started_ranks() > 1)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if is_own else name)
     there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[device.type]
     if (device.index or 0) >= there:
@@ -57,37 +55,52 @@ def set_threads(n: int) -> None:
         torch.set_num_threads(n)
 
 
-# ---- torchrun: W ranks, processes that do the same with a part of the data each
+# ---- torchrun: ranks are processes that do the same, each with a part of the data
 
-def rank() -> int:
-    """Rank of this process under torchrun, 0 without."""
-    return int(os.environ.get("RANK", "0"))
+_joined = False  # whether this process is one of several ranks
 
 
-def world_size() -> int:
-    """Number of processes under torchrun, 1 without. Raises UserError when WORLD_SIZE is no number."""
+def started_ranks() -> int:
+    """How many processes torchrun started; 1 without. Raises UserError when WORLD_SIZE is no number."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not (text.isascii() and text.isdigit() and int(text)):
         raise UserError(f"the environment variable WORLD_SIZE is {text!r:.40}: torchrun sets it, or nobody")
     return int(text)
 
 
-def init_ranks(script: str, device: torch.device) -> None:
-    """Become one of torchrun's ranks (nccl on CUDA, gloo elsewhere), of which the first alone prints.
+def rank() -> int:
+    """Which of the ranks this process is; 0 before `init_ranks`, and without torchrun."""
+    return torch.distributed.get_rank() if _joined else 0
 
-    Does nothing without torchrun. Raises UserError when the environment is not torchrun's.
+
+def world_size() -> int:
+    """Number of ranks; 1 before `init_ranks`, and without torchrun."""
+    return torch.distributed.get_world_size() if _joined else 1
+
+
+def init_ranks(script: str, device: torch.device, **divided: int) -> None:
+    """Become one of torchrun's ranks (nccl on CUDA, gloo on a CPU), of which the first alone prints.
+
+    divided: flags whose numbers must be divisible by that of ranks. Does nothing without torchrun. Raises UserError
+    when the environment is not torchrun's.
     """
-    if world_size() == 1:
+    global _joined
+    n = started_ranks()
+    if n == 1 or _joined:
         return
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UserError(f"WORLD_SIZE is {world_size()}, but {name} is not set: start it with torchrun "
-                            f"--nproc-per-node {world_size()} {script}, or unset WORLD_SIZE")
-    if sys.platform == "linux":  # PR_SET_PDEATHSIG: a torchrun that is killed would leave its ranks behind
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+            raise UserError(f"WORLD_SIZE is {n}, but {name} is not set: start it with torchrun --nproc-per-node {n} "
+                            f"{script}, or unset WORLD_SIZE")
+    for name, value in divided.items():
+        if value % n and os.environ["RANK"] == "0":  # the others wait for this one, and torchrun ends them
+            raise UserError(f"--{name.replace('_', '-')} {value}: cannot be divided among {n} ranks")
+    if device.type == "mps":
+        raise UserError("--device mps: ranks of torchrun need CUDA, or --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _joined = True
     atexit.register(torch.distributed.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -113,5 +126,5 @@ def of_first(value):
 
 def refuse_ranks(script: str) -> None:
     """Raise UserError when a script that runs in one process was started by torchrun with several."""
-    if world_size() > 1:
+    if started_ranks() > 1:
         raise UserError(f"{script} runs in one process: start it with python, not with torchrun")

@@ -59,14 +59,18 @@ class Run:
     def __enter__(self) -> Run:
         self.folder, self._lock = Path(), None
         if devices.rank() == 0:
-            metrics.check_tracker(self.args.tracker)
-            self.folder, self._lock = open_folder(self.args, self.script_file)
             try:
+                metrics.check_tracker(self.args.tracker)
+                self.folder, self._lock = open_folder(self.args, self.script_file)
                 self._open_files()
             except BaseException:
                 self.__exit__()
+                devices.of_first(None)
                 raise
-        self.folder = Path(devices.of_first(str(self.folder)))
+        folder = devices.of_first(str(self.folder))
+        if folder is None:
+            sys.exit(1)  # rank 0 says why
+        self.folder = Path(folder)
         if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # so a shell starts what runs behind `&`
@@ -145,7 +149,7 @@ class Run:
         """After the loop: a Ctrl-C or SIGTERM ends the process here; from now on it acts at once."""
         self._restore_handlers()
         if self.stopped_by:
-            again = shlex.join(["python", self.script, "--resume", str(self.folder)])
+            again = shlex.join([*started(), self.script, "--resume", str(self.folder)])
             print(f"stopped at step {self.step}; go on with: {again}", flush=True)
             sys.exit(128 + self.stopped_by)
 
@@ -213,7 +217,13 @@ def hold(folder: Path) -> int | None:
 
 def command() -> str:
     """The command line of this process, quoted for a shell."""
-    return shlex.join(["python", *sys.argv])
+    return shlex.join([*started(), *sys.argv])
+
+
+def started() -> list[str]:
+    """The words before the script's name."""
+    n = devices.world_size()
+    return ["python"] if n == 1 else ["torchrun", "--nproc-per-node", str(n)]
 
 
 def commit() -> str:

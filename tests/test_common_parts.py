@@ -13,7 +13,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -402,7 +401,9 @@ def test_under_torchrun_a_rank_takes_its_gpu_and_joins_the_others(machine, monke
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
     monkeypatch.setattr(devices.atexit, "register", lambda end: None)
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Mock())
+    monkeypatch.setattr(devices, "_joined", False)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     devices.init_ranks("fake.py", torch.device("cpu"))
     devices.refuse_ranks("fake.py")
@@ -414,12 +415,17 @@ def test_under_torchrun_a_rank_takes_its_gpu_and_joins_the_others(machine, monke
         devices.init_ranks("fake.py", torch.device("cpu"))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     for name in ("cuda", "cuda:0", "cpu"):  # cuda:0: of a checkpoint of rank 0
+        assert devices.rank() == 0 and devices.world_size() == 1
         devices.init_ranks("fake.py", devices.get_device(name))
-    assert calls == [*[torch.device("cuda:1"), "nccl"] * 2, "gloo"] and devices.rank() == 3
+        assert devices.rank() == 3 and devices.world_size() == 4
+        devices._joined = False
+    with pytest.raises(UserError, match="^--device mps: "):
+        devices.init_ranks("fake.py", torch.device("mps"))
+    assert calls == [*[torch.device("cuda:1"), "nccl"] * 2, "gloo"]
     assert sys.stdout.name == os.devnull
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="^the environment variable WORLD_SIZE is 'two'"):
-        devices.world_size()
+        devices.started_ranks()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"^fake.py runs in one process: [^\n]*$"):
         devices.refuse_ranks("fake.py")

@@ -381,7 +381,8 @@ def test_the_published_optimizers_reach_every_parameter_once_and_the_rate_stays(
     n = sum(p.numel() for o in (adam, signs) for group in o.param_groups for p in group["params"])
     assert n == sum(p.numel() for p in model.parameters())
     assert [etrm.schedule(step, args) for step in (49, 50, 599)] == [50 / 51, 1.0, 1.0]
-    etrm.main([*SMALL, "--encoder", "embedding", "--optimizer", "adam_atan2", "--steps", "3", "--out-dir", str(tmp_path / "run")])
+    for name in ("embedding", "standard"):
+        etrm.main([*SMALL, "--encoder", name, "--optimizer", "adam_atan2", "--steps", "3", "--out-dir", str(tmp_path / name)])
 
 
 # ---- TRM's published checkpoints
@@ -471,7 +472,10 @@ def test_a_published_checkpoint_is_refused_where_it_cannot_be_what_is_asked(tmp_
 def test_a_published_checkpoint_is_known_trained_on_and_not_evaluated(tmp_path, capsys):
     trm_file(tmp_path / "step_7")
     etrm.main([*SMALL, *TRM, "--init-decoder", str(tmp_path / "step_7"), "--steps", "2", "--out-dir", str(tmp_path / "run")])
-    assert "decoder of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "canvas 30" in out and "decoder of" in out
+    hrm = {name.replace("L_level", "H_level"): x for name, x in etrm.checkpoint.read(tmp_path / "step_7").items()}
+    assert not etrm.recognises({**hrm, **etrm.checkpoint.read(tmp_path / "step_7")})
     with pytest.raises(SystemExit):
         evaluate_checkpoints.main([str(tmp_path / "step_7")])
     assert "whose puzzle table belongs to other tasks" in capsys.readouterr().err

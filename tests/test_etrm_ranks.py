@@ -91,12 +91,25 @@ def test_a_checkpoint_of_two_ranks_loads_on_one_with_the_same_figures(two):
 
 @pytest.mark.parametrize("flags, said", [(["--batch-size", "5"], "--batch-size 5: cannot be divided among 2 ranks"),
                                          (["--show", "0ca9ddb6"], "runs in one process")])
-def test_what_ranks_cannot_do_is_said(monkeypatch, capsys, flags, said):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(devices, "init_ranks", lambda script, device: None)
+def test_what_ranks_cannot_do_is_said(monkeypatch, flags, said):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
     with pytest.raises(SystemExit, match=said):
         etrm.main(flags)
+
+
+def test_errors_of_a_run_are_said_by_rank_0_alone(two):
+    done = torchrun("etrm_pretrain.py", *SMALL, "--out-dir", str(two[0]))
+    text = done.communicate(timeout=120)[0]
+    assert done.returncode != 0 and text.count("holds a run already") == 1  # a traceback is torchrun's own
+    assert 'etrm_pretrain.py", line' not in text
+
+
+def test_a_variable_that_looks_like_a_rank_changes_nothing(two, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert devices.rank() == 0 and devices.world_size() == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(etrm.load(str(two[0]))(etrm.arc_agi_1()[0][0])) == 2
 
 
 def test_without_torchruns_environment_it_is_one_line(monkeypatch):
@@ -159,7 +172,7 @@ def test_two_ranks_save_when_told_and_one_goes_on(tmp_path):
     wait_for(process, "step     20 ")
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[0]
-    assert "stopped at step" in text and process.returncode != 0 and not ranks_of(tmp_path)
+    assert "go on with: torchrun --nproc-per-node 2 etrm_pretrain.py --resume" in text and process.returncode != 0 and not ranks_of(tmp_path)
     etrm.main(["--resume", str(tmp_path / "run"), "--threads", "1"])
     etrm.main([*words[:-1], str(tmp_path / "one"), "--threads", "1"])
     a, b = (metrics.read(tmp_path / name)[-1] for name in ("run", "one"))
