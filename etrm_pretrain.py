@@ -680,7 +680,12 @@ def compiled(model: Model, args: argparse.Namespace) -> str:
     return "compiled"
 
 
-# ---- Ranks: each works on a part of the slots, and of what is evaluated; without torchrun all of this does nothing
+# ---- Ranks of torchrun: each works on a part of the slots, and of the queries that are evaluated
+#
+# A rank's own: batch, carry, and all of a step's Output but q. Of all slots, and the same on all ranks: Slots, q and
+# the figures of each query behind `of_all`, the gradient behind `sum_gradients`, weights, what is evaluated. So a
+# loss has to be a mean over queries. What calls torch.distributed must be reached by all ranks. Random draws of the
+# model itself, as of dropout, are the same on all. Without torchrun all of this does nothing.
 
 def own_part(n: int) -> slice:
     """Which of n slots are this rank's."""
@@ -689,7 +694,9 @@ def own_part(n: int) -> slice:
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:
-    """What all ranks have, one behind the other: (W n, ...) of (n, ...) each."""
+    """What all ranks have, one behind the other: (W n, ...) of (n, ...) each, without gradient."""
+    if x.requires_grad:
+        raise ValueError("no gradient goes through `gathered`: detach it, or take torch.distributed.nn.functional")
     if devices.world_size() == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(devices.world_size())]
@@ -698,7 +705,10 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Add up the gradients of all ranks, in one message; what no rank has a gradient of keeps none."""
+    """Add up the gradients of all ranks, in one message, once behind the last backward pass of an optimizer step.
+
+    What no rank has a gradient of keeps none.
+    """
     if devices.world_size() == 1:
         return
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -736,7 +746,11 @@ def fires(q):
 
 def batch_loss(step: Output, batch: Batch, args: argparse.Namespace
                ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a supervision step, and of each query (B,) its terms and what metrics.csv has of it."""
+    """The loss of a supervision step, and of each query (B,) its terms and what metrics.csv has of it.
+
+    Of several ranks each has its own B queries here: the loss must be a mean over them. Each entry of the dict
+    becomes a column train/NAME.
+    """
     y = batch.y
     right = exact(step.logits.detach(), y)
     halts = F.binary_cross_entropy_with_logits(step.q.float(), right.float(), reduction="none")
@@ -752,7 +766,10 @@ def batch_loss(step: Output, batch: Batch, args: argparse.Namespace
 def schedule(step: int, args: argparse.Namespace) -> float:
     """Share of --lr: up in a line during the warm-up; then constant, or down in a line to 0 at the end."""
     rising, falling = (step + 1) / (args.warmup + 1), (args.steps - step) / (args.steps - args.warmup)
-    return min(rising, 1.0) if args.schedule == "constant" else min(rising, falling, 1.0)
+    if args.schedule == "constant":
+        return min(rising, 1.0)
+    assert args.schedule == "linear", args.schedule
+    return min(rising, falling, 1.0)
 
 
 class AdamATan2(torch.optim.Optimizer):
@@ -813,6 +830,7 @@ def make_optimizers(model: Model, args: argparse.Namespace) -> list[torch.optim.
     if args.optimizer == "muon" and matrices:
         optimizers.insert(0, Muon(matrices, lr=args.lr, weight_decay=args.weight_decay))
     elif matrices:
+        assert args.optimizer == "adamw", args.optimizer
         decays = args.weight_decay
         optimizers.insert(0, torch.optim.AdamW(matrices, betas=(0.9, 0.95), lr=args.lr, weight_decay=decays))
     return with_peaks(optimizers)
@@ -1371,7 +1389,8 @@ def train(args: flags.Flags) -> dict:
             if due or r.due(step, LOG_EVERY):
                 speed = (step - clock[1]) * args.batch_size / max(1e-9, r.seconds() - clock[0])
                 figures = validate(model, ema, data, args) if due else {}
-                trained = training_row(window, args) | context_statistics(out and gathered(out.context))
+                context = None if out is None else gathered(out.context.detach())
+                trained = training_row(window, args) | context_statistics(context)
                 rows.append(log(r, step, trained, figures, speed if step else math.nan, model, args))
                 window = []
                 if figures and figures["score"] >= best:  # of equal ones the later: at first all are 0
@@ -1382,7 +1401,7 @@ def train(args: flags.Flags) -> dict:
             last = last or bool(ended)
             if due or last:
                 save(r, "last.pt", model, ema, data, best, optimizers=[o.state_dict() for o in optimizers],
-                     carry=[gathered(x) for x in carry], slots=slots.state(), window=window)
+                     carry=[gathered(x.detach()) for x in carry], slots=slots.state(), window=window)
             if last:
                 break
             if not window:
@@ -1418,7 +1437,7 @@ def go_on(saved: dict, path: str, data: Data, model: Model, optimizers: Sequence
 
 def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argparse.Namespace, step: int
               ) -> tuple[Output, dict[str, torch.Tensor]]:
-    """One supervision step of this rank's slots, and the gradient of all; `q` and the figures are of all, too."""
+    """One supervision step of this rank's slots, and its gradient; `q` and the figures are of all slots."""
     new = torch.from_numpy(slots.new[own_part(len(slots.new))]).to(batch.x.device)
     carry = Carry(*(torch.where(new.view(-1, *[1] * (x.ndim - 1)), first, x)  # what others left may be NaN
                     for first, x in zip(model.fresh(*batch.x.shape), carry, strict=True)))
@@ -1429,7 +1448,6 @@ def supervise(model: Model, batch: Batch, carry: Carry, slots: Slots, args: argp
         out = model(batch, carry, noise, ~new if args.cache_context else None)
     loss, each = batch_loss(out, batch, args)
     (loss / devices.world_size()).backward()
-    sum_gradients(model)
     return of_all(out, each)
 
 
@@ -1441,10 +1459,11 @@ def of_all(out: Output, each: dict[str, torch.Tensor]) -> tuple[Output, dict[str
 
 def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[str, torch.Tensor],
            args: argparse.Namespace, step: int, folder: Path) -> dict[str, float]:
-    """Clip, step, average; the norms of the gradient before clipping, and whether it was clipped.
+    """Sum over ranks, clip, step, average; the norms of the gradient before clipping, and whether it was clipped.
 
     Raises UserError for a loss or gradient that is not finite, before anything is changed.
     """
+    sum_gradients(model)
     norms = [gradient_norm(part.parameters()) for part in (model.encoder, model.decoder, model)]
     if not math.isfinite(norms[-1]):
         raise UserError(f"the loss of step {step}, or its gradient, is not finite; the last good checkpoint "
@@ -1456,7 +1475,7 @@ def update(model: Model, optimizers: Sequence[torch.optim.Optimizer], ema: dict[
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(step, args)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     decay = min(args.ema, (1 + step) / (10 + step))  # at first the average follows closely
     own = model.state_dict()
     torch._foreach_lerp_(list(ema.values()), [own[name] for name in ema], 1 - decay)
@@ -1702,7 +1721,7 @@ def take_weights(model: Model, path: str, other: Model, saved: dict, part: str =
         raise UserError(f"{path}: another model: its {'; its '.join(differ)}")
     target.load_state_dict(source.state_dict())
     others = f"; its {', its '.join(differ)}" if differ and not part else ""
-    return f"{part or 'model'} of {path}: EMA weights of step {saved['step']}{others}"
+    return f"{part or 'model'} of {path}: EMA weights of step {saved['step']}, canvas {saved['canvas']}{others}"
 
 
 def solve_tasks(model: Model, saved: dict, tasks: Sequence[Task], views: int | None = None

@@ -45,6 +45,8 @@ RUN = re.compile(r"\w[\w.+=,-]{0,99}", re.ASCII)  # name of a run
 CORES, MEMORY = 2.0, 8192               # reserved for each GPU; MiB
 RETRIES = 3                             # of a call; that of a failed script ends at once
 MARGIN = 120.0                          # seconds before the timeout at which the script is told to save and end
+ENDED = [getattr(modal.exception, name) for name in (  # of what a look at a call raises: the rest is the connection's
+    "RemoteError", "FunctionTimeoutError", "OutputExpiredError", "InternalFailure", "NotFoundError")]
 GRACE = 20.0                            # seconds that it gets when preempted; the container has 30 in all
 
 
@@ -54,9 +56,12 @@ def scripts() -> list[str]:
 
 
 def declared(script: str, name: str, default):
-    """The value of a line `name = literal` of a script, read without running it."""
-    line = re.search(rf"^{name} = (.+)", (HERE / script).read_text(errors="replace"), re.MULTILINE)
-    return ast.literal_eval(line[1]) if line else default
+    """The value of `name = literal` at the top level of a script, read without running it."""
+    with suppress(SyntaxError, ValueError):  # somebody is writing it; or it is no literal
+        for node in ast.parse((HERE / script).read_text(errors="replace")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets) == name:
+                return ast.literal_eval(node.value)
+    return default
 
 
 def options_of(words: list[str]) -> dict[str, str]:
@@ -120,6 +125,8 @@ def make_job(args: str = "", script: str = "", gpu: str = "", name: str = "", ti
             raise UserError(f"--args: not with --{flag.replace('_', '-')}: the folder is on the Volume, use {instead}")
     if resume_name and (name or own.get("init_from") is not None):
         raise UserError(f"--resume-name: not together with {'--name' if name else '--init-from'}")
+    if (own.get("batch_size") or ranks) % ranks:
+        raise UserError(f"--args: --batch-size {own['batch_size']} cannot be divided among {ranks} GPUs")
     if resume_name and "resume" not in own:
         raise UserError(f"--resume-name: {script} leaves no checkpoint to go on from")
     name = resume_name or name or own.get("name") or f"{time.strftime('%Y%m%d-%H%M%S')}-s{own.get('seed', 0)}"
@@ -129,9 +136,9 @@ def make_job(args: str = "", script: str = "", gpu: str = "", name: str = "", ti
         raise UserError("--args: --tracker wandb needs the environment variable WANDB_API_KEY")
     job = {"call": str(time.time_ns()), "script": script, "flags": flags, "run": f"{Path(script).stem}/{name}",
            "gpu": gpu.upper(), "ranks": ranks, "seconds": round(3600 * float(timeout_hours)), "resume": bool(resume_name),
-           "has_folder": "out_dir" in own, "can_resume": "resume" in own, "wandb": own.get("tracker") == "wandb",
-           "commit": commit(), "diff": changes(HERE)}
-    parse_flags(script, command_of(job, job["resume"])[1:])
+           "has_folder": "out_dir" in own and own.get("checkpoint") is None, "can_resume": "resume" in own,
+           "wandb": own.get("tracker") == "wandb",
+           "before": None, "commit": commit(), "diff": changes(HERE)}
     return job
 
 
@@ -145,34 +152,35 @@ def command_of(job: dict, resume: bool) -> list[str]:
     return [str(HERE / job["script"]), *flags]
 
 
-def check_folder(job: dict, files: Collection[str]) -> None:
-    """Raise UserError when the run folder, which has these files, is not one that this call may write into."""
+def check_folder(job: dict, files: Collection[str], last: str | None) -> None:
+    """Raise UserError when the run folder, with these files and last call, is not one that this job may write into."""
     if job["resume"] and "last.pt" not in files:
         raise UserError(f"--resume-name: {job['run']} has no last.pt on the Volume")
+    if job["resume"] and last != job["before"]:
+        raise UserError(f"--resume-name: {job['run']} goes on in another call already")
     if not job["resume"] and files:
         raise UserError(f"--name: {job['run']} is on the Volume already; choose another one, or --resume-name")
 
 
-# ---- In the container
-
-def parse_record(data: bytes, run: str) -> dict:
-    """What modal.json says. Raises UserError when it is damaged."""
+def parse_record(data: bytes, run: str) -> tuple[dict, dict]:
+    """What modal.json says, and its last call, empty where there is none. Raises UserError when it is damaged."""
     with refuse_damaged(f"{run}/modal.json on the Volume"):
-        record = json.loads(data)
-        return record | {"calls": [call | {"call": call["call"]} for call in record["calls"]]}
+        record = json.loads(data or b'{"calls": []}')
+        return record, {"call": None, **[{}, *record["calls"]][-1]}
 
+
+# ---- In the container
 
 def open_folder(job: dict) -> dict:
     """The record of the run, modal.json, with this call in it. Raises UserError when the folder is another call's."""
     folder = LOGS / job["run"]
     file = folder / "modal.json"
-    record = parse_record(file.read_bytes(), job["run"]) if file.is_file() else {"calls": []}
-    if record["calls"] and record["calls"][-1]["call"] == job["call"]:
+    record, last = parse_record(file.read_bytes() if file.is_file() else b"", job["run"])
+    if last["call"] == job["call"]:
         return record  # a retry
-    check_folder(job, [p.name for p in folder.iterdir()] if folder.is_dir() else [])
+    check_folder(job, [p.name for p in folder.iterdir()] if folder.is_dir() else [], last["call"])
     folder.mkdir(parents=True, exist_ok=True)
-    call = {key: job[key] for key in ("call", "gpu", "flags", "commit")}
-    call["modal_id"] = modal.current_function_call_id()
+    call = {key: job[key] for key in ("call", "gpu", "flags", "commit")} | {"modal_id": modal.current_function_call_id()}
     record = {"containers": 0, **record, "calls": [*record["calls"], call], "exit_code": None}
     write_json(file, record)  # first: it says whose folder this is
     if job["diff"] or (folder / "changes.diff").exists():
@@ -199,8 +207,8 @@ def train(job: dict) -> None:
             code = run_script(job, record, start)
             write_json(LOGS / job["run"] / "modal.json", record)
             volume.commit()
-    except TimeoutError as e:  # of the connection; last_call takes a result of that type for "not yet"
-        raise RuntimeError(f"timed out: {e}") from e
+    except (OSError, modal.exception.Error) as e:  # at home these types mean the connection, and "not yet"
+        raise RuntimeError(f"{type(e).__name__} in the container: {e}") from e
     if code:
         raise subprocess.CalledProcessError(code, job["script"], "\n".join(record["last_lines"]))
 
@@ -212,7 +220,7 @@ def run_script(job: dict, record: dict, start: float) -> int:
         str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", str(job["ranks"])]
     words += command_of(job, job["can_resume"] and (folder / "last.pt").is_file())
     environment = {**os.environ, "RUN_COMMIT": job["commit"], "PYTHONUNBUFFERED": "1",
-                   "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "15"}  # s in which ranks have to save; torchrun's own are 30
+                   "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(round(margin / 2))}  # in which ranks have to save
     record["containers"] += 1
     write_json(folder / "modal.json", record)
     log, late = folder / "output.txt", False
@@ -220,7 +228,7 @@ def run_script(job: dict, record: dict, start: float) -> int:
         out.write(f"# container {record['containers']}: {shlex.join(words)}\n".encode())
         out.flush()
         volume.commit()
-        begin = printed.seek(0, os.SEEK_END)
+        printed.seek(0, os.SEEK_END)
         child = subprocess.Popen(words, cwd=HERE, env=environment, stdout=out, stderr=subprocess.STDOUT,
                                  start_new_session=True)  # no second Ctrl-C
         try:
@@ -230,10 +238,14 @@ def run_script(job: dict, record: dict, start: float) -> int:
                 late = time.monotonic() > start + job["seconds"] - margin
             late = child.poll() is None
         finally:  # also for the KeyboardInterrupt of a preemption
-            stop(child, margin / 2 if late else GRACE)
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(margin / 2 if late else GRACE)
+                child.kill()  # ranks end with their torchrun
+                child.wait()
         print(printed.read(), end="", flush=True)
-        printed.seek(begin)
-        lines = printed.read().rstrip("\n").split("\n")
+    lines = log.read_text(errors="replace").rpartition("\n# container ")[2].rstrip("\n").split("\n")[1:]
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode  # signals as in a shell
     n_lines, resumes = 20 if job["ranks"] == 1 else 60 + 8 * job["ranks"], False  # torchrun's report is long
     if late and (code or not (folder / "summary.json").is_file()):
@@ -243,16 +255,6 @@ def run_script(job: dict, record: dict, start: float) -> int:
     lines = [line.rpartition("\r")[2] for line in lines[-n_lines:]]  # of a progress bar its last state
     record |= {"exit_code": None if resumes else code, "last_lines": lines}
     return code
-
-
-def stop(child: subprocess.Popen, grace: float) -> None:
-    """Let the script save and end, if it runs still, and kill it after `grace` seconds. Ranks end with torchrun."""
-    if child.poll() is None:
-        child.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(grace)
-        child.kill()
-        child.wait()
 
 
 # ---- modal run
@@ -279,17 +281,15 @@ def find_run(name: str, script: str = "") -> tuple[str, list[str]]:
 
 def last_call(run: str, files: list[str]) -> dict:
     """What modal.json says of the last call of a run. Raises UserError when that call has not ended."""
-    data = b"".join(volume.read_file(f"{run}/modal.json")) if "modal.json" in files else b'{"calls": []}'
-    call = ([{}] + parse_record(data, run)["calls"])[-1]
+    data = b"".join(volume.read_file(f"{run}/modal.json")) if "modal.json" in files else b""
+    call = parse_record(data, run)[1]
     if call.get("modal_id"):
         try:
             modal.FunctionCall.from_id(call["modal_id"]).get(timeout=0)
         except TimeoutError:  # Modal's "not yet"
             raise UserError(f"{run} is running still, as {call['modal_id']}; two cannot share a folder") from None
-        except (modal.exception.ConnectionError, modal.exception.AuthError):
-            raise
-        except Exception:  # it has ended; how does not matter here
-            pass
+        except (subprocess.CalledProcessError, UserError, RuntimeError, *ENDED):
+            pass  # how it has ended does not matter here
     return call
 
 
@@ -327,27 +327,28 @@ def main(args: str = "", script: str = "", gpu: str = "", name: str = "", timeou
                 raise UserError("--pull: alone, or with --script")
             print(f"the run is in {pull_run(pull, script)}")
             return
+        before = {"call": None}
         if resume_name is not None:
             run, files = find_run(resume_name, script)
             before = last_call(run, files)
             script, gpu = f"{Path(run).parent}.py", gpu or before.get("gpu", "")
-        job = make_job(args, script, gpu, name, timeout_hours, resume_name or "")
-        check_folder(job, files_of_runs().get(job["run"], []))
+        job = make_job(args, script, gpu, name, timeout_hours, resume_name or "") | {"before": before["call"]}
+        check_folder(job, files_of_runs().get(job["run"], []), before["call"])
         secrets = [modal.Secret.from_dict({"WANDB_API_KEY": os.environ["WANDB_API_KEY"]})] if job["wandb"] else []
         device = None if job["gpu"] == "NONE" else job["gpu"]
         call = train.with_options(
             gpu=device, cpu=CORES * job["ranks"], memory=MEMORY * job["ranks"], timeout=job["seconds"],
             secrets=secrets).spawn(job)  # spawned: with --detach it outlives this process
         rented = job["run"]
-        print(f"{rented} on {device or 'a CPU'} for at most {timeout_hours:g} hours, and up to {RETRIES} times again",
-              flush=True)
+        print(f"{rented} on {device or 'a CPU'} for at most {timeout_hours:g} hours, and up to {RETRIES} times again" +
+              f"\n{script} has no --out-dir: only what it prints is kept" * (not job["has_folder"]), flush=True)
         call.get()
     except subprocess.CalledProcessError as e:
         print(f"train_modal.py: error: {e.cmd} ended with exit code {e.returncode}; its last lines:\n{e.output}",
               file=sys.stderr)
         sys.exit(e.returncode)
     except (UserError, OSError, RuntimeError, modal.exception.Error) as e:
-        lost = rented and isinstance(e, (OSError, modal.exception.ConnectionError))
+        lost = rented and isinstance(e, (OSError, modal.exception.ConnectionError, modal.exception.ServiceError))
         sys.exit(f"train_modal.py: error: {str(e) or f'{type(e).__name__}; was the call cancelled?'}" +
                  "; the connection is lost, and with --detach the run goes on (`modal app list`)" * bool(lost))
     finally:

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for torchrun, which starts this file, too
 import etrm_pretrain as etrm  # noqa: E402
 from common import devices, metrics  # noqa: E402
-from common.files import UserError  # noqa: E402
 
 SMALL = ["--max-train-groups", "3", "--hidden", "32", "--batch-size", "4", "--compile", "off", "--precision", "fp32"]
 
@@ -43,6 +42,7 @@ def first_gradient(*flags: str) -> dict[str, torch.Tensor]:
     version = partial(etrm.training_version, C=data.C, seed=0, augment=args.augment)
     batch = etrm.make_batch(slots.items()[mine], data.C, device, version)
     out, each = etrm.supervise(model, batch, model.fresh(*batch.x.shape), slots, args, 0)
+    etrm.sum_gradients(model)
     assert len(out.q) == len(each["lm_loss"]) == args.batch_size
     return {"q": out.q, **each, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 

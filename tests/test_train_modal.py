@@ -36,6 +36,7 @@ def parse_args(argv=None):
     for flag in ("--out-dir", "--resume", "--init-from", "--tracker", "--name", "--text"):
         p.add_argument(flag)
     p.add_argument("--seed", type=int, default=7)
+    p.add_argument("--batch-size", type=int)
     args = p.parse_args(argv)
     if args.resume and args.init_from:
         p.error("not both")
@@ -149,6 +150,11 @@ def run_local(job: dict, body=None) -> None:
     (body or train_modal.train.local)(job)
 
 
+def resumed(volume: FakeVolume) -> dict:
+    """The job of a `--resume-name n`, which knows the call before it."""
+    return {**make_job(resume_name="n"), "before": volume.record()["calls"][-1]["call"]}
+
+
 def left_over(folder: Path) -> list[int]:
     """Processes whose command names the folder."""
     found = []
@@ -189,6 +195,7 @@ def interrupt(job: dict, seen: str, n: int = 1, sig: int = signal.SIGINT) -> Non
     ({"gpu": "H\u0661\u0660\u0660"}, "does not look like a GPU"),
     ({"gpu": "H100:4"}, "TORCHRUN = True"),
     ({"gpu": "A10:8", "script": "ranks.py"}, "up to 4 of these"),
+    ({"gpu": "H100:4", "script": "ranks.py", "args": "--batch-size 38"}, "cannot be divided among 4 GPUs"),
     ({"name": ".."}, "is no name of"),
     ({"args": f"--name {'x' * 101}"}, "is no name of"),
     ({"timeout_hours": 0.05}, "timeout-hours"),
@@ -244,10 +251,10 @@ def test_the_container_is_made_of_pyproject_files_and_volume(volume, monkeypatch
     monkeypatch.setattr(modal.App, "function", lambda self, **options: keep(lambda body: body, **options))
     write(train_modal.HERE, half_py="def parse_args(\n\ndef parse_args(",
           some_py="raise SystemExit\nEXTRAS = ('arc',)\n" + TOY,
-          none_py=TOY.replace("    p = ", "    EXTRAS = ('sr',)\n    p = "))
+          long_py="EXTRAS = (\n    'sr',\n    'arc')\nTORCHRUN = print\n" + TOY, none_py=TOY.replace("    p = ", "    EXTRAS = ('dev',)\n    p = "))
     here = runpy.run_path(shutil.copy(ROOT / "train_modal.py", train_modal.HERE))
     assert asked["words"] == [f"{here['HERE']}/pyproject.toml", here["HERE"], "/root"]
-    assert asked["optional_dependencies"] == ["arc", "trackers"] and asked["ignore"] is here["NOT_SENT"]
+    assert asked["optional_dependencies"] == ["arc", "sr", "trackers"] and asked["ignore"] is here["NOT_SENT"]
     assert asked["image"] is here["image"] and asked["volumes"] == {"/root/logs": here["volume"]}
     assert (asked["retries"].max_retries, asked["timeout"], asked["single_use_containers"]) == (3, 86400, True)
     pytest.importorskip("toml").loads((ROOT / "pyproject.toml").read_text())  # Modal's parser stumbles easily
@@ -267,7 +274,7 @@ def test_what_differs_from_the_commit_is_kept_with_the_run(volume):
     assert "\n+x = 2" in job["diff"] and "?? new.py" in job["diff"] and "\33" not in job["diff"]
     run_local(job)
     assert f"commit {job['commit']} rank" in volume.text("output.txt")
-    run_local({**make_job(resume_name="n"), "commit": "later", "diff": ""})
+    run_local({**resumed(volume), "commit": "later", "diff": ""})
     assert "+x = 2" in volume.text("changes.diff") and volume.text("changes.diff").endswith("# later\n")
     assert [call["commit"] for call in volume.record()["calls"]] == [job["commit"], "later"]
 
@@ -285,7 +292,7 @@ def test_a_script_runs_once_with_its_flags_and_what_it_prints_is_kept(volume, mo
     output = (volume.committed / N / "output.txt").read_bytes().decode(errors="replace")
     words = json.loads(output.partition("\nwords ")[2].partition("\n")[0])
     assert words == ["--text", text, "--seed=4", "--init-from", "", "--out-dir", str(volume.mounted / N)]
-    assert output.endswith(f"1 15 True {train_modal.HERE}\n\ufffdbar 1\rbar 2\nend\n")
+    assert output.endswith(f"1 60 True {train_modal.HERE}\n\ufffdbar 1\rbar 2\nend\n")
     assert capsys.readouterr().out.endswith("bar 1\rbar 2\nend\n")
     assert volume.record()["last_lines"][-2:] == ["bar 2", "end"] and volume.record()["exit_code"] == 0
     assert volume.commits[0] == {"modal.json", "output.txt"} and len(volume.commits) == 2
@@ -347,20 +354,23 @@ def test_a_preempted_container_saves_and_the_next_one_goes_on(volume, tmp_path):
     assert volume.record()["exit_code"] == 0 and volume.text("last.pt") == "2"
     first, second = volume.text("output.txt").split("# container 2: ")
     assert "from step 0 " in first and "collatz.py --seed 3 --text x=y --out-dir " in second
-    run_local(make_job(resume_name="n"))
+    jobs = [resumed(volume) for _ in range(2)]
+    run_local(jobs[0])
     assert "# container 3: " in volume.text("output.txt")
+    for late in (jobs[1], job):  # somebody else has gone on meanwhile
+        with pytest.raises(UserError, match="goes on in another call already|is on the Volume already"):
+            run_local(late)
 
 
 @pytest.mark.slow
 def test_ranks_of_torchrun_save_and_none_is_left(volume, tmp_path):
-    deaf = "rank == '1' and [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)]"
-    write_script(f"{deaf}; print('ready', flush=True); time.sleep(60)", file="ranks.py")
-    interrupt(make_job("", "ranks.py", "H100:2", "n"), "ready", n=2)  # torchrun kills rank 1 after 15 s
-    assert volume.text("last.pt", "ranks/n") == "1" and not left_over(tmp_path)  # saved by rank 0
+    write_script("print('ready', flush=True); time.sleep(60)", file="ranks.py")
+    interrupt(make_job("", "ranks.py", "H100:2", "n"), "ready", n=2)
+    assert volume.text("last.pt", "ranks/n") == "1" and not left_over(tmp_path)
 
 
 def test_there_is_time_for_the_last_commit_before_a_preempted_container_goes():
-    assert 15 < train_modal.GRACE <= 30 - 5  # seconds; 15 for torchrun's ranks, 5 for the commit
+    assert train_modal.GRACE <= 30 - 5  # seconds; 5 for the commit
     assert train_modal.MARGIN / 2 >= 60
 
 
@@ -369,7 +379,7 @@ def test_a_failed_last_commit_and_a_lost_connection_are_not_hidden(volume, monke
     with pytest.raises(RuntimeError, match="no connection"):
         run_local(make_job(name="n"))
     monkeypatch.setattr(volume, "commit", Mock(side_effect=TimeoutError("late")))
-    with pytest.raises(RuntimeError, match="timed out: late"):  # last_call takes a TimeoutError for "not yet"
+    with pytest.raises(RuntimeError, match="TimeoutError in the container: late"):  # last_call takes a TimeoutError for "not yet"
         run_local(make_job(name="m"))
 
 
@@ -402,7 +412,8 @@ def test_main_asks_modal_for_what_it_was_asked_for(account, volume, monkeypatch,
     assert out.startswith("collatz/n on A100-80GB for at most 2.5 hours, and up to 3 times again\n")
     assert out.endswith("to bring it into logs/: modal run train_modal.py --script collatz.py --pull n\n")
     train_modal.main("--text x", "reader.py", gpu="none", name="r")  # it has no --out-dir
-    assert account["gpu"] is None and "reader/r on a CPU" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert account["gpu"] is None and "reader/r on a CPU" in out and "has no --out-dir: only what it prints is kept" in out
     assert account["secrets"] == [] and 'words ["--text", "x"]' in volume.text("output.txt", "reader/r")
 
 
@@ -435,10 +446,10 @@ def test_main_exits_with_code_and_last_lines_of_the_script(account, volume, caps
     ({"pull": "two"}, "collatz/two, reader/two: which one"),
 ])
 def test_what_cannot_be_run_or_pulled_rents_nothing(account, volume, capsys, flags, message):
-    for run in ("collatz/n", "collatz/two", "reader/two"):
+    for run in ("collatz/n", "collatz/two", "reader/two", "collatz/bad"):
         write(volume.committed / run, last_pt="1")
     write(volume.committed / "collatz/log", output_txt="")
-    write(volume.committed / "collatz/bad", modal_json='{"calls": [{"id": null}]}')
+    write(volume.committed / "collatz/bad", modal_json='{"calls": [null]}')
     write(volume.committed / "collatz/cut", modal_json='{"calls": [')
     with pytest.raises(SystemExit) as e:
         train_modal.main(**flags)
@@ -457,7 +468,8 @@ def test_resume_name_finds_script_and_gpu_and_goes_on(account, volume):
 
 @pytest.mark.parametrize("outcome, runs", [
     (TimeoutError(), True), (modal.exception.ConnectionError("no line"), True), ([None], False),
-    (modal.exception.AuthError("no line"), True),
+    (modal.exception.AuthError("no line"), True), (modal.exception.ServiceError("no line"), True),
+    (OSError("no line"), True), (modal.exception.RemoteError(""), False), (modal.exception.OutputExpiredError(), False),
     (CalledProcessError(124, "x", "y"), False), (modal.exception.FunctionTimeoutError(), False),
 ])
 def test_a_run_that_has_not_ended_is_not_resumed(account, volume, monkeypatch, outcome, runs):
