@@ -317,3 +317,8 @@ def draw_grids(rows: Sequence[Sequence[tuple[Grid, str]]], out: Path) -> Path:
     ax.set(xlim=(-0.1, 1.2 * columns), ylim=(1.45 * len(rows) - 0.3, -0.3), aspect="equal")
     ax.set_axis_off()
     return plots.save_figure(fig, out)
+
+
+if __name__ == "__main__":
+    from common.arc_rules import main
+    main()  # a sheet of synthetic tasks

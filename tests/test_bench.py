@@ -14,7 +14,7 @@ import addition_train
 import collatz
 import neural_sr
 import self_improve
-from common import metrics, sandbox
+from common import arc_rules, metrics, sandbox
 
 pytestmark = pytest.mark.bench
 
@@ -334,3 +334,9 @@ def test_two_ranks_against_one(tmp_path):
         rates[n].append(round(float(np.median([row["samples_per_second"] for row in rows if row["step"] > 10])), 1))
     one, two = np.mean(rates[1]), np.mean(rates[2])
     print(f"\netrm_pretrain.py, sample-steps/s: one rank {one:.0f}, two ranks {two:.0f}: {two / one:.2f} times; each: {rates}")
+
+
+def test_synthetic_tasks():
+    n = 400
+    rate = n / cpu_seconds(lambda: [arc_rules.make_task([0, i]) for i in range(n)])
+    print(f"\nsynthetic tasks: {rate:.0f} a CPU-s")
