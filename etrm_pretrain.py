@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import arc_tasks, checkpoint, devices, metrics, plots, run
+from common import arc_rules, arc_tasks, checkpoint, devices, metrics, plots, run
 from common.arc_tasks import Grid, Pair, Task, View, arc_agi_1, as_key, as_task, random_view, read_tasks, side
 from common.evaluation import count_parameters, eval_mode, format_rate
 from common.files import UserError
@@ -45,7 +45,8 @@ SCRIPT = Path(__file__).name
 TORCHRUN = True                     # train_modal.py may start it so, on several GPUs
 PAD, EOS, VOCAB = 0, 1, 12          # a colour c is the token c + 2
 PASS_AT = (1, 2, 5, 10, 100, 1000)  # the guide's pass@k
-ORDER, AUGMENT, HALT, NOISE, VAL = range(1, 6)  # streams of randomness
+ORDER, AUGMENT, HALT, NOISE, VAL, SYNTHETIC, SYNTHETIC_TEST = range(1, 8)  # streams of randomness
+SYNTHETIC_SIDE, N_SYNTHETIC = 10, 400  # of synthetic tasks: the largest grid; how many are evaluated
 COMPILE_FROM = 1000                 # steps: compiling takes up to a minute, and saves a tenth to a third
 LOG_EVERY = 10                      # steps between rows of metrics.csv
 PLAIN = View()                      # a task as it is
@@ -106,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> flags.Flags:
                    "which best.pt is chosen; 0: it is chosen by the training queries")
     g.add_argument("--task-ids", type=id_list, metavar="ID,ID", help="train on these tasks alone")
     g.add_argument("--loo", action="store_true", help="leave-one-out: demonstrations are queries, too")
+    g.add_argument("--synthetic", type=real(0, 1), default=0.0, metavar="SHARE", help="of the queries that are of "
+                   "synthetic tasks, each new (python -m common.arc_tasks --draw 24), the rest of training tasks")
     g.add_argument("--augment", type=augmentations, default=[], metavar="none|LIST", help="some of "
                    "colours,dihedral,translate: each task in a new version each epoch (default: none)")
 
@@ -213,7 +216,7 @@ def check_flags(args: flags.Flags) -> None:
     if args.halting == "learned" and args.halt_max_steps == 1:
         raise UserError("--halt-max-steps: with 1 there is nothing for --halting learned to decide")
     if args.encoder == "embedding":
-        for name in ("augment", "eval_data", "val_groups"):
+        for name in ("augment", "eval_data", "val_groups", "synthetic"):
             if getattr(args, name):
                 raise UserError(f"--{name.replace('_', '-')}: not with --encoder embedding, which has a vector "
                                 "for each training task as it is, and for no other")
@@ -243,6 +246,14 @@ def queries_of(tasks: Sequence[Task], loo: bool = False, known: bool = True) -> 
             if task.pairs[i][1] is not None or not known:
                 out.append(Query(task, i, tuple(k for k in range(task.n_demos) if k != i)))
     return out
+
+
+@lru_cache(maxsize=1 << 14)
+def synthetic_query(seed: tuple[int, ...], side: int, new_rules: bool = False) -> Query:
+    """The query of a synthetic task; new_rules: of families that training never draws."""
+    task = arc_rules.make_task(seed, side, families=arc_rules.HELD_OUT if new_rules else ())
+    task = replace(task, id=f"{'-'.join(map(str, seed))}: {task.id}")  # tasks of the same rules differ
+    return Query(task, task.n_demos, tuple(range(task.n_demos)))
 
 
 def to_tokens(grid: Grid | None, C: int, row: int = 0, column: int = 0) -> np.ndarray:
@@ -859,8 +870,8 @@ class Slots:
     Epoch k // n has all n queries once, in an order of its own, and each task in one version.
     """
 
-    def __init__(self, queries: Sequence[Query], args: argparse.Namespace):
-        self.queries, self.args, B = queries, args, args.batch_size
+    def __init__(self, queries: Sequence[Query], args: argparse.Namespace, C: int = SYNTHETIC_SIDE):
+        self.queries, self.args, self.C, B = queries, args, C, args.batch_size
         self.taken = np.arange(B)                        # which draw each works on
         self.steps = np.arange(B) % args.halt_max_steps  # that it has had: they do not halt together
         self.new = np.ones(B, bool)                      # whether it begins: its latent states are set anew
@@ -874,12 +885,16 @@ class Slots:
         self.new = halted
         self.next += n
 
+    def item(self, k: int) -> tuple[Query, int]:
+        """The k-th query, and its epoch: a synthetic one as often as --synthetic says, in place of another."""
+        args, (epoch, i) = self.args, divmod(k, len(self.queries))
+        if args.synthetic and np.random.default_rng([args.seed, SYNTHETIC, k]).random() < args.synthetic:
+            return synthetic_query((args.seed, SYNTHETIC, k), min(self.C, SYNTHETIC_SIDE)), epoch
+        return self.queries[permutation(args.seed, epoch, len(self.queries))[i]], epoch
+
     def items(self) -> list[tuple[Query, int]]:
         """The query and the epoch of each."""
-        n = len(self.queries)
-        epochs = (self.taken // n).tolist()
-        return [(self.queries[permutation(self.args.seed, epoch, n)[k % n]], epoch)
-                for k, epoch in zip(self.taken, epochs, strict=True)]
+        return [self.item(int(k)) for k in self.taken]
 
     def halted(self, q: torch.Tensor, step: int) -> np.ndarray:
         """Which of them (B,) halt after this step: by TRM's rule with its exploration, or at the last step."""
@@ -1360,7 +1375,7 @@ def train(args: flags.Flags) -> dict:
         taken.append(take_trm(model, trm, args.init_decoder, args))
     model.decoder.requires_grad_(not args.freeze_decoder)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizers, slots = make_optimizers(model, args), Slots(data.train, args)
+    optimizers, slots = make_optimizers(model, args), Slots(data.train, args, data.C)
     mine = own_part(args.batch_size)
     version = partial(training_version, C=data.C, seed=args.seed, augment=args.augment)
     if args.precision == "auto" and device.type == "cpu":
@@ -1527,6 +1542,9 @@ def finish(r: run.Run, model: Model, ema: dict, data: Data, args: argparse.Names
     states = {"last.raw": model.state_dict(), "last.ema": ema,
               "best.raw": best["model"], "best.ema": best["ema"]}
     sets = {"train": data.train, "val": data.val if data.val is not data.train else [], "eval": data.evaluated}
+    if args.synthetic:  # of other seeds than training; and rules of families that it never draws
+        sets |= {name: [synthetic_query((SYNTHETIC_TEST, i), min(data.C, SYNTHETIC_SIDE), name == "new_rules")
+                        for i in range(N_SYNTHETIC)] for name in ("synthetic", "new_rules")}
     sets = {name: queries for name, queries in sets.items() if queries}
     figures = {name: evaluate(model, states, queries, data.C, args) for name, queries in sets.items()}
     of = {name: table["last.ema"]["exact_accuracy"] for name, table in figures.items()}

@@ -528,6 +528,27 @@ def test_every_epoch_has_each_query_once_in_an_order_of_its_own():
     assert orders[0] != orders[1]
 
 
+def test_synthetic_queries_take_their_share_are_new_and_fit_the_canvas(tmp_path, monkeypatch):
+    args, queries = etrm.parse_args(["--synthetic", "0.3"]), etrm.queries_of(small_tasks())
+    slots = etrm.Slots(queries, args, C=7)
+    items = [slots.item(k)[0] for k in range(600)]
+    made = [query for query in items if query not in queries]
+    assert 0.24 < len(made) / 600 < 0.36 and len({query.task.id for query in made}) == len(made)
+    assert all(etrm.side(query.task.grids()) <= 7 for query in made) and items[5] == etrm.Slots(queries, args, C=7).item(5)[0]
+    new = etrm.synthetic_query((etrm.SYNTHETIC_TEST, 0), 7, new_rules=True)
+    assert new.task.id.split(": ")[1].split(" (")[0] in etrm.arc_rules.HELD_OUT
+    monkeypatch.setattr(etrm, "N_SYNTHETIC", 3)
+    summary = etrm.main([*SMALL, "--synthetic", "1", "--steps", "2", "--out-dir", str(tmp_path / "run")])
+    assert summary["n_queries"] == {"train": 3, "synthetic": 3, "new_rules": 3}
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.5", "nan", "half"])
+def test_a_share_that_is_none_is_one_line(share, capsys):
+    with pytest.raises(SystemExit):
+        etrm.parse_args([f"--synthetic={share}"])
+    assert "--synthetic" in capsys.readouterr().err
+
+
 def test_halting_is_forced_or_by_the_head_with_exploration():
     args = etrm.parse_args(["--batch-size", "400", "--halt-max-steps", "4"])
     q = torch.tensor([1.0, -1.0]).repeat(200)
@@ -615,7 +636,8 @@ def test_a_run_learns_and_leaves_its_files(run_folder):
 
 @pytest.mark.parametrize("more", [[], ["--halting", "learned", "--halt-exploration-prob", "0.5", "--augment",
                                        "colours,dihedral,translate", "--encoder", "variational", "--loo"],
-                                  ["--encoder", "recurrent", "--cache-context"], ["--encoder", "embedding"]])
+                                  ["--encoder", "recurrent", "--cache-context"], ["--encoder", "embedding"],
+                                  ["--synthetic", "0.5", "--augment", "colours"]])
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path, monkeypatch, more):
     flags = [*SMALL, *more, "--steps", "14", "--eval-every", "7"]
     monkeypatch.setattr(etrm, "finish", lambda *a, **k: {})
