@@ -8,6 +8,7 @@ looking at ARC's evaluation tasks; the kinds are those of its training tasks, an
 """
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -1091,14 +1092,18 @@ def draw_sheet(tasks: Sequence[Task], out: Path) -> Path:
         for grid, name in zip(pair, ("in", "out"), strict=True))] for task in tasks], out)
 
 
-def main(argv: list[str] | None = None) -> Path:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(prog="common.arc_rules", usage="python -m common.arc_rules [flags]", description=__doc__)
     p.add_argument("--draw", type=integer(1, 200), default=24, help="so many tasks (default: 24)")
     p.add_argument("--family", choices=sorted(FAMILIES), help="of this family alone, not composed")
     p.add_argument("--side", type=integer(4, arc_tasks.LARGEST), default=10, help="of the largest grid (default: 10)")
     p.add_argument("--seed", type=integer(0), default=0)
     p.add_argument("--out", type=path, default="sheet.png", help="the picture (default: sheet.png)")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> Path:
+    args = parse_args(argv)
     with one_line_errors("common.arc_rules"):
         check_output(args.out)
         tasks = [make_task([args.seed, i], args.side, families=[args.family] if args.family else ())

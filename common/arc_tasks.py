@@ -5,6 +5,7 @@ A task has demonstrations, pairs of an input and an output grid, and tests, whos
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections import Counter
@@ -319,6 +320,13 @@ def draw_grids(rows: Sequence[Sequence[tuple[Grid, str]]], out: Path) -> Path:
     return plots.save_figure(fig, out)
 
 
+# ---- A sheet of synthetic tasks
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from common import arc_rules
+    return arc_rules.parse_args(argv)
+
+
 if __name__ == "__main__":
     from common.arc_rules import main
-    main()  # a sheet of synthetic tasks
+    main()
