@@ -17,7 +17,7 @@ import numpy as np
 
 from common import arc_tasks
 from common.arc_tasks import Grid, Pair, Task
-from common.files import check_output, one_line_errors
+from common.files import UserError, check_output, one_line_errors
 from common.flags import Parser, integer, path
 
 Random = np.random.Generator
@@ -1022,12 +1022,12 @@ HELD_OUT = ("colour_by_rank", "combine_halves", "gravity", "keep_part", "parts_o
 def make_task(seed: Sequence[int], side: int = 10, n_pairs: int = PAIRS, families: Collection[str] = ()) -> Task:
     """A task with grids of up to `side`, the last pair its test; its id names the rules.
 
-    families: those that may be drawn (default: all but those of HELD_OUT).
+    families: those that may be drawn (default: all but those of HELD_OUT). Raises UserError: none fits so small grids.
     """
     rng = np.random.default_rng(seed)
     names = sorted(families or set(FAMILIES) - set(HELD_OUT))
     behind = [name for name in CHANGES if name in names]
-    while True:
+    for _ in range(1000):
         first = one_of(rng, names)
         u = rng.random()
         chosen = [first, *(one_of(rng, behind) for _ in range((u < SECOND) + (u < THIRD)))] if behind else [first]
@@ -1038,6 +1038,7 @@ def make_task(seed: Sequence[int], side: int = 10, n_pairs: int = PAIRS, familie
             continue
         name = " + ".join(f"{name} ({rule.name})" for name, rule in zip(chosen, rules, strict=True))
         return Task(name, tuple(pairs), n_pairs - 1)
+    raise UserError(f"no task with grids of up to {side} x {side} shows {', '.join(names):.80}: larger ones may")
 
 
 def make_pairs(rng: Random, rules: Sequence[Rule], side: int, n: int) -> list[Pair]:

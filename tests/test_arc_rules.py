@@ -102,3 +102,5 @@ def test_a_sheet_is_drawn(tmp_path, capsys):
     assert (tmp_path / "sheet.png").stat().st_size > 5_000
     with pytest.raises(SystemExit, match="its folder does not exist"):
         rules.main(["--out", str(tmp_path / "no" / "sheet.png")])
+    with pytest.raises(SystemExit, match="no task with grids of up to 4 x 4 shows odd_one_out"):
+        rules.main(["--side", "4", "--family", "odd_one_out", "--out", str(tmp_path / "sheet.png")])
