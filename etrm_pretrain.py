@@ -1034,8 +1034,8 @@ def answer(model: Model, queries: Sequence[Query], C: int, args: argparse.Namesp
     size = min(-(-args.batch_size // W), share)
     with eval_mode(model), devices.autocast(device, args.precision):
         for start in range(0, share, size):
-            some = [min(i, share - 1) for i in range(start, start + size)]  # one shape, for the compiled blocks
-            some = [min(devices.rank() * share + i, n - 1) for i in some]
+            own = [min(i, share - 1) for i in range(start, start + size)]  # one shape, for the compiled blocks
+            some = [min(devices.rank() * share + i, n - 1) for i in own]
             batch = make_batch([(queries[i], 0) for i in some], C, device, version)
             if demos_of is not None:
                 others = make_batch([(demos_of[i], 0) for i in some], C, device, version)
