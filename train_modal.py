@@ -45,9 +45,9 @@ RUN = re.compile(r"\w[\w.+=,-]{0,99}", re.ASCII)  # name of a run
 CORES, MEMORY = 2.0, 8192               # reserved for each GPU; MiB
 RETRIES = 3                             # of a call; that of a failed script ends at once
 MARGIN = 120.0                          # seconds before the timeout at which the script is told to save and end
+GRACE = 20.0                            # seconds that it gets when preempted; the container has 30 in all
 ENDED = [getattr(modal.exception, name) for name in (  # of what a look at a call raises: the rest is the connection's
     "RemoteError", "FunctionTimeoutError", "OutputExpiredError", "InternalFailure", "NotFoundError")]
-GRACE = 20.0                            # seconds that it gets when preempted; the container has 30 in all
 
 
 def scripts() -> list[str]:
@@ -135,10 +135,10 @@ def make_job(args: str = "", script: str = "", gpu: str = "", name: str = "", ti
     if own.get("tracker") == "wandb" and "WANDB_API_KEY" not in os.environ:
         raise UserError("--args: --tracker wandb needs the environment variable WANDB_API_KEY")
     job = {"call": str(time.time_ns()), "script": script, "flags": flags, "run": f"{Path(script).stem}/{name}",
-           "gpu": gpu.upper(), "ranks": ranks, "seconds": round(3600 * float(timeout_hours)), "resume": bool(resume_name),
+           "gpu": gpu.upper(), "ranks": ranks, "seconds": round(3600 * float(timeout_hours)),
+           "resume": bool(resume_name), "before": None, "commit": commit(), "diff": changes(HERE),
            "has_folder": "out_dir" in own and own.get("checkpoint") is None, "can_resume": "resume" in own,
-           "wandb": own.get("tracker") == "wandb",
-           "before": None, "commit": commit(), "diff": changes(HERE)}
+           "wandb": own.get("tracker") == "wandb"}
     return job
 
 
@@ -180,7 +180,8 @@ def open_folder(job: dict) -> dict:
         return record  # a retry
     check_folder(job, [p.name for p in folder.iterdir()] if folder.is_dir() else [], last["call"])
     folder.mkdir(parents=True, exist_ok=True)
-    call = {key: job[key] for key in ("call", "gpu", "flags", "commit")} | {"modal_id": modal.current_function_call_id()}
+    call = {key: job[key] for key in ("call", "gpu", "flags", "commit")}
+    call["modal_id"] = modal.current_function_call_id()
     record = {"containers": 0, **record, "calls": [*record["calls"], call], "exit_code": None}
     write_json(file, record)  # first: it says whose folder this is
     if job["diff"] or (folder / "changes.diff").exists():
@@ -220,7 +221,7 @@ def run_script(job: dict, record: dict, start: float) -> int:
         str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", str(job["ranks"])]
     words += command_of(job, job["can_resume"] and (folder / "last.pt").is_file())
     environment = {**os.environ, "RUN_COMMIT": job["commit"], "PYTHONUNBUFFERED": "1",
-                   "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(round(margin / 2))}  # in which ranks have to save
+                   "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(round(margin / 2))}  # seconds in which ranks have to save
     record["containers"] += 1
     write_json(folder / "modal.json", record)
     log, late = folder / "output.txt", False

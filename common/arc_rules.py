@@ -41,15 +41,15 @@ def need(condition) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done to a grid, and grids that show it. room: rows and columns that the output may have besides."""
+    """What is done to a grid, and grids that show it."""
     name: str
     draw: Draw
-    apply: Callable[[Grid], Grid]
-    least: int = 3                       # side of an input
-    most: Callable[[int], int] = lambda side: side
-    colours: Sequence[int] | None = None  # of inputs, where the rule names some
+    apply: Callable[[Grid], Grid]                   # raises Unfit where it has nothing to do
+    least: int = 3                                  # side of an input
+    most: Callable[[int], int] = lambda side: side  # the same, where outputs have sides of up to `side`
+    colours: Sequence[int] | None = None            # of inputs, where the rule names some
     square: bool = False
-    same_size: bool = False              # all inputs of a task
+    same_size: bool = False                         # all inputs of a task
 
 
 FAMILIES: dict[str, Callable[[Random], Rule]] = {}
