@@ -48,7 +48,7 @@ class Run:
     def __init__(self, args: Flags, script: str, script_file: str, saved: dict | None):
         self.args, self.script, self.script_file, self.saved = args, script, script_file, saved
         self.start = self.step = saved["step"] if saved else 0
-        self.stopped_by = 0  # the signal's number
+        self.stopped_by, self._signalled = 0, None  # the first signal's number, and when it came
         self._wall, self._cpu = args.started
         self._end = self._wall + 60 * args.max_minutes if args.max_minutes else float("inf")
         self._handlers: dict[int, object] = {}
@@ -99,8 +99,13 @@ class Run:
             os.close(self._lock)
 
     def _on_signal(self, number: int, frame) -> None:
+        first, self._signalled = self._signalled is None, self._signalled or time.monotonic()
         self.stopped_by = number
-        self._restore_handlers()
+        # A Ctrl-C reaches a rank twice, from the terminal and from torchrun, which passes it on: that is one.
+        if devices.world_size() == 1 or (not first and time.monotonic() - self._signalled > 5):
+            self._restore_handlers()
+            if not first:
+                os.kill(os.getpid(), number)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():

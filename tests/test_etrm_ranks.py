@@ -166,11 +166,18 @@ def test_a_killed_rank_ends_the_others_within_a_minute(two, tmp_path, mode, rank
 
 
 @pytest.mark.slow
-def test_two_ranks_save_when_told_and_one_goes_on(tmp_path):
+@pytest.mark.parametrize("to_all", [False, True])
+def test_two_ranks_save_when_told_and_one_goes_on(tmp_path, to_all):
     words = [*SMALL, "--steps", "80", "--eval-every", "20", "--out-dir", str(tmp_path / "run")]
-    process = torchrun("etrm_pretrain.py", *words)
+    process = torchrun("etrm_pretrain.py", *words, start_new_session=True)
     wait_for(process, "step     20 ")
-    process.send_signal(signal.SIGINT)
+    if to_all:  # as a terminal does; torchrun then passes it on to those that have had it, here at once
+        for _ in range(2):
+            for rank in "01":
+                os.kill(ranks_of(tmp_path)[rank], signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[0]
     assert "go on with: torchrun --nproc-per-node 2 etrm_pretrain.py --resume" in text and process.returncode != 0 and not ranks_of(tmp_path)
     etrm.main(["--resume", str(tmp_path / "run"), "--threads", "1"])
