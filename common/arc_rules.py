@@ -9,9 +9,11 @@ looking at ARC's evaluation tasks; the kinds are those of its training tasks, an
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -1097,6 +1099,87 @@ def check_pairs(pairs: Sequence[Pair], idle: np.ndarray) -> None:
         need(given.shape == asked.shape)
 
 
+# ---- Generators of ARC's training tasks
+
+@cache
+def re_arc() -> dict[str, Callable]:
+    """The generators of re-arc (Hodel 2024, arXiv:2404.07353), one for each of ARC's training tasks, by its id.
+
+    Raises UserError when reasoning-gym, which carries them, is missing.
+    """
+    try:
+        from reasoning_gym.arc.rearc_utils import generators
+        from reasoning_gym.arc.rearc_utils.utils import get_generators
+    except ImportError:
+        raise UserError("re-arc's generators come with reasoning-gym, which is missing: pip install -e '.[arc]'") from None
+    return dict(sorted(get_generators(generators).items()))
+
+
+class Colours(random.Random):
+    """What re-arc's generators draw with. They take any colours for each pair; here the first colour of a pair, mostly
+    its background, is 0, and its colours are those of the other pairs, as in most tasks of ARC."""
+
+    def next_pair(self, colours: int, ground: bool) -> None:
+        """Begin a pair: with the same seed of its colours, it has those of another one."""
+        self.colours, self.ground = random.Random(colours), ground
+
+    def sample(self, population, k, **more):
+        population = list(population)
+        if len(population) < 6 or not {8, 9} & set(population) <= set(range(10)):  # not colours
+            return super().sample(population, k, **more)
+        ground, self.ground = self.ground and 0 in population and k > 0, False
+        if ground:
+            population.remove(0)
+        return [0] * ground + self.colours.sample(population, k - ground)
+
+    def choice(self, population):
+        return self.sample(population, 1)[0]
+
+
+def re_arc_pair(name: str, draws: Colours, hardest: float, side: int) -> Pair:
+    """A pair with grids of up to `side`. Raises Unfit."""
+    try:
+        found = re_arc()[name](draws, 0.0, hardest)
+    except (IndexError, ValueError, TypeError):  # a generator may fail
+        raise Unfit from None
+    pair = tuple(np.array(found[part], np.int8) for part in ("input", "output"))
+    need(arc_tasks.side(pair) <= side)
+    return pair
+
+
+@cache
+def re_arc_names(side: int) -> list[str]:
+    """The generators that make pairs with grids of up to `side` in three of eight tries or more."""
+    def fits(name: str, k: int) -> bool:
+        draws = Colours(f"{name} {k}")
+        draws.next_pair(k, False)
+        with suppress(Unfit):
+            re_arc_pair(name, draws, 0.1, side)
+            return True
+        return False
+    return [name for name in re_arc() if sum(fits(name, k) for k in range(8)) >= 3]
+
+
+def re_arc_task(seed: Sequence[int], side: int = 10, n_pairs: int = PAIRS, without: Collection[str] = ()) -> Task:
+    """A task like a training task of ARC, with grids of up to `side`, the last pair its test. Raises UserError.
+
+    without: ids of training tasks that it may not be like.
+    """
+    rng = np.random.default_rng(seed)
+    names, draws = [name for name in re_arc_names(side) if name not in without], Colours(str(tuple(seed)))
+    for _ in range(1000 if names else 0):
+        name, hardest, pairs, same = one_of(rng, names), rng.choice([0.0, 0.1, 0.2]), {}, int(rng.integers(1 << 32))
+        ground, alike = rng.random(2) < (0.85, 0.7)
+        for _ in range(TRIES * n_pairs):
+            draws.next_pair(same if alike else draws.getrandbits(32), ground)
+            with suppress(Unfit):
+                pair = re_arc_pair(name, draws, hardest, side)
+                pairs.setdefault(arc_tasks.as_key(pair[0]), pair)
+            if len(pairs) == n_pairs:
+                return Task(f"re-arc {name}", tuple(pairs.values()), n_pairs - 1)
+    raise UserError(f"no generator of re-arc makes a task with grids of up to {side} x {side}")
+
+
 def draw_sheet(tasks: Sequence[Task], out: Path) -> Path:
     """A row for each task, behind its rules' names."""
     return arc_tasks.draw_grids([[(np.zeros((1, 1), np.int8), task.id.replace(" + ", "\n+ ")), *(
@@ -1107,7 +1190,8 @@ def draw_sheet(tasks: Sequence[Task], out: Path) -> Path:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(prog="common.arc_rules", usage="python -m common.arc_rules [flags]", description=__doc__)
     p.add_argument("--draw", type=integer(1, 200), default=24, help="so many tasks (default: 24)")
-    p.add_argument("--family", choices=sorted(FAMILIES), help="of this family alone, not composed")
+    p.add_argument("--family", choices=[*sorted(FAMILIES), "re-arc"], help="of this family alone, not composed; re-arc: of "
+                   "the generators of ARC's training tasks (extra arc)")
     p.add_argument("--side", type=integer(4, arc_tasks.LARGEST), default=10, help="of the largest grid (default: 10)")
     p.add_argument("--seed", type=integer(0), default=0)
     p.add_argument("--out", type=path, default="sheet.png", help="the picture (default: sheet.png)")
@@ -1118,7 +1202,8 @@ def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
     with one_line_errors("common.arc_rules"):
         check_output(args.out)
-        tasks = [make_task([args.seed, i], args.side, families=[args.family] if args.family else ())
+        tasks = [re_arc_task([args.seed, i], args.side) if args.family == "re-arc" else
+                 make_task([args.seed, i], args.side, families=[args.family] if args.family else ())
                  for i in range(args.draw)]
         print(draw_sheet(tasks, Path(args.out)))
         return Path(args.out)

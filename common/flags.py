@@ -126,8 +126,10 @@ def only(args: Flags, *used: str) -> None:
 
 def _may_be(action: argparse.Action, value: object) -> bool:
     """Whether a stored value could have come from the command line, as one word."""
-    if value is None or action.nargs == 0:
-        return type(value) is type(action.default)
+    if action.nargs == 0:
+        return type(value) is bool
+    if value is None:
+        return action.default is None
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     try:
         parsed = (action.type or str)(text)
