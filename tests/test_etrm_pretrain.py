@@ -140,10 +140,10 @@ def test_the_canvas_does_not_look_at_hidden_outputs_and_what_does_not_fit_is_uns
     args = etrm.parse_args(["--eval-data", write(tmp_path / "large.json", large), "--max-train-groups", "1"])
     data = etrm.load_data(args)
     assert data.C == max(etrm.side(data.train[0].task.grids()), 2) < 9 and len(data.evaluated) == 1
-    y, fits = etrm.targets(data.evaluated, data.C)
+    y, fits = etrm.targets(data.evaluated, [data.C])
     assert not fits[0] and not y.any()
     never = etrm.Answers(np.zeros((2, 1, data.C ** 2), np.uint8), np.ones((2, 1)), np.array([np.nan]), np.zeros((1, 1, 1)))
-    assert etrm.score(never, data.evaluated, data.C)["exact_count"] == [0, 1]
+    assert etrm.score(never, data.evaluated, [data.C])["exact_count"] == [0, 1]
 
 
 def test_tasks_that_are_named_are_not_left_out_for_their_size():
@@ -230,7 +230,7 @@ def test_an_encoder_does_not_see_the_query_ends_with_a_norm_and_knows_no_order(n
     model, queries = make_model(name), etrm.queries_of(tasks, loo=True)
     with torch.no_grad():
         batch = batch_of(queries)
-        context, _ = model.encoder(batch)
+        context = model.encoder(batch).context
         assert torch.allclose(context.pow(2).mean(-1), torch.ones(()), atol=1e-3)
 
         def spoilt(task, i, epoch):
@@ -303,15 +303,15 @@ def test_a_kept_context_gives_the_encoder_nothing_and_is_evaluated_as_it_is_trai
     queries = etrm.queries_of(small_tasks())
     batch, model = batch_of(queries), make_model("recurrent", "--latent", "set", "--latent-size", "4")
     carry = model(batch, model.fresh(*batch.x.shape)).carry
-    reuse = torch.arange(len(queries)) > 0
-    out = model(batch, carry, reuse=reuse)
-    assert out.kl[0] > 0 and not out.kl[1:].any() and torch.equal(out.context[1:], carry.context[1:])
-    model(batch, carry, reuse=torch.ones_like(reuse)).logits.sum().backward()
+    args, new = etrm.parse_args(["--cache-context"]), torch.arange(len(queries)) < 1
+    context = etrm.cached_context(model, batch, carry, args, None, new)
+    assert context.kl[0] > 0 and not context.kl[1:].any() and torch.equal(context.tokens[1:], carry.context[1:])
+    kept = etrm.cached_context(model, batch, etrm.Carry(*(x.detach() for x in carry)), args, None, new & False)
+    model(batch, carry._replace(z_H=carry.z_H.detach(), z_L=carry.z_L.detach()), context=kept).logits.sum().backward()
     assert etrm.gradient_norm(model.encoder.parameters()) == 0 < etrm.gradient_norm(model.parameters())
-    args = etrm.parse_args(["--cache-context"])
-    assert np.allclose(etrm.answer(model, queries, 6, args).context, carry.context.detach(), atol=1e-5)
+    assert np.allclose(etrm.answer(model, queries, [6], args).context, carry.context.detach(), atol=1e-5)
     args.cache_context = False
-    assert not np.allclose(etrm.answer(model, queries, 6, args).context, carry.context.detach(), atol=1e-2)
+    assert not np.allclose(etrm.answer(model, queries, [6], args).context, carry.context.detach(), atol=1e-2)
 
 
 # ---- Loss, optimizer, slots
@@ -535,11 +535,12 @@ def test_synthetic_queries_take_their_share_are_new_and_fit_the_canvas(tmp_path,
     made = [query for query in items if query not in queries]
     assert 0.24 < len(made) / 600 < 0.36 and len({query.task.id for query in made}) == len(made)
     assert all(etrm.side(query.task.grids()) <= 7 for query in made) and items[5] == etrm.Slots(queries, args, C=7).item(5)[0]
-    new = etrm.synthetic_query((etrm.SYNTHETIC_TEST, 0), 7, new_rules=True)
+    new, = etrm.synthetic_queries(etrm.SYNTHETIC_TEST, 1, 7, new_rules=True)
     assert new.task.id.split(": ")[1].split(" (")[0] in etrm.arc_rules.HELD_OUT
     monkeypatch.setattr(etrm, "N_SYNTHETIC", 3)
+    monkeypatch.setattr(etrm, "N_VAL", 2)
     summary = etrm.main([*SMALL, "--synthetic", "1", "--steps", "2", "--out-dir", str(tmp_path / "run")])
-    assert summary["n_queries"] == {"train": 3, "synthetic": 3, "new_rules": 3}
+    assert summary["n_queries"] == {"train": 3, "val": 2, "synthetic": 3, "new_rules": 3}
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1.5", "nan", "half"])
@@ -567,7 +568,7 @@ def test_halting_is_forced_or_by_the_head_with_exploration():
 
 def answers_of(queries, C, right: list[list[bool]], q) -> etrm.Answers:
     """Answers (steps x queries) that are right or wrong as told."""
-    y, _ = etrm.targets(queries, C)
+    y, _ = etrm.targets(queries, [C])
     tokens = np.stack([np.where(np.array(row)[:, None], y, 11 - y) for row in right])
     return etrm.Answers(tokens, np.array(q, float), np.zeros(len(queries)), np.zeros((len(queries), 1, 1)))
 
@@ -576,7 +577,7 @@ def test_scores_of_both_rules_by_hand():
     queries = etrm.queries_of(small_tasks())[:4]
     found = answers_of(queries, 6, [[True, False, True, False], [True, True, False, False]],
                        [[1, -1, 1, -1], [1, 1, 1, -1]])
-    s = etrm.score(found, queries, 6)
+    s = etrm.score(found, queries, [6])
     assert s["exact_count"] == [2, 4] and s["halted_count"] == [3, 4] and s["exact_by_step"] == [0.5, 0.5]
     assert s["halting_steps"] == [1, 2, 1, 2] and s["steps"] == 1.5 and s["q_halt_accuracy"] == 0.75
 
@@ -598,8 +599,8 @@ def test_pass_at_k_counts_tasks_and_is_not_known_above_the_views():
 
 def test_copying_the_input_solves_what_is_a_copy_and_no_evaluation_task():
     same = etrm.as_task("a", changed(test=[{"input": [[1, 2]], "output": [[1, 2]]}]), "a")
-    assert etrm.baselines(etrm.queries_of([same]), 3)["copy"] == [1.0, 1.0]
-    assert etrm.baselines(etrm.queries_of(etrm.arc_agi_1()[1]), 30)["copy"][1] == 0.0
+    assert etrm.baselines(etrm.queries_of([same]), [3])["copy"] == [1.0, 1.0]
+    assert etrm.baselines(etrm.queries_of(etrm.arc_agi_1()[1]), [30])["copy"][1] == 0.0
 
 
 # ---- Runs
@@ -659,7 +660,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
             etrm.main([*SMALL, "--steps", "5", "--eval-every", "1", "--out-dir", str(tmp_path / name)])
         return str(e.value)
     with monkeypatch.context() as patch:
-        patch.setattr(etrm, "token_loss", lambda logits, y, kind: logits.sum((1, 2)) * torch.nan)
+        patch.setattr(etrm, "token_loss", lambda logits, y, kind, weights=1: logits.sum((1, 2)) * torch.nan)
         assert "the loss of step 0, or its gradient, is not finite" in stops("loss")
     real = etrm.supervise
 
