@@ -31,17 +31,20 @@ def test_programs_have_the_values_that_python_gives_their_text():
     X = np.random.default_rng(1).uniform(-3, 3, (1, 4, 3))
     values = sr.evaluate(tokens, X, None, constants)
     space = {name: getattr(math, name) for name in ("sin", "cos", "exp", "log", "sqrt", "tanh")} | {"abs": abs}
+    rounded = {name: lambda x, f=f: f(x) * (1 + 4e-16) for name, f in space.items()}  # as another CPU may round them
     n_finite = 0
     for row, k, ours in zip(tokens, constants, values, strict=True):
         for point, value in zip(X[0], ours, strict=True):
             try:
-                theirs = eval(sr.infix(row, k), space, {f"x{i}": float(x) for i, x in enumerate(point)})
+                theirs, others = (eval(sr.infix(row, k), dict(functions), {f"x{i}": float(x) for i, x in enumerate(point)})
+                                  for functions in (space, rounded))
             except (ArithmeticError, ValueError, TypeError):  # where Python raises, numpy has inf or NaN on the way
                 continue
             if isinstance(theirs, complex) or not math.isfinite(theirs):
                 continue
             n_finite += 1
-            assert value == pytest.approx(theirs, rel=1e-9, abs=1e-12), sr.infix(row, k)
+            slack = 1e-12 + 10 * abs(theirs - others)  # cos(exp(exp(3))) hangs on the last bit
+            assert value == pytest.approx(theirs, rel=1e-9, abs=slack), sr.infix(row, k)
     assert n_finite > 6000
 
 
