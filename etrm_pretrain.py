@@ -10,8 +10,8 @@
 A model reads the demonstrations of an ARC task (encoder) and a query's input, and improves its answer step
 by step (decoder: TRM, Jolicoeur-Martineau 2025, arXiv:2510.04871, with latent states z_H, z_L and a halting
 head). Criterion 1 of the original guide is memory: can it learn 32 tasks, demonstrations to answer, at all?
-Not whether it understands new ones; those are criterion 2, for which --encoder cells is made. A run writes logs/etrm_pretrain/NAME/: the usual files, predictions.json
-and pictures.
+Not whether it understands new ones; those are criterion 2, for which --encoder cells is made. A run writes
+logs/etrm_pretrain/NAME/: the usual files, predictions.json and pictures.
 """
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ PLAIN = View()                      # a task as it is
 SWAPS = 3                           # other tasks whose demonstrations a query gets, for the demo-swap gap
 
 ADAPTING = ("views", "ttt_steps", "refine_steps", "halt_max_steps")  # flags of how a checkpoint answers
-KEPT = "logs/kept/etrm_pretrain/cells"  # the model of --solve
+KEPT = Path(__file__).parent / "logs/kept/etrm_pretrain/cells"  # the model of --solve
 
 # What tells the encoders apart; every column is a flag, too.
 COLUMNS = ("encoder_layers", "pooling", "pool_tokens", "set_layers", "latent", "latent_size", "refine",
@@ -257,11 +257,10 @@ def check_flags(args: flags.Flags) -> None:
         raise UserError("--halting learned: not with --bptt, where all steps of a query are one optimizer step")
     if args.bptt and args.cache_context:
         raise UserError("--cache-context: does nothing with --bptt, which reads the demonstrations once")
-    for name in ("attend_cells", "relations"):
-        if getattr(args, name) and args.cache_context:
-            raise UserError(f"--cache-context: not with --{name.replace('_', '-')}, whose context is more than its tokens")
-        if getattr(args, name) and "translate" in args.augment:
-            raise UserError(f"--augment translate: not with --{name.replace('_', '-')}, which counts from the first cell")
+    if args.attend_cells and args.cache_context:
+        raise UserError("--cache-context: not with --attend-cells, whose context is more than its tokens")
+    if args.attend_cells and "translate" in args.augment:
+        raise UserError("--augment translate: not with --attend-cells, which counts from the first cell")
     if args.encoder == "embedding":
         for name in ("augment", "eval_data", "val_groups", "synthetic", "re_arc"):
             if getattr(args, name):
@@ -488,6 +487,8 @@ class Config:
                             f"{2 * step}, {3 * step}, ... numbers, as --rope {self.rope} needs")
         if self.encoder == "embedding":
             return
+        if self.relations and not self.attend_cells:
+            raise UserError("--relations: need --attend-cells, whose attention they bias")
         if self.attend_cells and self.pooling != "none":
             raise UserError("--attend-cells: needs --pooling none, which keeps the cells")
         if self.refine < 1:
@@ -1939,8 +1940,8 @@ def train(args: flags.Flags) -> dict:
         taken.append(take_trm(model, trm, args.init_decoder, args))
     model.decoder.requires_grad_(not args.freeze_decoder)
     ema = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizers, slots = make_optimizers(model, args), Slots(data.train, args, data.C, [
-        query.task.id for query in [*data.val, *data.evaluated] if query not in data.train])
+    optimizers, slots = make_optimizers(model, args), Slots(
+        data.train, args, data.C, {query.task.id for query in [*data.val, *data.evaluated]}.difference(data.ids))
     mine = own_part(args.batch_size)
     version = partial(training_version, C=data.C, seed=args.seed, augment=args.augment)
     canonical = partial(training_colours, args=args)
@@ -2389,6 +2390,8 @@ def load(path: str) -> Callable[..., list[list[list[int]]]]:
 
 def solve_file(args: flags.Flags) -> dict:
     """Answer the tests of --solve, write submission.json, and count what is right where outputs are known."""
+    if args.checkpoint is None and not KEPT.exists():
+        raise UserError(f"--solve: by which model? give its --checkpoint; there is none at {KEPT}")
     model, saved = load_model(args.checkpoint or KEPT)
     tasks = read_tasks(args.solve, args.solutions, args.skip_bad)
     folder = Path(args.out_dir or ".")
@@ -2525,6 +2528,8 @@ def main(argv: list[str] | None = None) -> dict | None:
             return None
         if mode == "solve":
             return solve_file(args)
+        if args.out_dir and not Path(args.out_dir).is_dir():  # told now, not behind an hour of test-time training
+            raise UserError(f"--out-dir {args.out_dir}: no such folder")
         out = evaluate_checkpoint(args.checkpoint, args)
         if devices.rank() == 0:
             print(f"{out['file']}\n{format_evaluation(out)}")

@@ -366,6 +366,8 @@ def test_a_checkpoint_is_evaluated_on_unseen_tasks_and_solves_a_file(run_folder,
     assert out["counts"] == {"larger than the canvas": 1, "adapted": 3} and out["n_tasks"] == 4
     text = capsys.readouterr().out
     assert "1 steps of test-time training" in text and "1 of 4 tasks larger than the canvas" in text
+    with pytest.raises(SystemExit, match="no such folder"):
+        etrm.main(["--checkpoint", str(run_folder), "--eval-data", str(folder), "--out-dir", str(tmp_path / "none")])
     out = etrm.main(["--solve", str(folder), "--checkpoint", str(run_folder), "--ttt-steps", "1", "--threads", "1",
                      "--out-dir", str(tmp_path)])
     assert out["tasks"] == 4 and "1 of 4 tasks larger than the canvas" in capsys.readouterr().out
@@ -373,6 +375,7 @@ def test_a_checkpoint_is_evaluated_on_unseen_tasks_and_solves_a_file(run_folder,
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--encoder", "cells", "--pooling", "mean"], "--attend-cells: needs --pooling none"),
+    (["--encoder", "cells", "--no-attend-cells", "--relations"], "--relations: need --attend-cells"),
     (["--encoder", "cells", "--halting", "learned"], "--halting learned: not with --bptt"),
     (["--encoder", "cells", "--augment", "translate"], "--augment translate: not with"),
     (["--encoder", "cells", "--cache-context"], "--cache-context: does nothing with --bptt"),
